@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Distil a smaller diffusion model with LIFT, or with a conventional baseline.
+
+    accelerate launch train_lift.py --pretrained_model_name_or_path google/ddpm-celebahq-256 --dataset_name FOLDER \\
+        --pruning_ratio 0.5 --use_ema --output_dir student
+
+LIFT (Han, Yeo, Yoo, CVPR 2026) fits the teacher's prediction as a line of the student's, aligns that line first and
+the residual after. The baselines are settings of the same sum:
+
+    without distillation  --lambda_kd_output 0 (a teacher, where given, never runs)
+    OutKD                 --output_loss mse
+    FeatKD                --lambda_kd_output 0 --lambda_kd_feat 1
+    OutKD + FeatKD        --output_loss mse --lambda_kd_feat 1
+"""
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from utils.arguments import parse_args
+from utils.backbones import choose_backbone
+from utils.checkpoint import Checkpoints, StopSignal, prepare_output_dir
+from utils.data import ImageRows, fingerprint, load_rows, sample_batch, training_batches
+from utils.export import export_student, save_arguments
+from utils.features import feature_loss, tap_pair
+from utils.logs import RunLog, error_per_sample, plan, summary
+from utils.losses import fine_weight, lift_loss, output_loss
+from utils.speed import DTYPES, apply_speed_flags, make_optimizer
+from utils.validation import Validation, averaged_weights
+
+
+def add_method_arguments(group) -> None:
+    """The flags of this script alone."""
+    group.add_argument(
+        "--output_loss",
+        choices=["lift", "mse", "l1", "huber"],
+        default="lift",
+        help="output distillation loss: LIFT, or the conventional distance between the predictions (default: lift)",
+    )
+    group.add_argument(
+        "--coefficients",
+        choices=["channel", "sample"],
+        default="channel",
+        help="LIFT: fit one line per sample and channel, or one per sample (default: channel, the paper's)",
+    )
+
+
+def method_name(args) -> str:
+    """What the model card calls the method."""
+    parts = ["diffusion loss"] if args.lambda_task else []
+    if args.lambda_kd_output:
+        parts.append("LIFT" if args.output_loss == "lift" else f"output distillation ({args.output_loss})")
+    return " + ".join(parts + ["feature distillation"] * (args.lambda_kd_feat > 0))
+
+
+def main() -> None:
+    """Train, validate, save: in the order of the lines."""
+    args = parse_args(__doc__, add_method_arguments)
+    stop = StopSignal()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to.split(","),
+        project_dir=args.output_dir,
+    )
+
+    # Teacher: frozen, in eval mode, never prepared
+    backbone = choose_backbone(args).load(args)
+    teacher = backbone.teacher
+    distil = args.lambda_kd_output > 0 or args.lambda_kd_feat > 0
+
+    # Data
+    rows = load_rows(args)
+    dataset = ImageRows(rows, backbone.transform(args), args.seed, quiet=not accelerator.is_local_main_process)
+
+    # Student: float32, one module with its feature projectors
+    denoiser, sizes = backbone.make_student(args, sample_batch(dataset, args.train_batch_size, args.seed))
+    pairs = backbone.feature_pairs(denoiser) if args.lambda_kd_feat > 0 else []
+    student, tapped_teacher = tap_pair(denoiser, teacher, pairs, backbone.example(), args.seed)
+    apply_speed_flags(args, denoiser, teacher)
+    if teacher is not None:
+        teacher.to(accelerator.device, DTYPES[args.teacher_dtype or accelerator.mixed_precision])
+
+    # Optimizer and schedule, both in optimizer steps
+    optimizer = make_optimizer(args, student.parameters())
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
+    ema = EMAModel(denoiser.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+
+    # Where everything goes, and where it goes on from
+    prepare_output_dir(args, accelerator)
+    log = RunLog(args, accelerator, backbone.scheduler.config.num_train_timesteps)
+    validation = Validation(args, accelerator, backbone)
+    data_fingerprint = fingerprint(rows)
+    checkpoints = Checkpoints(
+        args,
+        accelerator,
+        student,
+        ema,
+        optimizer,
+        lr_scheduler,
+        records={"log": log, "validation": validation},
+        facts={"data": data_fingerprint},
+    )
+    step = checkpoints.resume()
+    accelerator.print(plan(args, accelerator, len(dataset), sizes))
+    if accelerator.is_main_process:
+        save_arguments(args, __file__, data_fingerprint)
+    if step == 0:
+        validation.measure_references(denoiser)
+    micro_steps = args.gradient_accumulation_steps
+    batches = training_batches(
+        dataset, args, accelerator, first=step * micro_steps, last=args.max_train_steps * micro_steps
+    )
+
+    log.start(step)
+    for batch, rng in batches:
+        with accelerator.accumulate(student):
+            clean, condition = backbone.encode(batch, rng)
+            noised = backbone.add_noise(clean, rng)
+
+            student_pred = backbone.predict(student, noised, condition)
+            task = backbone.task_loss(student_pred, noised)
+            loss = args.lambda_task * task
+            terms, target = {"task": task}, noised.target
+            if distil:
+                with torch.no_grad():
+                    teacher_pred = backbone.predict(tapped_teacher, noised, condition)
+                target = teacher_pred.output
+                if args.output_loss == "lift":
+                    output = lift_loss(
+                        student_pred.output,
+                        teacher_pred.output,
+                        coefficients=args.coefficients,
+                        coarse_norm=args.coarse_norm,
+                        coarse_scale=args.coarse_scale,
+                        weight=fine_weight(args.weighting, step / args.max_train_steps),
+                    )
+                else:
+                    output = output_loss(student_pred.output, teacher_pred.output, kind=args.output_loss)
+                feature = feature_loss(student_pred, teacher_pred)
+                loss = loss + args.lambda_kd_output * output.loss + args.lambda_kd_feat * feature
+                terms |= {"feature": feature, **output.terms()}
+
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        log.add(step + 1, {"loss": loss, **terms}, noised.timestep, error_per_sample(student_pred.output, target))
+        if not accelerator.sync_gradients:
+            continue
+
+        step += 1
+        lr_scheduler.step()
+        if ema is not None:
+            ema.step(denoiser.parameters())
+        log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0])
+        if step % args.validation_steps == 0 or step == args.max_train_steps:
+            with log.paused(), averaged_weights(ema, denoiser):
+                log.write(step, validation.run(denoiser, step))
+        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+            with log.paused():
+                checkpoints.save(step)
+        stop.exit_if_received(checkpoints, step)
+
+    # Export
+    if accelerator.is_main_process:
+        with averaged_weights(ema, denoiser):
+            export_student(
+                args, backbone, denoiser, method=method_name(args), sizes=sizes, distances=validation.distances
+            )
+    accelerator.end_training()
+    accelerator.print(summary(args, log, validation))
+
+
+if __name__ == "__main__":
+    main()

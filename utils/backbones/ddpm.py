@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pixel-space DDPM: `UNet2DModel` teachers in a `DDPMPipeline` or `DDIMPipeline`.
+
+Ho et al. 2020 (epsilon), Salimans and Ho 2022 (v_prediction); sampled with DDIM (Song et al. 2021).
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.training_utils import compute_snr
+
+from utils.backbones import read_json_config
+from utils.backbones.types import Noised, Prediction
+from utils.data import ImageTransform
+from utils.features import Tapped
+from utils.randomness import StepRandom
+from utils.students.width import model_size, model_table, prune_width, taylor_scores, width_config
+
+TAYLOR_TIMESTEPS = 20  # spread evenly over the schedule; more changed the kept channels little and cost as much again
+
+
+class DDPM:
+    """Denoises pixels in [-1, 1] with a `UNet2DModel`."""
+
+    component = "unet"
+
+    def __init__(self, args, teacher: UNet2DModel | None, scheduler: DDPMScheduler, pipeline_class: type):
+        self.args = args
+        self.teacher = teacher
+        self.scheduler = scheduler
+        self.pipeline_class = pipeline_class
+        self.channels, self.resolution = self.check(args)
+        if teacher is not None:
+            teacher.register_to_config(sample_size=self.resolution)  # what the stock pipelines sample at
+
+    @classmethod
+    def load(cls, args) -> "DDPM":
+        """The teacher in float32 on the CPU, eval mode, no gradients; without a teacher, only a fresh schedule.
+
+        Raises:
+            ValueError: see `check`.
+        """
+        cls.check(args)
+        if not args.pretrained_model_name_or_path:
+            return cls(args, None, DDPMScheduler(), DDPMPipeline)
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(
+                args.pretrained_model_name_or_path,
+                revision=args.revision,
+                variant=args.variant,
+                use_safetensors=None if args.allow_pickle_weights else True,  # diffusers unpickles weights_only=True
+                dtype=torch.float32,
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} does not load: {error} "
+                "If its weights are pickled (.bin), --allow_pickle_weights loads them, weights only."
+            ) from error
+        teacher = pipeline.unet.eval().requires_grad_(False)
+        # DDIM teachers too are trained with the DDPM forward process; a private copy keeps its tables on our device
+        return cls(args, teacher, DDPMScheduler.from_config(pipeline.scheduler.config), type(pipeline))
+
+    @classmethod
+    def check(cls, args) -> tuple[int, int]:
+        """Refuse what can be refused from the configs alone, before any weights load; (channels, resolution).
+
+        Raises:
+            ValueError: naming the flag, what was found and what to do.
+        """
+        teacher = None
+        if args.pretrained_model_name_or_path:
+            teacher = _unet_config(
+                args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", args.revision
+            )
+        if args.pruning_ratio is not None:
+            flag, student = "--pruning_ratio", width_config(teacher, args.pruning_ratio)
+        elif args.student_config:
+            flag, student = "--student_config", read_json_config(args.student_config, "--student_config")
+        else:
+            flag = "--student_model_name_or_path"
+            student = _unet_config(args.student_model_name_or_path, flag)
+        if student.get("_class_name", "UNet2DModel") != "UNet2DModel":
+            raise ValueError(f"{flag}: the student is a {student['_class_name']}; this teacher needs a UNet2DModel.")
+        for key in ("in_channels", "out_channels") if teacher else ():
+            if student.get(key, 3) != teacher.get(key, 3):
+                raise ValueError(
+                    f"{flag}: the student has {key} {student.get(key, 3)}, the teacher {teacher.get(key, 3)}; both "
+                    "must see and predict the same tensor."
+                )
+        if student.get("in_channels", 3) not in (1, 3, 4):
+            raise ValueError(f"{flag}: in_channels is {student['in_channels']}; images have 1, 3 or 4.")
+        try:
+            with torch.device("meta"):  # channels that do not fit each other show when the model is built
+                UNet2DModel.from_config(student)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{flag}: diffusers cannot build a UNet2DModel of this config: {error}") from error
+        resolution = args.resolution or (teacher or student).get("sample_size")
+        if not isinstance(resolution, int):
+            raise ValueError(f"--resolution: the config says {resolution}; give a number of pixels.")
+        for config, owner in ((teacher, "teacher"), (student, "student")):
+            halvings = len(config["block_out_channels"]) - 1 if config else 0
+            if resolution % 2**halvings:
+                raise ValueError(
+                    f"--resolution {resolution}: the {owner}'s U-Net halves it {halvings} times, so it must be a "
+                    f"multiple of {2**halvings}."
+                )
+        return student.get("in_channels", 3), resolution
+
+    def transform(self, args) -> ImageTransform:
+        """A picklable row -> uint8 pixels."""
+        return ImageTransform(args.image_column, self.channels, self.resolution, args.center_crop, args.random_flip)
+
+    def make_student(self, args, batch: dict[str, torch.Tensor]) -> tuple[UNet2DModel, str]:
+        """The student in float32 and a table of what it is made of. Taylor scores are taken on `batch`."""
+        if args.pruning_ratio is not None:
+            scores = None
+            if args.student_init == "taylor":
+                scores = taylor_scores(self.teacher, self._diffusion_losses(batch, args.seed))
+            student, report = prune_width(
+                self.teacher, args.pruning_ratio, init=args.student_init, scores=scores, seed=args.seed
+            )
+            table = report.table()
+        else:
+            if args.student_config:
+                with torch.random.fork_rng():
+                    torch.manual_seed(args.seed)
+                    student = UNet2DModel.from_config(read_json_config(args.student_config, "--student_config"))
+            else:
+                student = _load_unet(args.student_model_name_or_path)
+            table = model_table(self.teacher and model_size(self.teacher.config), model_size(student.config))
+        student.register_to_config(sample_size=self.resolution)
+        return student.train(), table
+
+    def _diffusion_losses(self, batch: dict[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
+        """The teacher's diffusion loss on one real batch at timesteps across the schedule, from the smallest on, until
+        it falls under 5 % of its maximum (Fang et al. 2023: later timesteps add noise to the scores, not signal)."""
+        rng = StepRandom(seed, 0, device=batch["pixels"].device)
+        clean, condition = self.encode(batch, rng)
+        last = self.scheduler.config.num_train_timesteps - 1
+        largest = 0.0
+        for t in torch.linspace(0, last, TAYLOR_TIMESTEPS).long().tolist():
+            timestep = torch.full((clean.shape[0],), t, device=clean.device)
+            noised = self._noise(clean, rng.normal(clean.shape), timestep)
+            output = self.teacher(noised.x_t, noised.timestep, return_dict=False, **condition)[0]
+            loss = F.mse_loss(output, noised.target)
+            largest = max(largest, loss.item())
+            if loss.item() < 0.05 * largest:
+                return
+            yield loss
+
+    def feature_pairs(self, student: UNet2DModel) -> list[tuple[str, str]]:
+        """(student block, teacher block): every down, mid and up block with its counterpart.
+
+        Raises:
+            ValueError: the two have different numbers of blocks.
+        """
+        stages = len(student.down_blocks)
+        if stages != len(self.teacher.down_blocks):
+            raise ValueError(
+                f"--lambda_kd_feat: the student has {stages} stages, the teacher {len(self.teacher.down_blocks)}; "
+                "features are matched block by block. Set --lambda_kd_feat 0."
+            )
+        names = [f"down_blocks.{i}" for i in range(stages)] + ["mid_block"] + [f"up_blocks.{i}" for i in range(stages)]
+        return [(name, name) for name in names]
+
+    def example(self) -> dict[str, torch.Tensor]:
+        """Forward arguments of one sample, for the shapes of things."""
+        size = (1, self.channels, self.resolution, self.resolution)
+        return {"x_t": torch.zeros(size), "timestep": torch.zeros(1, dtype=torch.long)}
+
+    def encode(self, batch: dict[str, torch.Tensor], rng: StepRandom) -> tuple[torch.Tensor, dict]:
+        """Uint8 pixels (B, C, H, W) -> float32 in [-1, 1], and the condition: none."""
+        return batch["pixels"].float() / 127.5 - 1, {}
+
+    def add_noise(self, clean: torch.Tensor, rng: StepRandom) -> Noised:
+        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at random timesteps, one per sample (Ho et al. 2020, eq. 4)."""
+        count = self.scheduler.config.num_train_timesteps
+        timestep = rng.integers(count, clean.shape[0], antithetic=self.args.antithetic_timesteps)
+        return self._noise(clean, rng.normal(clean.shape), timestep)
+
+    def _noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> Noised:
+        x_t = self.scheduler.add_noise(clean, noise, timestep)
+        kind = self.scheduler.config.prediction_type
+        target = {
+            "epsilon": lambda: noise,
+            "v_prediction": lambda: self.scheduler.get_velocity(clean, noise, timestep),
+            "sample": lambda: clean,
+        }[kind]()
+        weight = None
+        if self.args.snr_gamma is not None:  # min-SNR (Hang et al. 2023), divided by what the target already carries
+            snr = compute_snr(self.scheduler, timestep)
+            weight = snr.clamp(max=self.args.snr_gamma) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[kind]
+        return Noised(x_t, timestep, clean, target, weight)
+
+    def predict(self, model: Tapped, noised: Noised, condition: dict) -> Prediction:
+        """The model's prediction in float32; the input is cast to the dtype the weights are in."""
+        output, features = model(noised.x_t, noised.timestep, **condition)
+        return Prediction(output.float(), features)
+
+    def task_loss(self, prediction: Prediction, noised: Noised) -> torch.Tensor:
+        """Mean squared error to the target, weighted per sample by `--snr_gamma`."""
+        if noised.weight is None:
+            return F.mse_loss(prediction.output, noised.target)
+        error = (prediction.output - noised.target).square().flatten(1).mean(dim=1)
+        return (noised.weight * error).mean()
+
+    def pipeline(self, denoiser: UNet2DModel) -> DiffusionPipeline:
+        """The stock pipeline of the teacher's own class and scheduler settings, for export."""
+        scheduler_class = DDIMScheduler if self.pipeline_class is DDIMPipeline else DDPMScheduler
+        return self.pipeline_class(unet=denoiser, scheduler=scheduler_class.from_config(self.scheduler.config))
+
+    @torch.no_grad()
+    def sample(self, denoiser: torch.nn.Module, seeds: Sequence[int], num_inference_steps: int) -> torch.Tensor:
+        """DDIM samples (eta 0), uint8 (B, C, H, W) on the CPU; a sample depends on its seed and the model alone."""
+        pipeline = DDIMPipeline(unet=denoiser, scheduler=DDIMScheduler.from_config(self.scheduler.config))
+        pipeline.set_progress_bar_config(disable=True)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on any device
+        images = pipeline(
+            batch_size=len(generators), generator=generators, num_inference_steps=num_inference_steps, output_type="np"
+        ).images
+        return torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2).contiguous()
+
+
+def _unet_config(name_or_path: str, flag: str, revision: str | None = None) -> dict:
+    """The U-Net's config, from the pipeline's `unet` folder or, as in the Hub's oldest repositories, from its root."""
+    errors = []
+    for subfolder in ("unet", None):
+        try:
+            return dict(UNet2DModel.load_config(name_or_path, subfolder=subfolder, revision=revision))
+        except (OSError, ValueError) as error:
+            errors.append(str(error))
+    raise ValueError(f"{flag} {name_or_path} holds no U-Net config: {errors[0]}")
+
+
+def _load_unet(name_or_path: str) -> UNet2DModel:
+    """A float32 U-Net from its own folder or from the `unet` folder of a pipeline. Raises ValueError."""
+    for subfolder in ("unet", None):
+        try:
+            UNet2DModel.load_config(name_or_path, subfolder=subfolder)
+        except (OSError, ValueError):
+            continue
+        try:
+            return UNet2DModel.from_pretrained(
+                name_or_path, subfolder=subfolder, use_safetensors=True, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"--student_model_name_or_path {name_or_path} does not load: {error}") from error
+    raise ValueError(f"--student_model_name_or_path {name_or_path} holds no U-Net.")

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images to batches: which row comes when, how it is decoded, cropped and flipped.
+
+A run sees one endless stream of rows, epoch after epoch, each a new permutation; position p of the stream is row
+`shuffled(seed, p // num_rows)[p % num_rows]`. Micro-step m of rank r takes the positions from (m * world_size + r) *
+batch_size on. Nothing else decides the order, so resuming is starting at another m.
+"""
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm.auto import tqdm
+
+from utils.randomness import StepRandom, counter_hash, shuffled
+
+if TYPE_CHECKING:
+    import datasets
+
+HOLD_IN_MEMORY_BYTES = 256 * 2**20  # decoded sets up to this size are held as uint8; larger ones are decoded as read
+
+
+def load_rows(args, split: str = "train") -> "datasets.Dataset":
+    """The dataset that the flags name, image column undecoded, cut to `--max_train_samples` for the train split.
+
+    Raises:
+        ValueError: nothing there, no such split, or no such image column (the message lists what was found).
+    """
+    import datasets
+
+    name = args.dataset_name or args.train_data_dir
+    flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
+    if args.train_data_dir and not Path(name).is_dir():
+        raise ValueError(f"{flag} {name}: no such folder. Give a folder of images.")
+    if Path(name).is_dir() and not any(path.is_file() for path in Path(name).rglob("*")):
+        raise ValueError(f"{flag} {name}: the folder is empty.")
+    try:
+        if args.dataset_name:
+            splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
+        else:
+            splits = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, drop_labels=True)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(f"{flag} {name} cannot be loaded as a dataset: {error}") from error
+    if split not in splits:
+        hint = "--validation_split" if split != "train" else flag
+        raise ValueError(f"{hint}: {name} has no split '{split}', only {', '.join(splits)}.")
+    rows = splits[split]
+    if args.image_column not in rows.column_names:
+        raise ValueError(
+            f"--image_column {args.image_column}: {name} has no such column, only {', '.join(rows.column_names)}."
+        )
+    if len(rows) == 0:
+        raise ValueError(f"{flag} {name}: split '{split}' has no rows.")
+    if split == "train" and args.max_train_samples:
+        rows = rows.select(range(min(args.max_train_samples, len(rows))))
+    return rows.cast_column(args.image_column, datasets.Image(decode=False))
+
+
+def fingerprint(rows: "datasets.Dataset") -> str:
+    """A short hash of a dataset's size, columns and 32 of its rows: the same for the same data wherever it lies."""
+    digest = hashlib.sha256(f"{len(rows)} {sorted(rows.column_names)}".encode())
+    for row in np.linspace(0, len(rows) - 1, num=min(32, len(rows)), dtype=int):
+        for column, value in sorted(rows[int(row)].items()):
+            content = (value["bytes"] or Path(value["path"]).read_bytes()) if isinstance(value, dict) else value
+            digest.update(f"{column}={content!r}".encode())
+    return digest.hexdigest()[:16]
+
+
+class ImageTransform:
+    """A row to a uint8 image (C, resolution, resolution), in two halves: `decode` is the same every epoch and may be
+    kept, `augment` depends on the random bits it is handed."""
+
+    def __init__(self, image_column: str, channels: int, resolution: int, center_crop: bool, random_flip: bool):
+        self.image_column = image_column
+        self.mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+        self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
+
+    def decode(self, row: dict) -> torch.Tensor:
+        """Uint8 (C, H, W) with the shorter side at `resolution`.
+
+        Raises:
+            OSError: the bytes are not an image.
+        """
+        stored = row[self.image_column]
+        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
+            image = image.convert(self.mode)
+        if min(image.size) != self.resolution:
+            scale = self.resolution / min(image.size)
+            size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
+            image = image.resize(size, Image.Resampling.BILINEAR)  # Pillow's bilinear filter antialiases
+        array = np.array(image, dtype=np.uint8)
+        return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+    def augment(self, image: torch.Tensor, bits: int) -> torch.Tensor:
+        """Crop (C, H, W) to a square and perhaps flip it. `bits` are 64 random ones: the lowest decides the flip, two
+        fields of 24 the crop."""
+        spare_y, spare_x = (side - self.resolution for side in image.shape[-2:])
+        if spare_y or spare_x:
+            across_y, across_x = ((bits >> shift & 0xFFFFFF) / 2**24 for shift in (8, 32))
+            top = spare_y // 2 if self.center_crop else int(across_y * (spare_y + 1))
+            left = spare_x // 2 if self.center_crop else int(across_x * (spare_x + 1))
+            image = image[:, top : top + self.resolution, left : left + self.resolution]
+        return image.flip(-1) if self.random_flip and bits & 1 else image
+
+
+class ImageRows(Dataset):
+    """Rows to batches. Indexed by lists of (epoch, row), which is what `StreamSampler` yields."""
+
+    def __init__(self, rows: "datasets.Dataset", transform: ImageTransform, seed: int, *, quiet: bool = False):
+        self.rows, self.transform, self.seed = rows, transform, seed
+        self.held = None
+        channels = len(transform.mode)
+        if len(rows) * channels * transform.resolution**2 <= HOLD_IN_MEMORY_BYTES:
+            progress = tqdm(range(len(rows)), desc="decoding images", unit="image", disable=quiet, leave=False)
+            self.held = [self.decode(row) for row in progress]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def decode(self, row: int) -> torch.Tensor:
+        """Uint8 (C, H, W) of one row.
+
+        Raises:
+            ValueError: the row is not an image that Pillow reads; named by row and, where it has one, path.
+        """
+        stored = self.rows[row]
+        try:
+            return self.transform.decode(stored)
+        except OSError as error:
+            path = stored[self.transform.image_column].get("path") or "stored in the dataset"
+            raise ValueError(f"row {row} ({path}) cannot be decoded as an image: {error}") from error
+
+    def __getitems__(self, positions: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """A batch: `pixels` uint8 (B, C, R, R), `row` int64 (B,)."""
+        epochs, rows = np.array(positions).T
+        bits = counter_hash(self.seed, epochs, rows)
+        images = [
+            self.transform.augment(self.held[row] if self.held else self.decode(row), int(random_bits))
+            for row, random_bits in zip(rows.tolist(), bits, strict=True)
+        ]
+        return {"pixels": torch.stack(images), "row": torch.from_numpy(rows)}
+
+
+class StreamSampler(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, row) for the micro-steps `first` to `last` (exclusive) of one rank."""
+
+    def __init__(self, num_rows, batch_size, seed, *, rank=0, world_size=1, first=0, last=2**62):
+        self.num_rows, self.batch_size, self.seed = num_rows, batch_size, seed
+        self.rank, self.world_size, self.first, self.last = rank, world_size, first, last
+
+    def __len__(self) -> int:
+        return self.last - self.first
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        orders: dict[int, np.ndarray] = {}
+        for micro_step in range(self.first, self.last):
+            start = (micro_step * self.world_size + self.rank) * self.batch_size
+            places = [divmod(start + offset, self.num_rows) for offset in range(self.batch_size)]
+            wanted = range(places[0][0], places[-1][0] + 1)
+            orders = {epoch: orders.get(epoch) for epoch in wanted}
+            for epoch in wanted:
+                if orders[epoch] is None:
+                    orders[epoch] = shuffled(self.seed, epoch, self.num_rows)
+            yield [(epoch, int(orders[epoch][place])) for epoch, place in places]
+
+
+def as_is(batch):
+    """`ImageRows` collates; a named function because workers must pickle it."""
+    return batch
+
+
+def sample_batch(dataset: ImageRows, batch_size: int, seed: int) -> dict[str, torch.Tensor]:
+    """One batch of random rows, the same on every process."""
+    order = shuffled(seed, 0, len(dataset))[:batch_size]
+    return dataset.__getitems__([(0, int(row)) for row in order])
+
+
+def training_batches(
+    dataset: ImageRows, args, accelerator, *, first: int, last: int
+) -> Iterator[tuple[dict[str, torch.Tensor], StepRandom]]:
+    """(batch on the device, its randomness) for the micro-steps `first` to `last` (exclusive) of this process."""
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    sampler = StreamSampler(
+        len(dataset),
+        args.train_batch_size,
+        args.seed,
+        rank=rank,
+        world_size=world_size,
+        first=first,
+        last=last,
+    )
+    cuda = accelerator.device.type == "cuda"
+    workers = min(args.dataloader_num_workers, os.cpu_count() or 1)
+    loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=as_is, pin_memory=cuda)
+    for micro_step, batch in enumerate(loader, start=first):
+        batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
+        yield (
+            batch,
+            StepRandom(args.seed, micro_step, rank=rank, world_size=world_size, device=accelerator.device),
+        )

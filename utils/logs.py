@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says: its plan, the progress bar, `log.jsonl` and the trackers.
+
+Loss terms stay on the device and are read together, every `--logging_steps` and before each checkpoint.
+"""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+QUARTERS = 4  # of the schedule: where on it the student fails
+
+
+def error_per_sample(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample: (B, C, *S) twice -> (B,), detached."""
+    return (prediction.detach() - target.detach()).square().flatten(1).mean(dim=1)
+
+
+class RunLog:
+    """Averages of every term between two logs."""
+
+    def __init__(self, args, accelerator: Accelerator, num_train_timesteps: int):
+        self.args, self.accelerator = args, accelerator
+        self.num_train_timesteps = num_train_timesteps
+        self.path = Path(args.output_dir) / "log.jsonl"
+        self.names: list[str] = []
+        self.pending: list[tuple[int, torch.Tensor]] = []  # (step, terms of one micro-step), on the device
+        self.pending_norms: list[torch.Tensor] = []
+        self.rows: list[list[float]] = []  # the same, read
+        self.norms: list[float] = []
+        self.progress = None
+
+    def start(self, step: int) -> None:
+        """Show the progress bar from `step` on and start the clock."""
+        self.progress = tqdm(
+            total=self.args.max_train_steps,
+            initial=step,
+            desc="steps",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        self.last_time, self.last_step = time.perf_counter(), step
+
+    def add(self, step: int, terms: dict[str, torch.Tensor], timestep: torch.Tensor, error: torch.Tensor) -> None:
+        """Keep one micro-step: scalar `terms`, and the error per sample (B,) sorted into quarters of the schedule."""
+        self.names = list(terms)
+        quarter = timestep * QUARTERS // self.num_train_timesteps
+        by_quarter = error.new_zeros(2, QUARTERS)
+        by_quarter[0].index_add_(0, quarter, error)
+        by_quarter[1].index_add_(0, quarter, torch.ones_like(error))
+        self.pending.append((step, torch.cat([torch.stack(list(terms.values())).detach(), by_quarter.flatten()])))
+
+    def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        """Keep the gradient norm of optimizer step `step`, move the bar, and log when it is time."""
+        self.pending_norms.append(grad_norm)
+        self.progress.update()
+        if step % self.args.logging_steps == 0 or step == self.args.max_train_steps:
+            self._report(step, learning_rate)
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time spent inside does not count for images per second."""
+        start = time.perf_counter()
+        yield
+        self.last_time += time.perf_counter() - start
+
+    def state(self) -> dict:
+        """What has been added since the last log, for a checkpoint."""
+        self._read()
+        return {"names": self.names, "rows": self.rows, "norms": self.norms}
+
+    def load_state(self, state: dict, step: int) -> None:
+        """Go on from a checkpoint of `step`; later lines of `log.jsonl` are dropped, for they will come again."""
+        self.names, self.rows, self.norms = state["names"], state["rows"], state["norms"]
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            self.path.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+
+    def _read(self) -> None:
+        """Bring the pending terms to the host: the one synchronisation of a logging interval.
+
+        Raises:
+            FloatingPointError: a term is not finite; names the first bad step and all its terms.
+        """
+        if not self.pending:
+            return
+        rows = torch.stack([row for _, row in self.pending])
+        norms = (
+            torch.stack([norm.to(rows) for norm in self.pending_norms]) if self.pending_norms else rows.new_zeros(0)
+        )
+        rows = self.accelerator.reduce(rows, "mean")
+        rows, norms = rows.tolist(), norms.tolist()
+        for (step, _), row in zip(self.pending, rows, strict=True):
+            if not all(map(math.isfinite, row)):
+                terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.names, row, strict=False))
+                raise FloatingPointError(f"The loss is not finite since step {step}: {terms}.")
+        self.rows += rows
+        self.norms += norms
+        self.pending, self.pending_norms = [], []
+
+    def _report(self, step: int, learning_rate: float) -> None:
+        self._read()
+        now = time.perf_counter()
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        speed = (step - self.last_step) * batch / (now - self.last_time)
+        self.last_time, self.last_step = now, step
+        means = [math.fsum(column) / len(self.rows) for column in zip(*self.rows, strict=True)]
+        values = dict(zip(self.names, means, strict=False))
+        values |= {"grad_norm": math.fsum(self.norms) / max(1, len(self.norms)), "learning_rate": learning_rate}
+        sums, counts = means[len(self.names) :][:QUARTERS], means[len(self.names) :][QUARTERS:]
+        for quarter, (total, count) in enumerate(zip(sums, counts, strict=True), start=1):
+            values[f"error_quarter_{quarter}"] = total / count if count else math.nan
+        self.rows, self.norms = [], []
+        self.write(step, values)
+        self.accelerator.log({"images_per_second": speed}, step=step)
+        shown = {name: f"{values[name]:.3g}" for name in ("loss", "coarse", "fine", "w") if name in values}
+        self.progress.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """To `log.jsonl` and the trackers. Values that depend on the clock go to the trackers alone, so that two equal
+        runs have equal files."""
+        if values and self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(values, step=step)
+
+
+def plan(args, accelerator: Accelerator, num_rows: int, sizes: str) -> str:
+    """What is about to happen, in a few lines, to be read before hours are spent."""
+    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    images = batch * args.max_train_steps
+    return "\n".join(
+        [
+            sizes,
+            "",
+            f"devices      {accelerator.num_processes} x {accelerator.device.type}, mixed precision "
+            f"{accelerator.mixed_precision}",
+            f"batch        {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
+            f"{accelerator.num_processes} processes = {batch}",
+            f"data         {num_rows:,} images; {args.max_train_steps:,} steps see {images:,}, "
+            f"{images / num_rows:.1f} epochs",
+            f"checkpoints  {args.output_dir}/checkpoints, every {args.checkpointing_steps:,} steps, the newest "
+            f"{args.checkpoints_total_limit} kept",
+            f"student      {args.output_dir}, a diffusers pipeline",
+        ]
+    )
+
+
+def summary(args, log: RunLog, validation) -> str:
+    """What was made, where, how good it is, and what to run next."""
+    folder = Path(args.output_dir)
+    lines = [f"Saved: {folder}, a stock diffusers pipeline; samples: {folder / 'samples.png'}; log: {log.path}"]
+    if validation.distances:
+        lines.append(f"Frechet distance to real images, {args.validation_num_samples:,} samples:")
+        lines += [f"  {who:<26}{distance:10.2f}" for who, distance in validation.distances.items()]
+        distance, step = validation.best
+        lines.append(f"Best at step {step:,} with {distance:.2f}, kept in {folder / 'best'}")
+    lines.append(
+        'Next: python -c "from diffusers import DiffusionPipeline as P; '
+        f"P.from_pretrained('{folder}')().images[0].save('sample.png')\""
+    )
+    return "\n".join(lines)

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags that make a step faster or smaller and leave what it computes alone."""
+
+from collections.abc import Iterable
+
+import torch
+from accelerate.logging import get_logger
+from torch import nn
+
+logger = get_logger(__name__)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+
+
+def apply_speed_flags(args, student: nn.Module, teacher: nn.Module | None) -> None:
+    """TF32, gradient checkpointing of the student, xformers attention where it works."""
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            for model in filter(None, (student, teacher)):
+                model.enable_xformers_memory_efficient_attention()
+        except (ValueError, ModuleNotFoundError) as error:  # on the CPU, and where it is not installed
+            logger.warning(f"--enable_xformers_memory_efficient_attention: PyTorch's attention stays. {error}")
+
+
+def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW or Adam, fused into few kernels, or in 8 bits.
+
+    Raises:
+        ValueError: `--use_8bit_adam` without bitsandbytes.
+    """
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
+        eight_bit = {"adamw": bitsandbytes.optim.AdamW8bit, "adam": bitsandbytes.optim.Adam8bit}
+        return eight_bit[args.optimizer](parameters, **settings)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer](parameters, fused=True, **settings)

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Samples while training: a grid of teacher and student from the same noise, and a feature distance to real images."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import nn
+from tqdm.auto import tqdm
+
+from utils.data import ImageRows, load_rows
+from utils.export import save_pipeline
+from utils.metrics import FeatureExtractor, FeatureStatistics, frechet_distance
+from utils.randomness import seed_from
+
+VALIDATION_STREAM = 2**32  # a counter that no micro-step reaches: validation noise is no training noise
+
+
+class Validation:
+    """Draws the grids and keeps the distances; does its work on the main process only."""
+
+    def __init__(self, args, accelerator: Accelerator, backbone):
+        self.args, self.accelerator, self.backbone = args, accelerator, backbone
+        self.folder = Path(args.output_dir)
+        self.distances: dict[str, float] = {}  # who -> Frechet distance; students by step
+        self.best: tuple[float, int] | None = None
+        self.teacher_images: torch.Tensor | None = None
+        self.extractor = self.reference = None
+        if args.validation_feature_extractor and accelerator.is_main_process:
+            self.extractor = FeatureExtractor(args.validation_feature_extractor, device=accelerator.device)
+            self.reference = self._statistics(self._real_images())
+
+    def measure_references(self, student: nn.Module) -> None:
+        """Distances of what a distilled student's is to be read against: noise, the student untrained, the teacher."""
+        if self.extractor is None:
+            return
+        self.distances["noise"] = self._distance(self._noise_images())
+        self.distances["student before training"] = self._distance(self._sampled(student))
+        if self.backbone.teacher is not None:
+            self.distances["teacher"] = self._distance(self._sampled(self.backbone.teacher))
+
+    def run(self, student: nn.Module, step: int) -> dict[str, float]:
+        """Grid and distance of `student` (with the weights it has: swap in the average before); values to log."""
+        if not self.accelerator.is_main_process:
+            return {}
+        training = student.training
+        student.eval()
+        self._grid(student, step)
+        values = {}
+        if self.extractor is not None:
+            distance = self._distance(self._sampled(student))
+            self.distances["student"] = values["frechet_distance"] = distance
+            if self.best is None or distance < self.best[0]:
+                self.best = (distance, step)
+                save_pipeline(self.backbone.pipeline(student), self.folder / "best")
+                (self.folder / "best" / "distance.json").write_text(
+                    json.dumps({"step": step, "frechet_distance": distance})
+                )
+        student.train(training)
+        return values
+
+    def state(self) -> dict:
+        """What a resumed run must know."""
+        return {"distances": self.distances, "best": self.best}
+
+    def load_state(self, state: dict, step: int) -> None:
+        """Go on from `state`."""
+        self.distances = state["distances"]
+        self.best = tuple(state["best"]) if state["best"] else None
+
+    def _seeds(self, first: int, count: int) -> list[int]:
+        return [seed_from(self.args.seed, VALIDATION_STREAM, first + i) for i in range(count)]
+
+    def _grid(self, student: nn.Module, step: int) -> None:
+        """Upper row(s) teacher, lower row(s) student, column by column from the same noise."""
+        args, seeds = self.args, self._seeds(0, self.args.validation_images)
+        rows = [self.backbone.sample(student, seeds, args.validation_num_inference_steps)]
+        if self.backbone.teacher is not None:
+            if self.teacher_images is None:
+                steps = args.validation_num_inference_steps
+                self.teacher_images = self.backbone.sample(self.backbone.teacher, seeds, steps)
+            rows.insert(0, self.teacher_images)
+        grid = image_grid(rows)
+        grid.save(self.folder / "samples.png")
+        (self.folder / "samples").mkdir(exist_ok=True)
+        grid.save(self.folder / "samples" / f"step-{step:07d}.png")
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": np.asarray(grid.convert("RGB"))[None]}, step=step, **layout)
+
+    def _distance(self, batches: Iterator[torch.Tensor]) -> float:
+        statistics = self._statistics(batches)
+        return frechet_distance(self.reference.mean, self.reference.cov, statistics.mean, statistics.cov)
+
+    def _statistics(self, batches: Iterator[torch.Tensor]) -> FeatureStatistics:
+        statistics = FeatureStatistics()
+        for images in batches:
+            statistics.update(self.extractor(images.to(self.accelerator.device)))
+        return statistics
+
+    def _batches(self, description: str, count: int) -> Iterator[tuple[int, int]]:
+        """(first index, size) of blocks; fixed blocks, as a sample's last bits depend on the batch it is in."""
+        size = self.args.validation_batch_size
+        firsts = range(0, count, size)
+        for first in tqdm(firsts, desc=description, leave=False, disable=not self.accelerator.is_local_main_process):
+            yield first, min(size, count - first)
+
+    def _sampled(self, denoiser: nn.Module) -> Iterator[torch.Tensor]:
+        steps = self.args.validation_num_inference_steps
+        for first, size in self._batches("sampling", self.args.validation_num_samples):
+            yield self.backbone.sample(denoiser, self._seeds(first, size), steps)
+
+    def _noise_images(self) -> Iterator[torch.Tensor]:
+        shape = self.backbone.example()["x_t"].shape[1:]
+        for first, size in self._batches("noise", self.args.validation_num_samples):
+            noise = torch.randn((size, *shape), generator=torch.Generator().manual_seed(self._seeds(first, 1)[0]))
+            yield ((noise.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+
+    def _real_images(self) -> Iterator[torch.Tensor]:
+        rows = ImageRows(load_rows(self.args, self.args.validation_split), self.backbone.transform(self.args), seed=0)
+        for first, size in self._batches("real images", len(rows)):
+            yield rows.__getitems__([(0, row) for row in range(first, first + size)])["pixels"]
+
+
+@contextlib.contextmanager
+def averaged_weights(ema, model: nn.Module):
+    """`model` holds the EMA weights inside the context; without an EMA, its own."""
+    if ema is None:
+        yield model
+        return
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    try:
+        yield model
+    finally:
+        ema.restore(model.parameters())
+
+
+def image_grid(rows: list[torch.Tensor], columns: int = 8, least_side: int = 64) -> Image.Image:
+    """Pictures side by side: each of `rows` is uint8 (B, C, H, W), cut into lines of `columns`; line by line the rows
+    stand below each other. Small images are enlarged without smoothing to `least_side` pixels."""
+    columns = min(columns, rows[0].shape[0])
+    scale = max(1, -(-least_side // rows[0].shape[-1]))
+    lines = []
+    for first in range(0, rows[0].shape[0] // columns * columns, columns):
+        for images in rows:
+            line = images[first : first + columns].repeat_interleave(scale, -1).repeat_interleave(scale, -2)
+            lines.append(torch.cat(list(nn.functional.pad(line, (2, 2, 2, 2), value=255)), dim=-1))
+        lines.append(torch.full_like(lines[-1][:, :8], 255))  # a gap between the sets of lines
+    picture = torch.cat(lines[:-1], dim=-2).permute(1, 2, 0).numpy()
+    return Image.fromarray(picture[..., 0] if picture.shape[-1] == 1 else picture)
