@@ -24,10 +24,10 @@ from utils.checkpoint import Checkpoints, StopSignal, prepare_output_dir
 from utils.data import ImageRows, fingerprint, load_rows, sample_batch, training_batches
 from utils.export import export_student, save_arguments
 from utils.features import feature_loss, tap_pair
-from utils.logs import RunLog, error_per_sample, plan, summary
+from utils.logs import RunLog, error_per_sample, plan, summary, tracker_names
 from utils.losses import fine_weight, lift_loss, output_loss
 from utils.speed import DTYPES, apply_speed_flags, make_optimizer
-from utils.validation import Validation, averaged_weights
+from utils.validation import Validation, evaluated
 
 
 def add_method_arguments(group) -> None:
@@ -54,14 +54,13 @@ def method_name(args) -> str:
     return " + ".join(parts + ["feature distillation"] * (args.lambda_kd_feat > 0))
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Train, validate, save: in the order of the lines."""
-    args = parse_args(__doc__, add_method_arguments)
-    stop = StopSignal()
+    args = parse_args(__doc__, add_method_arguments, argv)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to.split(","),
+        log_with=tracker_names(args.report_to),
         project_dir=args.output_dir,
     )
 
@@ -110,12 +109,14 @@ def main() -> None:
     if accelerator.is_main_process:
         save_arguments(args, __file__, data_fingerprint)
     if step == 0:
-        validation.measure_references(denoiser)
+        with evaluated(denoiser, ema):
+            validation.measure_references(denoiser)
     micro_steps = args.gradient_accumulation_steps
     batches = training_batches(
         dataset, args, accelerator, first=step * micro_steps, last=args.max_train_steps * micro_steps
     )
 
+    stop = StopSignal()
     log.start(step)
     for batch, rng in batches:
         with accelerator.accumulate(student):
@@ -160,7 +161,7 @@ def main() -> None:
             ema.step(denoiser.parameters())
         log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0])
         if step % args.validation_steps == 0 or step == args.max_train_steps:
-            with log.paused(), averaged_weights(ema, denoiser):
+            with log.paused(), evaluated(denoiser, ema):
                 log.write(step, validation.run(denoiser, step))
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             with log.paused():
@@ -169,7 +170,7 @@ def main() -> None:
 
     # Export
     if accelerator.is_main_process:
-        with averaged_weights(ema, denoiser):
+        with evaluated(denoiser, ema):
             export_student(
                 args, backbone, denoiser, method=method_name(args), sizes=sizes, distances=validation.distances
             )

@@ -72,8 +72,8 @@ def test_frechet_of_2x2_covariances_that_do_not_commute():
 def test_frechet_agrees_with_the_matrix_square_root_and_is_symmetric():
     linalg = pytest.importorskip("scipy.linalg")
     rng = np.random.default_rng(3)
-    mean1, cov1, mean2, cov2 = rng.normal(size=32), random_covariance(rng, 32), rng.normal(size=32), None
-    cov2 = random_covariance(rng, 32)
+    mean1, cov1 = rng.normal(size=32), random_covariance(rng, 32)
+    mean2, cov2 = rng.normal(size=32), random_covariance(rng, 32)
     root = linalg.sqrtm(cov1 @ cov2)
     expected = ((mean1 - mean2) ** 2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * np.trace(root).real
     assert frechet_distance(mean1, cov1, mean2, cov2) == pytest.approx(expected, abs=1e-8)
@@ -108,7 +108,7 @@ def streamed(features: np.ndarray, sizes: list[int]) -> FeatureStatistics:
     return statistics
 
 
-@pytest.mark.parametrize("offset, tolerance", [(0.0, 1e-13), (1e6, 1e-9)])
+@pytest.mark.parametrize("offset, tolerance", [(0.0, 1e-12), (1e6, 1e-8)])
 @pytest.mark.parametrize("sizes", [[100], [1] * 100, [1, 40, 0, 7, 52], [0, 99, 1]])
 def test_statistics_equal_numpy_for_uneven_batches(offset, tolerance, sizes):
     rng = np.random.default_rng(5)
@@ -117,7 +117,7 @@ def test_statistics_equal_numpy_for_uneven_batches(offset, tolerance, sizes):
     assert statistics.count == 100
     np.testing.assert_allclose(statistics.mean, spread.mean(axis=0) + offset, rtol=1e-14, atol=1e-13)
     # With the offset the features themselves are rounded to 1e-10; sums of squares would be off by 1e-3.
-    np.testing.assert_allclose(statistics.cov, np.cov(spread, rowvar=False), rtol=0, atol=tolerance * 100)
+    np.testing.assert_allclose(statistics.cov, np.cov(spread, rowvar=False), rtol=0, atol=tolerance)
 
 
 def test_statistics_accept_tensors_and_accumulate_in_float64():
@@ -146,7 +146,7 @@ def test_statistics_refuse_what_they_cannot_use():
     statistics = FeatureStatistics()
     with pytest.raises(ValueError, match="no mean"):
         statistics.mean
-    with pytest.raises(ValueError, match="2-?D|B, D"):
+    with pytest.raises(ValueError, match=r"\(B, D\)"):
         statistics.update(np.zeros(3))
     statistics.update(np.zeros((1, 3)))
     with pytest.raises(ValueError, match="at least 2 samples"):
@@ -370,7 +370,7 @@ def test_bundled_data_are_16x16_grayscale_with_names(bundled):
     assert "Copyright (c) 2017 Zalando SE" in (ASSETS / "fashion_mnist_16" / "LICENSE").read_text()
 
 
-def test_bundled_splits_share_no_image_of_any_detail(bundled):
+def test_bundled_splits_share_almost_no_image(bundled):
     train, test = ({np.asarray(image).tobytes() for image in rows["image"]} for rows in bundled.values())
     assert len(train) > 9_900 and len(test) > 9_900
     assert len(train & test) < 10

@@ -150,8 +150,8 @@ def _loss(parser: argparse.ArgumentParser) -> None:
         "--weighting",
         choices=["adaptive", "constant", "linear", "cosine"],
         default="adaptive",
-        help="weight w of the fine term: adaptive is 1 - min(1, coarse), the paper's; constant is 1; linear and cosine "
-        "rise from 0 to 1 over the run",
+        help="weight w of the fine term: adaptive is 1 - min(1, coarse), the paper's; constant is 1; linear and "
+        "cosine rise from 0 to 1 over the run",
     )
     group.add_argument(
         "--snr_gamma", type=float, help="min-SNR weighting of the diffusion loss alone; 5 is usual, default: off"
@@ -212,7 +212,7 @@ def _speed_and_memory(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--enable_xformers_memory_efficient_attention",
         action="store_true",
-        help="xformers attention in teacher and student; where it is absent or refuses, PyTorch's stays, with a warning",
+        help="xformers attention in teacher and student; where it is absent or refuses, PyTorch's stays (warned of)",
     )
 
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: written beside and renamed, rotated, resumed exactly.
 
-A checkpoint is a folder of safetensors and one JSON file, no pickle. It is complete if and only if it carries its final
-name; `state.json` holds the SHA-256 of every other file. With `utils.randomness` it is all there is to a run's state.
+A checkpoint is a folder of safetensors and one JSON file, no pickle. It is complete if it carries its final name;
+`state.json` holds the SHA-256 of every other file. With `utils.randomness` it is all there is to a run's state.
 """
 
 import hashlib
@@ -98,6 +98,7 @@ class Checkpoints:
             for old in sorted(self.folder.glob("step-*"))[: -self.args.checkpoints_total_limit]:
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
+        self.records["log"].last_checkpoint = final
         return final
 
     def resume(self) -> int:
@@ -129,6 +130,7 @@ class Checkpoints:
             self.ema.to(self.accelerator.device)
         for name, record in self.records.items():
             record.load_state(state["records"][name], state["step"])
+        self.records["log"].last_checkpoint = path
         return state["step"]
 
     def _read_state(self, path: Path) -> dict:

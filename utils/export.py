@@ -50,15 +50,11 @@ def model_card(args, backbone, *, method: str, sizes: str, distances: dict[str, 
     """The card of a student, in the Hub's form."""
     teacher, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
     pipeline_class = backbone.pipeline_class.__name__
-    front = ["library_name: diffusers", "pipeline_tag: unconditional-image-generation"]
     tags = ["diffusers", "distillation", "lift-place"] if teacher else ["diffusers"]
     made = f"Distilled from `{teacher}` with {method}" if teacher else "Trained from scratch"
+    front = ["library_name: diffusers", "pipeline_tag: unconditional-image-generation", "tags:"]
     parts = [
-        "---",
-        *front,
-        "tags:",
-        *(f"- {tag}" for tag in tags),
-        "---",
+        "\n".join(["---", *front, *(f"- {tag}" for tag in tags), "---"]),
         f"# {Path(args.output_dir).name}",
         f"{made} on `{data}`: {args.max_train_steps:,} steps of {args.train_batch_size} images a process.",
         "![samples](samples.png)",
@@ -80,4 +76,4 @@ def model_card(args, backbone, *, method: str, sizes: str, distances: dict[str, 
             "Method: H. Han, S. Yeo, J. Yoo, LIFT and PLACE: A Simple, Stable, and Effective Knowledge Distillation "
             "Framework for Lightweight Diffusion Models, CVPR 2026, arXiv 2605.19729. All arguments: `args.json`."
         )
-    return "\n\n".join(part for part in parts if part).replace("---\n\nlibrary", "---\nlibrary") + "\n"
+    return "\n\n".join(part for part in parts if part) + "\n"

@@ -7,11 +7,14 @@ Loss terms stay on the device and are read together, every `--logging_steps` and
 import contextlib
 import json
 import math
+import resource
+import sys
 import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from tqdm.auto import tqdm
 
 QUARTERS = 4  # of the schedule: where on it the student fails
@@ -20,6 +23,25 @@ QUARTERS = 4  # of the schedule: where on it the student fails
 def error_per_sample(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample: (B, C, *S) twice -> (B,), detached."""
     return (prediction.detach() - target.detach()).square().flatten(1).mean(dim=1)
+
+
+def tracker_names(report_to: str) -> list[str] | None:
+    """`--report_to` as a list of accelerate's trackers.
+
+    Raises:
+        ValueError: a tracker that accelerate does not know, or whose package is not installed.
+    """
+    if report_to == "none":
+        return None
+    names = report_to.split(",")
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            raise ValueError(
+                f"--report_to {name}: not a tracker that is installed. Installed are {', '.join(installed)}; `none` "
+                "reports nowhere but to log.jsonl."
+            )
+    return names
 
 
 class RunLog:
@@ -35,6 +57,8 @@ class RunLog:
         self.rows: list[list[float]] = []  # the same, read
         self.norms: list[float] = []
         self.progress = None
+        self.learning_rate = args.learning_rate
+        self.last_checkpoint: Path | None = None
 
     def start(self, step: int) -> None:
         """Show the progress bar from `step` on and start the clock."""
@@ -45,6 +69,7 @@ class RunLog:
             disable=not self.accelerator.is_local_main_process,
         )
         self.last_time, self.last_step = time.perf_counter(), step
+        self.images, self.seconds = 0, 0.0
 
     def add(self, step: int, terms: dict[str, torch.Tensor], timestep: torch.Tensor, error: torch.Tensor) -> None:
         """Keep one micro-step: scalar `terms`, and the error per sample (B,) sorted into quarters of the schedule."""
@@ -58,9 +83,10 @@ class RunLog:
     def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float) -> None:
         """Keep the gradient norm of optimizer step `step`, move the bar, and log when it is time."""
         self.pending_norms.append(grad_norm)
+        self.learning_rate = learning_rate
         self.progress.update()
         if step % self.args.logging_steps == 0 or step == self.args.max_train_steps:
-            self._report(step, learning_rate)
+            self._report(step)
 
     @contextlib.contextmanager
     def paused(self):
@@ -98,28 +124,32 @@ class RunLog:
         for (step, _), row in zip(self.pending, rows, strict=True):
             if not all(map(math.isfinite, row)):
                 terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.names, row, strict=False))
-                raise FloatingPointError(f"The loss is not finite since step {step}: {terms}.")
+                raise FloatingPointError(
+                    f"The loss is not finite since step {step}: {terms}; learning rate {self.learning_rate:.3g}. The "
+                    f"last good checkpoint is {self.last_checkpoint or 'none'}."
+                )
         self.rows += rows
         self.norms += norms
         self.pending, self.pending_norms = [], []
 
-    def _report(self, step: int, learning_rate: float) -> None:
+    def _report(self, step: int) -> None:
         self._read()
         now = time.perf_counter()
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
-        speed = (step - self.last_step) * batch / (now - self.last_time)
+        images, seconds = (step - self.last_step) * batch, now - self.last_time
+        self.images, self.seconds = self.images + images, self.seconds + seconds
         self.last_time, self.last_step = now, step
         means = [math.fsum(column) / len(self.rows) for column in zip(*self.rows, strict=True)]
         values = dict(zip(self.names, means, strict=False))
-        values |= {"grad_norm": math.fsum(self.norms) / max(1, len(self.norms)), "learning_rate": learning_rate}
+        values |= {"grad_norm": math.fsum(self.norms) / max(1, len(self.norms)), "learning_rate": self.learning_rate}
         sums, counts = means[len(self.names) :][:QUARTERS], means[len(self.names) :][QUARTERS:]
         for quarter, (total, count) in enumerate(zip(sums, counts, strict=True), start=1):
             values[f"error_quarter_{quarter}"] = total / count if count else math.nan
         self.rows, self.norms = [], []
         self.write(step, values)
-        self.accelerator.log({"images_per_second": speed}, step=step)
+        self.accelerator.log({"images_per_second": images / seconds}, step=step)
         shown = {name: f"{values[name]:.3g}" for name in ("loss", "coarse", "fine", "w") if name in values}
-        self.progress.set_postfix({**shown, "images/s": f"{speed:.0f}"}, refresh=False)
+        self.progress.set_postfix({**shown, "images/s": f"{images / seconds:.0f}"}, refresh=False)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """To `log.jsonl` and the trackers. Values that depend on the clock go to the trackers alone, so that two equal
@@ -151,6 +181,13 @@ def plan(args, accelerator: Accelerator, num_rows: int, sizes: str) -> str:
     )
 
 
+def _peak_memory(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return f"{kilobytes / 2 ** (30 if sys.platform == 'darwin' else 20):.2f} GiB"
+
+
 def summary(args, log: RunLog, validation) -> str:
     """What was made, where, how good it is, and what to run next."""
     folder = Path(args.output_dir)
@@ -158,8 +195,13 @@ def summary(args, log: RunLog, validation) -> str:
     if validation.distances:
         lines.append(f"Frechet distance to real images, {args.validation_num_samples:,} samples:")
         lines += [f"  {who:<26}{distance:10.2f}" for who, distance in validation.distances.items()]
+    if validation.best:
         distance, step = validation.best
         lines.append(f"Best at step {step:,} with {distance:.2f}, kept in {folder / 'best'}")
+    if log.seconds:
+        lines.append(
+            f"{log.images / log.seconds:.0f} images/s in training, peak memory {_peak_memory(log.accelerator)}"
+        )
     lines.append(
         'Next: python -c "from diffusers import DiffusionPipeline as P; '
         f"P.from_pretrained('{folder}')().images[0].save('sample.png')\""

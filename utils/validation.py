@@ -45,11 +45,9 @@ class Validation:
             self.distances["teacher"] = self._distance(self._sampled(self.backbone.teacher))
 
     def run(self, student: nn.Module, step: int) -> dict[str, float]:
-        """Grid and distance of `student` (with the weights it has: swap in the average before); values to log."""
+        """Grid and distance of `student`, as it is inside `evaluated`; values to log."""
         if not self.accelerator.is_main_process:
             return {}
-        training = student.training
-        student.eval()
         self._grid(student, step)
         values = {}
         if self.extractor is not None:
@@ -61,7 +59,6 @@ class Validation:
                 (self.folder / "best" / "distance.json").write_text(
                     json.dumps({"step": step, "frechet_distance": distance})
                 )
-        student.train(training)
         return values
 
     def state(self) -> dict:
@@ -114,7 +111,8 @@ class Validation:
     def _sampled(self, denoiser: nn.Module) -> Iterator[torch.Tensor]:
         steps = self.args.validation_num_inference_steps
         for first, size in self._batches("sampling", self.args.validation_num_samples):
-            yield self.backbone.sample(denoiser, self._seeds(first, size), steps)
+            with self.accelerator.autocast():
+                yield self.backbone.sample(denoiser, self._seeds(first, size), steps)
 
     def _noise_images(self) -> Iterator[torch.Tensor]:
         shape = self.backbone.example()["x_t"].shape[1:]
@@ -129,17 +127,18 @@ class Validation:
 
 
 @contextlib.contextmanager
-def averaged_weights(ema, model: nn.Module):
-    """`model` holds the EMA weights inside the context; without an EMA, its own."""
-    if ema is None:
-        yield model
-        return
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
+def evaluated(model: nn.Module, ema):
+    """Inside, `model` is in eval mode and holds the EMA weights; without an EMA, its own."""
+    model.eval()
+    if ema is not None:
+        ema.store(model.parameters())
+        ema.copy_to(model.parameters())
     try:
         yield model
     finally:
-        ema.restore(model.parameters())
+        if ema is not None:
+            ema.restore(model.parameters())
+        model.train()
 
 
 def image_grid(rows: list[torch.Tensor], columns: int = 8, least_side: int = 64) -> Image.Image:

@@ -50,6 +50,6 @@ def _pipeline_class_name(name_or_path: str, revision: str | None) -> str:
     except (OSError, ValueError, KeyError) as error:
         where = "that folder has no model_index.json" if Path(name_or_path).is_dir() else "no such folder here"
         raise ValueError(
-            f"--pretrained_model_name_or_path {name_or_path}: {where}, and no diffusers pipeline of that name was found "
-            f"on the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
+            f"--pretrained_model_name_or_path {name_or_path}: {where}, and no diffusers pipeline of that name was "
+            f"found on the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
         ) from error

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.training_utils import compute_snr
 
 from utils.backbones import read_json_config
@@ -214,13 +215,28 @@ class DDPM:
     @torch.no_grad()
     def sample(self, denoiser: torch.nn.Module, seeds: Sequence[int], num_inference_steps: int) -> torch.Tensor:
         """DDIM samples (eta 0), uint8 (B, C, H, W) on the CPU; a sample depends on its seed and the model alone."""
-        pipeline = DDIMPipeline(unet=denoiser, scheduler=DDIMScheduler.from_config(self.scheduler.config))
+        pipeline = DDIMPipeline(unet=InFloat32(denoiser), scheduler=DDIMScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU: the same on any device
         images = pipeline(
             batch_size=len(generators), generator=generators, num_inference_steps=num_inference_steps, output_type="np"
         ).images
         return torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2).contiguous()
+
+
+class InFloat32(torch.nn.Module):
+    """A denoiser that takes and gives float32 whatever its weights are in, so that sampling starts from the same noise
+    for every dtype and the sampler's sums keep their precision."""
+
+    dtype = torch.float32
+
+    def __init__(self, denoiser: UNet2DModel):
+        super().__init__()
+        self.denoiser, self.config, self.device = denoiser, denoiser.config, denoiser.device
+
+    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor) -> UNet2DOutput:
+        """As the denoiser's own forward."""
+        return UNet2DOutput(self.denoiser(x_t.to(self.denoiser.dtype), timestep).sample.float())
 
 
 def _unet_config(name_or_path: str, flag: str, revision: str | None = None) -> dict:

@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tiny real models and data, built once a session, and a way to run the scripts on them."""
+
+import importlib
+import json
+import signal
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from utils.randomness import seed_from
+
+TINY_UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+    "norm_num_groups": 4,
+    "attention_head_dim": 8,
+}
+
+
+def build_unet(seed: int = 0, **changes) -> UNet2DModel:
+    """A random `UNet2DModel` of 0.15M parameters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet2DModel(**{**TINY_UNET, **changes})
+
+
+def save_images(folder: Path, count: int = 24, side: int = 8, mode: str = "L", seed: int = 0) -> Path:
+    """`count` random images as parquet in the Hub's layout, splits train and test."""
+    generator = np.random.default_rng(seed)
+    shape = (count, side, side) if mode == "L" else (count, side, side, 3)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "test"):
+        pixels = generator.integers(0, 256, shape, dtype=np.uint8)
+        rows = {"image": list(pixels), "label": list(range(count))}
+        target = folder / "data" / f"{split}-00000-of-00001.parquet"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(target)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
+
+
+@pytest.fixture(scope="session")
+def teacher_dir(tmp_path_factory) -> str:
+    """A tiny DDPMPipeline, 8x8 grayscale."""
+    folder = tmp_path_factory.mktemp("teacher")
+    DDPMPipeline(build_unet(), DDPMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory) -> str:
+    """24 train and 24 test images, 8x8 grayscale."""
+    return str(save_images(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture
+def run(tmp_path, teacher_dir, data_dir):
+    """`run("train_place", "--flag", value, ...)` runs a script in this process and returns its output folder.
+
+    Teacher, data and small numbers are given; flags named in the call win.
+    """
+
+    def run_script(script: str, *flags, output: str = "student", defaults: bool = True) -> Path:
+        given = {
+            "--pretrained_model_name_or_path": teacher_dir,
+            "--dataset_name": data_dir,
+            "--max_train_steps": "4",
+            "--train_batch_size": "4",
+            "--logging_steps": "1",
+            "--validation_images": "2",
+            "--validation_num_inference_steps": "2",
+            "--report_to": "none",
+        }
+        flags = [str(flag) for flag in flags]
+        if not any(flag in flags for flag in ("--pruning_ratio", "--student_config", "--student_model_name_or_path")):
+            given["--pruning_ratio"] = "0.5"
+        argv = [word for pair in given.items() for word in pair] if defaults else []
+        argv += ["--output_dir", str(tmp_path / output), *flags]
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState._reset_state()
+        torch.manual_seed(seed_from(len(argv)))  # another ambient seed each time: nothing may depend on it
+        try:
+            importlib.import_module(script).main(argv)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return tmp_path / output
+
+    return run_script
+
+
+def read_log(folder: Path) -> list[dict]:
+    """The lines of a run's `log.jsonl`."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
