@@ -26,7 +26,7 @@ from utils.export import export_student, save_arguments
 from utils.features import feature_loss, tap_pair
 from utils.logs import RunLog, error_per_sample, plan, summary, tracker_names
 from utils.losses import fine_weight, lift_loss, output_loss
-from utils.speed import DTYPES, apply_speed_flags, make_optimizer
+from utils.speed import apply_speed_flags, make_optimizer
 from utils.validation import Validation, evaluated
 
 
@@ -77,9 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     denoiser, sizes = backbone.make_student(args, sample_batch(dataset, args.train_batch_size, args.seed))
     pairs = backbone.feature_pairs(denoiser) if args.lambda_kd_feat > 0 else []
     student, tapped_teacher = tap_pair(denoiser, teacher, pairs, backbone.example(), args.seed)
-    apply_speed_flags(args, denoiser, teacher)
-    if teacher is not None:
-        teacher.to(accelerator.device, DTYPES[args.teacher_dtype or accelerator.mixed_precision])
+    apply_speed_flags(args, accelerator, denoiser, teacher)
 
     # Optimizer and schedule, both in optimizer steps
     optimizer = make_optimizer(args, student.parameters())

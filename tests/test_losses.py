@@ -383,13 +383,6 @@ def test_float32_accuracy(loss):
     assert (low.grad - student.grad).norm() < 1e-4 * student.grad.norm()
 
 
-def test_float32_residual_does_not_cancel():
-    """A student that is nearly there, far from zero: b0 + b1 * s - t would lose the residual in the rounding of b0."""
-    student, teacher = (x.detach().add(100).float() for x in predictions(4, 2, 12, 12, gap=1e-3))
-    found, exact = lift_loss(student, teacher).fine, lift_loss(student.double(), teacher.double()).fine
-    assert float(found) == pytest.approx(float(exact), rel=1e-5)
-
-
 @pytest.mark.parametrize("shape", [(2, 3, 16), (2, 3, 4, 4), (2, 3, 2, 2, 4)])
 def test_any_trailing_shape(shape):
     student, teacher = predictions(2, 3, 16)

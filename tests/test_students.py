@@ -163,13 +163,12 @@ def test_cutting_dead_channels_changes_nothing(name):
     assert difference(output(in_double(student)), output(in_double(teacher))) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["single-head", "multi-head"])
+@pytest.mark.parametrize("head_dim", [None, 4], ids=["single-head", "multi-head"])
 @torch.no_grad()
-def test_dead_channel_equality_notices_every_wrong_index(name):
+def test_dead_channel_equality_notices_every_wrong_index(head_dim):
     """Wrong rows or columns in any one tensor, or a query scale off by sqrt(2), must move the output visibly."""
-    config, ratio = VARIANTS[name]
-    teacher = teacher_of(config)
-    student, report = prune_width(teacher, ratio, init="taylor", scores=make_redundant(teacher, ratio))
+    teacher = teacher_of(unet_config((16, 32), {1}, attention_head_dim=head_dim, **TINY))
+    student, report = prune_width(teacher, 0.5, init="taylor", scores=make_redundant(teacher, 0.5))
     student, expected = in_double(student), output(in_double(teacher))
     parameters = dict(student.named_parameters())
     for tensor in report.sliced + report.refitted:
@@ -198,8 +197,8 @@ def test_every_group_norm_group_keeps_as_many_channels():
     student, _ = prune_width(teacher, 0.5, init="taylor", scores=first_is_best)
     kept = [0, 1, 4, 5, 8, 9, 12, 13]  # the best half of each of 4 groups, not the best half of all 16
     assert torch.equal(student.conv_in.bias, teacher.conv_in.bias[kept])
-    # These 32 channels also come before 16 others: groups of 12, whose boundaries 12 and 24 must hold as well as 8, 16, 24.
-    kept = [0, 1, 2, 3, 8, 9, 12, 13, 16, 17, 18, 19, 24, 25, 26, 27]
+    # These 32 channels are normalised only in front of 16 others: in groups of 12, whose boundaries are 12 and 24.
+    kept = [*range(6), *range(12, 18), *range(24, 28)]
     student_conv, teacher_conv = (model.up_blocks[1].upsamplers[0].conv for model in (student, teacher))
     assert torch.equal(student_conv.bias, teacher_conv.bias[kept])
 
@@ -267,12 +266,12 @@ def test_parameter_counts_of_the_small_model(ratio, widths, parameters):
 def test_the_hubs_ddpm_models_are_prunable(config, ratio):
     hub = config | {"_class_name": "UNet2DModel", "_diffusers_version": "0.1.1", "_name_or_path": "ddpm"}
     assert not [key for key in width_config(hub, ratio) if key.startswith("_")]
-    narrow = tuple(width // 4 for width in config["block_out_channels"])  # the same topology, quick enough to run
-    narrow = config | dict(block_out_channels=narrow, norm_num_groups=8, sample_size=2 ** len(narrow))
+    narrow = tuple(width // 8 for width in config["block_out_channels"])  # the same topology, quick enough to run
+    narrow = config | dict(block_out_channels=narrow, norm_num_groups=4, sample_size=2 ** len(narrow))
     student, report = prune_width(teacher_of(narrow), ratio, init="magnitude")
     assert output(student).isfinite().all()
     assert report.student.macs < report.teacher.macs
-    assert (len(report.sliced + report.copied + report.refitted + report.fresh)) == len(student.state_dict())
+    assert len(report.sliced + report.copied + report.refitted) == len(student.state_dict())
 
 
 def test_the_student_is_a_plain_trainable_model_that_the_stock_pipeline_samples(tmp_path):
@@ -377,7 +376,7 @@ def test_the_refit_follows_the_teachers_time_embedding_with_moderate_weights(fli
     config = SINGLE | dict(block_out_channels=(64, 64, 64), flip_sin_to_cos=flip, freq_shift=freq_shift)
     teacher = teacher_of(config)
     linear = teacher.time_embedding.linear_1
-    linear.weight.data[:, :8] = linear.weight.data[:, 32:40] = 0  # leave the slow features, which any width can follow
+    linear.weight.data[:, :16] = linear.weight.data[:, 32:48] = 0  # leave the slow features, easy for any width
     student, report = prune_width(teacher, 0.5, init="magnitude")
     assert report.refitted == ("time_embedding.linear_1.weight", "time_embedding.linear_1.bias")
     assert student.time_embedding.linear_1.weight.abs().max() < 100

@@ -144,7 +144,8 @@ class RunLog:
         values |= {"grad_norm": math.fsum(self.norms) / max(1, len(self.norms)), "learning_rate": self.learning_rate}
         sums, counts = means[len(self.names) :][:QUARTERS], means[len(self.names) :][QUARTERS:]
         for quarter, (total, count) in enumerate(zip(sums, counts, strict=True), start=1):
-            values[f"error_quarter_{quarter}"] = total / count if count else math.nan
+            if count:
+                values[f"error_quarter_{quarter}"] = total / count
         self.rows, self.norms = [], []
         self.write(step, values)
         self.accelerator.log({"images_per_second": images / seconds}, step=step)

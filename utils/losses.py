@@ -154,8 +154,8 @@ def _fit(student_XK: Tensor, teacher_XK: Tensor, eps: float) -> tuple[Tensor, Te
     covariance_X1 = (student_centred_XK * teacher_centred_XK).mean(-1, keepdim=True)
     slope_X1 = covariance_X1 / (variance_X1 + eps)
     intercept_X1 = teacher_mean_X1 - slope_X1 * student_mean_X1
-    # b0 + b1 * e_S - e_T without the cancellation of the means. Its mean is 0 whatever b1 is, and so is the gradient
-    # that a mean square sends through student_mean: that of e_S with b0 and b1 detached is all that is left.
+    # b0 + b1 * e_S - e_T from the tensors at hand. Its mean is 0 whatever b1 is, and so is the gradient that a mean
+    # square sends through student_mean: that of e_S with b0 and b1 detached is all that is left.
     residual_XK = slope_X1.detach() * student_centred_XK - teacher_centred_XK
     return slope_X1.squeeze(-1), intercept_X1.squeeze(-1), residual_XK
 

@@ -4,6 +4,7 @@
 from collections.abc import Iterable
 
 import torch
+from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
 
@@ -11,8 +12,11 @@ logger = get_logger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
-def apply_speed_flags(args, student: nn.Module, teacher: nn.Module | None) -> None:
-    """TF32, gradient checkpointing of the student, xformers attention where it works."""
+def apply_speed_flags(args, accelerator: Accelerator, student: nn.Module, teacher: nn.Module | None) -> None:
+    """The teacher on its device in its inference dtype, TF32, the student's gradient checkpointing, xformers."""
+    if teacher is not None:
+        dtype = DTYPES[args.teacher_dtype or accelerator.mixed_precision]
+        nn.Module.to(teacher, accelerator.device, dtype)  # diffusers' own `to` warns of an empty list of modules
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True

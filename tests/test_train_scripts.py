@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both training scripts, run for real on tiny models."""
+
+import difflib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_unet, read_log
+from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from safetensors.torch import load_file
+
+from train_place import add_method_arguments
+from utils.arguments import parse_args
+from utils.backbones import choose_backbone
+from utils.data import ImageRows, load_rows, sample_batch
+from utils.losses import place_loss
+from utils.randomness import StepRandom, shuffled
+
+ROOT = Path(__file__).resolve().parent.parent
+BASELINES = {
+    "without distillation": ["--lambda_kd_output", "0"],
+    "OutKD": ["--output_loss", "mse"],
+    "OutKD l1": ["--output_loss", "l1"],
+    "OutKD huber": ["--output_loss", "huber"],
+    "FeatKD": ["--lambda_kd_output", "0", "--lambda_kd_feat", "1"],
+    "OutKD + FeatKD": ["--output_loss", "mse", "--lambda_kd_feat", "1"],
+    "LIFT": [],
+    "LIFT per sample": ["--coefficients", "sample", "--coarse_norm", "l2", "--coarse_scale", "0.5"],
+}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The exported student's tensors."""
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_the_scripts_differ_in_their_method_alone():
+    lift, place = ((ROOT / name).read_text() for name in ("train_lift.py", "train_place.py"))
+    for text in (lift, place):
+        assert "if family" not in text and "isinstance" not in text
+    # docstring and method flags go; what is left may differ in the import of the loss and the lines that call it
+    bodies = [
+        re.sub(r'(?s)""".*?"""', "", text, count=1).split("def add_method_arguments")[0]
+        + text[text.index("def main(") :]
+        for text in (lift, place)
+    ]
+    changed = [
+        line[2:].strip()
+        for line in difflib.ndiff(*(body.splitlines() for body in bodies))
+        if line[0] in "+-" and line[2:].strip()
+    ]
+    start = "from utils.losses import"
+    allowed = re.compile(
+        rf"{start}|output = (place|lift|output)_loss\(|if args.output_loss|else:|\)|student_pred.output,|teacher_pred."
+        r"output,|(group_size|grouping|coefficients|coarse_norm|coarse_scale)=args\.|weight=fine_weight\("
+    )
+    assert [line for line in changed if not allowed.match(line)] == []
+
+
+@pytest.mark.parametrize("flags", [[], ["--use_ema", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]])
+def test_loss_trace_equals_a_plain_loop(run, tmp_path, teacher_dir, data_dir, flags):
+    common = ["--max_train_steps", "5", "--learning_rate", "1e-3", "--train_batch_size", "6", "--seed", "3", *flags]
+    folder = run("train_place", *common)
+    trace = [line["loss"] for line in read_log(folder)]
+
+    argv = ["--pretrained_model_name_or_path", teacher_dir, "--dataset_name", data_dir, "--pruning_ratio", "0.5"]
+    argv += [*common, "--output_dir", str(tmp_path / "plain")]
+    args = parse_args("", add_method_arguments, argv)
+    backbone = choose_backbone(args).load(args)
+    dataset = ImageRows(load_rows(args), backbone.transform(args), args.seed, quiet=True)
+    student, _ = backbone.make_student(args, sample_batch(dataset, 6, args.seed))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
+    ema = EMAModel(student.parameters(), decay=args.ema_decay)
+    pixels = torch.stack(dataset.held)
+    rates = [1.0] * 5 if not flags else [0, 1 / 2, 1, *(0.5 * (1 + math.cos(math.pi * i / 3)) for i in (1, 2))]
+    for step in range(5):
+        rng = StepRandom(args.seed, step)
+        rows = [int(shuffled(3, p // 24, 24)[p % 24]) for p in range(6 * step, 6 * step + 6)]
+        clean = pixels[rows] / 127.5 - 1
+        timestep = rng.integers(1000, 6)
+        noise = rng.normal(clean.shape)
+        a = backbone.scheduler.alphas_cumprod[timestep].reshape(-1, 1, 1, 1)
+        x_t = a.sqrt() * clean + (1 - a).sqrt() * noise
+        prediction = student(x_t, timestep).sample
+        with torch.no_grad():
+            teacher_prediction = backbone.teacher(x_t, timestep).sample
+        loss = F.mse_loss(prediction, noise) + place_loss(prediction, teacher_prediction).loss
+        assert trace[step] == pytest.approx(loss.item(), rel=1e-5)
+        optimizer.param_groups[0]["lr"] = 1e-3 * rates[step]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(student.parameters())
+    expected = ema.shadow_params if args.use_ema else list(student.parameters())
+    for found, tensor in zip(UNet2DModel.from_pretrained(folder / "unet").parameters(), expected, strict=True):
+        torch.testing.assert_close(found, tensor.detach(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", BASELINES)
+def test_baselines(run, name):
+    student_before = weights(run("train_lift", *BASELINES[name], "--learning_rate", "1e-9", output="before"))
+    folder = run("train_lift", *BASELINES[name], "--learning_rate", "1e-3")
+    log = read_log(folder)
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert all(math.isfinite(value) for line in log for value in line.values() if value is not None)
+    moved = max((weights(folder)[key] - tensor).abs().max() for key, tensor in student_before.items())
+    assert moved > 1e-4
+    terms = set(log[0])
+    assert {"loss", "task", "grad_norm", "learning_rate"} <= terms
+    assert any(f"error_quarter_{i}" in terms for i in (1, 2, 3, 4))
+    assert ("slope" in terms) == (name != "without distillation")
+    if name.startswith("OutKD"):
+        assert log[0]["slope"] == 1 and log[0]["intercept"] == 0 and log[0]["w"] == 1 and log[0]["coarse"] == 0
+    if "FeatKD" in name:
+        assert log[0]["feature"] > 0
+    pieces = log[0]["task"] + ("FeatKD" != name) * log[0].get("output", 0) + log[0].get("feature", 0)
+    assert log[0]["loss"] == pytest.approx(pieces, rel=1e-6)
+
+
+def test_without_distillation_the_teacher_never_runs(run):
+    forwards = []
+
+    def count(module, _inputs):
+        if isinstance(module, UNet2DModel) and module.device.type != "meta":  # there MACs are counted
+            forwards.append("student" if module.training else "frozen")
+
+    handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
+    try:
+        run("train_lift", "--lambda_kd_output", "0", "--student_init", "magnitude", "--validation_images", "1")
+        alone = forwards.count("frozen"), forwards.count("student")
+        forwards.clear()
+        run("train_lift", "--student_init", "magnitude", "--validation_images", "1", output="distilled")
+    finally:
+        handle.remove()
+    assert alone[1] == 4
+    assert forwards.count("frozen") - alone[0] == 4  # one a step; the rest are samples of the grid
+
+
+def test_from_scratch(run, tmp_path, data_dir):
+    config = tmp_path / "config.json"
+    build_unet().save_config(tmp_path)
+    argv = ["--student_config", config, "--lambda_kd_output", "0", "--max_train_steps", "2", "--train_batch_size", "4"]
+    argv += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--report_to", "none"]
+    folder = run("train_lift", *argv, "--dataset_name", data_dir, defaults=False)
+    assert DDPMPipeline.from_pretrained(folder).unet.config.block_out_channels == [16, 32]
+
+
+def test_the_student_is_a_stock_pipeline(run, tmp_path):
+    folder = run("train_place", "--use_ema", "--lambda_kd_feat", "1", "--learning_rate", "1e-3")
+    script = (
+        "import sys, torch; from diffusers import DDPMPipeline; p = DDPMPipeline.from_pretrained(sys.argv[1]);"
+        "i = p(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0];"
+        "print(i.size, sum(x.numel() for x in p.unet.parameters()));"
+        "assert not any(m.split('.')[0] in ('utils', 'train_place') for m in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[:2] == ["(8,", "8)"]
+    ema = load_file(folder / "checkpoints" / "step-0000004" / "ema.safetensors")
+    for i, parameter in enumerate(UNet2DModel.from_pretrained(folder / "unet").parameters()):
+        assert torch.equal(parameter, ema[str(i)])  # the average, not the last weights
+    live = load_file(folder / "checkpoints" / "step-0000004" / "student.safetensors")
+    assert any(name.startswith("projectors.") for name in live)
+    assert not any("projector" in name for name in weights(folder))
+    arguments = json.loads((folder / "args.json").read_text())
+    assert arguments["arguments"]["lambda_kd_feat"] == 1 and "torch" in arguments["versions"]
+    card = (folder / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n") and "PLACE" in card and "samples.png" in card
+    assert Image.open(folder / "samples.png").size == (2 * 68, 2 * 68)
+
+
+def test_a_ddim_teacher_gives_a_ddim_student(run, tmp_path, teacher_dir):
+    DDIMPipeline.from_pretrained(teacher_dir).save_pretrained(tmp_path / "ddim")
+    folder = run("train_place", "--pretrained_model_name_or_path", tmp_path / "ddim", "--max_train_steps", "1")
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DDIMPipeline"
+
+
+def test_projectors_are_trained_and_clipped_with_the_student(run):
+    flags = ["--lambda_kd_feat", "1", "--learning_rate", "1e-2", "--checkpointing_steps", "1"]
+    folder = run("train_place", *flags, "--checkpoints_total_limit", "9")
+    first, last = (load_file(folder / "checkpoints" / f"step-000000{i}" / "student.safetensors") for i in (1, 4))
+    projectors = [name for name in first if name.startswith("projectors.")]
+    assert projectors
+    assert all((first[name] - last[name]).abs().max() > 1e-3 for name in projectors)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--mixed_precision", "bf16"],
+        ["--teacher_dtype", "bf16"],
+        ["--optimizer", "adam", "--adam_weight_decay", "0.1"],
+        ["--random_flip", "--antithetic_timesteps", "--snr_gamma", "5"],
+        ["--weighting", "linear", "--grouping", "signed", "--group_size", "8", "--coarse_norm", "l2"],
+        ["--weighting", "cosine", "--grouping", "patch", "--coarse_scale", "2"],
+        ["--allow_tf32", "--weighting", "constant", "--gradient_accumulation_steps", "2"],
+    ],
+    ids=lambda flags: flags[0],
+)
+def test_flags_change_the_loss(run, flags):
+    plain = run("train_place", "--max_train_steps", "3", "--student_init", "magnitude", output="plain")
+    other = run("train_place", "--max_train_steps", "3", "--student_init", "magnitude", *flags, output="other")
+    traces = [[line["loss"] for line in read_log(folder)] for folder in (plain, other)]
+    assert traces[0] != traces[1] and len(traces[1]) == 3
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
+
+def test_gradient_checkpointing_computes_the_same(run):
+    plain = run("train_place", "--lambda_kd_feat", "1", output="plain")
+    again = run("train_place", "--lambda_kd_feat", "1", "--gradient_checkpointing", output="checkpointed")
+    for before, after in zip(read_log(plain), read_log(again), strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+
+
+def test_accumulation_counts_optimizer_steps(run):
+    flags = ["--train_batch_size", "2", "--gradient_accumulation_steps", "3", "--lr_scheduler", "linear"]
+    log = read_log(run("train_lift", *flags, "--learning_rate", "1.0e-3"))
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert [line["learning_rate"] for line in log] == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0])
+
+
+def test_feature_distance_keeps_the_best(run, capsys):
+    flags = ["--validation_feature_extractor", ROOT / "assets" / "classifier", "--validation_num_samples", "20"]
+    flags += ["--validation_batch_size", "8", "--validation_split", "test", "--validation_steps", "2"]
+    folder = run("train_place", *flags, "--learning_rate", "1e-2")
+    distances = [line["frechet_distance"] for line in read_log(folder) if "frechet_distance" in line]
+    best = json.loads((folder / "best" / "distance.json").read_text())
+    assert len(distances) == 2 and best["frechet_distance"] == min(distances)
+    assert DDPMPipeline.from_pretrained(folder / "best").unet.config.block_out_channels == [8, 16]
+    printed = capsys.readouterr().out
+    for who in ("noise", "student before training", "teacher", "student "):
+        assert f"  {who}" in printed
+    assert f"{min(distances):.2f}" in (printed + (folder / "README.md").read_text())
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
+
+
+def test_8bit_adam_without_bitsandbytes_says_so(run):
+    with pytest.raises(ValueError, match="pip install bitsandbytes"):
+        run("train_place", "--use_8bit_adam")
+
+
+def test_xformers_that_does_not_work_is_warned_of(run, caplog):
+    run("train_place", "--enable_xformers_memory_efficient_attention", "--max_train_steps", "1")
+    assert "PyTorch's attention stays" in caplog.text
+
+
+@pytest.mark.parametrize("tracker", ["telepathy", "wandb"])
+def test_a_tracker_that_is_not_there_is_refused(run, tracker):
+    with pytest.raises(ValueError, match=f"--report_to {tracker}"):
+        run("train_place", "--report_to", tracker)
+
+
+def test_tensorboard_gets_every_term(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = run("train_place", "--report_to", "tensorboard", "--tracker_project_name", "here")
+    events = EventAccumulator(str(folder / "here")).Reload()
+    wanted = {"loss", "task", "coarse", "fine", "w", "slope", "intercept", "grad_norm", "images_per_second"}
+    assert wanted | {"error_quarter_2"} <= set(events.Tags()["scalars"])
+    assert events.Tags()["images"] == ["samples"]
+
+
+def launch(*flags, cwd=ROOT, before=(), **environment) -> subprocess.CompletedProcess:
+    """`accelerate launch`, as a user does."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", *before, *map(str, flags)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+def test_launched_under_dynamo(run, tmp_path, teacher_dir, data_dir):
+    flags = ["--max_train_steps", "2", "--train_batch_size", "4", "--lambda_kd_feat", "1", "--use_ema"]
+    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2"]
+    plain, compiled = run("train_lift", *flags, output="plain"), tmp_path / "compiled"
+    flags += ["--pretrained_model_name_or_path", teacher_dir, "--dataset_name", data_dir, "--pruning_ratio", "0.5"]
+    done = launch("train_lift.py", *flags, "--output_dir", compiled, before=("--dynamo_backend", "eager"))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Saved:" in done.stdout and "Next:" in done.stdout
+    for key, tensor in weights(plain).items():
+        torch.testing.assert_close(weights(compiled)[key], tensor, rtol=1e-4, atol=1e-6)
