@@ -124,8 +124,8 @@ row = load_dataset("{folder}", split="train")[0]  # {{"image": 16x16 PIL image o
 ## Licence
 
 MIT, Copyright (c) 2017 Zalando SE; the notice is in `LICENSE`.
-Source: <https://github.com/zalandoresearch/fashion-mnist>; Han Xiao, Kashif Rasul, Roland Vollgraf: "Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning
-Algorithms", arXiv:1708.07747.
+Source: <https://github.com/zalandoresearch/fashion-mnist>; Han Xiao, Kashif Rasul, Roland Vollgraf: "Fashion-MNIST:
+a Novel Image Dataset for Benchmarking Machine Learning Algorithms", arXiv:1708.07747.
 """
 
 CLASSIFIER_CARD = """\

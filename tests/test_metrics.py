@@ -11,6 +11,8 @@ from transformers import (
     AutoModelForImageClassification,
     BertConfig,
     BertModel,
+    CLIPConfig,
+    CLIPModel,
     ResNetConfig,
     ResNetForImageClassification,
     ViTConfig,
@@ -290,6 +292,25 @@ def test_a_pooler_without_weights_is_replaced_by_the_mean_over_tokens(images, tm
         expected = model.vit(normalise(images)).last_hidden_state.mean(dim=1)
     for _ in range(2):
         torch.testing.assert_close(FeatureExtractor(str(tmp_path))(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_clip_gives_its_image_embedding(images, tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    model = CLIPModel(CLIPConfig(text_config={**sizes, "vocab_size": 20}, vision_config=vision, projection_dim=6))
+    model.eval().save_pretrained(tmp_path)
+    save_processor(tmp_path)
+    with torch.no_grad():
+        expected = model.visual_projection(model.vision_model(normalise(images)).pooler_output)
+    torch.testing.assert_close(FeatureExtractor(str(tmp_path))(images), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_processor_of_the_pil_kind_gives_the_same_features(resnet_folder, images):
+    extractor = FeatureExtractor(str(resnet_folder))
+    expected = extractor(images)
+    extractor.processor = AutoImageProcessor.from_pretrained(resnet_folder, backend="pil")
+    assert extractor.processor.backend == "pil"
+    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_that_does_not_exist_is_named(tmp_path):

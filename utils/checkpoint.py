@@ -7,38 +7,59 @@ A checkpoint is a folder of safetensors and one JSON file, no pickle. It is comp
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
+import tempfile
+import time
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+logger = get_logger(__name__)
+
 # may change between a checkpoint and its continuation; everything else would make it another run
 HARMLESS_ARGUMENTS = frozenset(
-    "allow_tf32 checkpointing_steps checkpoints_total_limit dataloader_num_workers logging_steps max_train_steps "
-    "output_dir overwrite_output_dir report_to resume_from_checkpoint tracker_project_name validation_batch_size "
+    "allow_changed_arguments allow_tf32 checkpointing_steps checkpoints_total_limit dataloader_num_workers logging_steps "
+    "max_train_minutes max_train_steps output_dir overwrite_output_dir report_to resume_from_checkpoint "
+    "tracker_project_name validation_batch_size "
     "validation_feature_extractor validation_images validation_num_inference_steps validation_num_samples "
     "validation_split validation_steps".split()
 )
 
 
+def check_output_dir(args) -> None:
+    """Raises ValueError where `--output_dir` cannot be written; leaves nothing behind."""
+    folder = Path(args.output_dir)
+    existed = folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        if not existed:
+            folder.rmdir()
+    except OSError as error:
+        raise ValueError(f"--output_dir {folder} cannot be written: {error}") from error
+
+
 def prepare_output_dir(args, accelerator: Accelerator) -> None:
-    """Make `--output_dir`, empty unless the run is resumed. Raises ValueError where it cannot be written."""
+    """Make `--output_dir`, empty unless the run is resumed, and start the trackers in it."""
     folder = Path(args.output_dir)
     if accelerator.is_main_process:
-        try:
-            if args.overwrite_output_dir and folder.exists():
-                shutil.rmtree(folder)
-            (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--output_dir {folder} cannot be written: {error}") from error
+        if args.overwrite_output_dir and folder.exists():
+            shutil.rmtree(folder)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        for leftover in (folder / "checkpoints").glob(".*"):  # of a process that was killed while writing or deleting
+            shutil.rmtree(leftover)
     accelerator.wait_for_everyone()
     if accelerator.log_with:
-        accelerator.init_trackers(args.tracker_project_name, {k: str(v) for k, v in vars(args).items()})
+        accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in vars(args).items()})
 
 
 class Checkpoints:
@@ -55,51 +76,67 @@ class Checkpoints:
         self.folder = Path(args.output_dir) / "checkpoints"
         self.facts = {"world_size": accelerator.num_processes, **facts}
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        return max(self.folder.glob("step-*"), default=None, key=lambda path: int(path.name.split("-")[1]))
+    def all(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return sorted(self.folder.glob("step-*"), key=_step_of)
 
     def save(self, step: int) -> Path:
-        """Write the checkpoint of optimizer step `step`, then remove the oldest beyond `--checkpoints_total_limit`."""
+        """Write the checkpoint of optimizer step `step`, then remove the oldest beyond `--checkpoints_total_limit`.
+
+        Raises:
+            FloatingPointError: a loss since the last log is not finite; nothing is written.
+            OSError: no space, or another failure to write; the earlier checkpoints are untouched.
+        """
         # the log reads every pending loss term first: nothing is saved after one that is not finite
         records = {name: record.state() for name, record in self.records.items()}
         final = self.folder / f"step-{step:07d}"
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             beside = self.folder / f".{final.name}.partial"
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            optimizer_tensors, optimizer_rest = _flatten_optimizer(self.optimizer.state_dict())
-            save_file(_plain(self.student.state_dict()), beside / "student.safetensors")
-            save_file(optimizer_tensors, beside / "optimizer.safetensors")
-            state = {
-                "step": step,
-                "arguments": vars(self.args),
-                "facts": self.facts,
-                "optimizer": optimizer_rest,
-                "lr_scheduler": self.lr_scheduler.state_dict(),
-                "records": records,
-            }
-            if self.accelerator.scaler is not None:
-                state["scaler"] = self.accelerator.scaler.state_dict()
-            if self.ema is not None:
-                ema = self.ema.state_dict()
-                shadow = ema.pop("shadow_params")
-                save_file(_plain({str(i): tensor for i, tensor in enumerate(shadow)}), beside / "ema.safetensors")
-                state["ema"] = ema
-            state["sha256"] = {path.name: _sha256(path) for path in beside.iterdir()}
-            (beside / "state.json").write_text(json.dumps(state, indent=1))
-            for path in (*beside.iterdir(), beside):
-                _sync_to_disk(path)
-            if final.exists():
-                shutil.rmtree(final)
-            beside.rename(final)
+            try:
+                self._write(beside, step, records)
+                if final.exists():  # passed again after a resume from further back
+                    _remove(final)
+                beside.rename(final)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(beside, ignore_errors=True)
+                last = self.all()[-1:] or ["none"]
+                raise OSError(
+                    f"The checkpoint of step {step} could not be written: {error}. The last good one is {last[0]}; make "
+                    "space and go on with --resume_from_checkpoint latest."
+                ) from error
             _sync_to_disk(self.folder)
-            for old in sorted(self.folder.glob("step-*"))[: -self.args.checkpoints_total_limit]:
-                shutil.rmtree(old)
+            for old in self.all()[: -self.args.checkpoints_total_limit]:
+                _remove(old)
         self.accelerator.wait_for_everyone()
         self.records["log"].last_checkpoint = final
         return final
+
+    def _write(self, folder: Path, step: int, records: dict) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        optimizer_tensors, optimizer_rest = _flatten_optimizer(self.optimizer.state_dict())
+        save_file(_plain(self.student.state_dict()), folder / "student.safetensors")
+        save_file(optimizer_tensors, folder / "optimizer.safetensors")
+        state = {
+            "step": step,
+            "arguments": vars(self.args),
+            "facts": self.facts,
+            "optimizer": optimizer_rest,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "records": records,
+        }
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        if self.ema is not None:
+            ema = self.ema.state_dict()
+            shadow = ema.pop("shadow_params")
+            save_file(_plain({str(i): tensor for i, tensor in enumerate(shadow)}), folder / "ema.safetensors")
+            state["ema"] = ema
+        state["sha256"] = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
+        for path in (*folder.iterdir(), folder):
+            _sync_to_disk(path)
 
     def resume(self) -> int:
         """Restore from `--resume_from_checkpoint`; the optimizer step to go on from, 0 without the flag.
@@ -110,9 +147,9 @@ class Checkpoints:
         if not self.args.resume_from_checkpoint:
             return 0
         wanted = self.args.resume_from_checkpoint
-        path = self.latest() if wanted == "latest" else Path(wanted)
-        if path is None:
+        if wanted == "latest" and not self.all():
             raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {self.folder}.")
+        path = self.all()[-1] if wanted == "latest" else Path(wanted)
         state = self._read_state(path)
         self._refuse_another_run(state)
         tensors = {name: load_file(path / name) for name in state["sha256"]}
@@ -134,15 +171,21 @@ class Checkpoints:
         return state["step"]
 
     def _read_state(self, path: Path) -> dict:
+        if not (path / "state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint {path} is not a checkpoint: it has no state.json.")
+        damaged = None
         try:
             state = json.loads((path / "state.json").read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"--resume_from_checkpoint {path} is not a checkpoint: {error}") from error
-        for name, expected in state["sha256"].items():
-            if not (path / name).is_file() or _sha256(path / name) != expected:
-                others = sorted(other for other in path.parent.glob("step-*") if other.name < path.name)
-                offer = f" The one before it is {others[-1]}." if others else ""
-                raise ValueError(f"--resume_from_checkpoint {path}: {name} is damaged or missing.{offer}")
+            hashes = state["sha256"]
+            damaged = next(
+                (name for name in hashes if not (path / name).is_file() or _sha256(path / name) != hashes[name]), None
+            )
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError):
+            damaged = "state.json"
+        if damaged:
+            earlier = [other for other in self.all() if _step_of(other) < _step_of(path)]
+            offer = f"the one before it is {earlier[-1]}" if earlier else "there is none before it"
+            raise ValueError(f"--resume_from_checkpoint {path}: {damaged} is damaged or missing; {offer}.")
         return state
 
     def _refuse_another_run(self, state: dict) -> None:
@@ -153,17 +196,22 @@ class Checkpoints:
             for name in sorted(then.keys() | now.keys())
             if name not in HARMLESS_ARGUMENTS and then.get(name) != now.get(name)
         ]
-        if changed:
+        if changed and self.args.allow_changed_arguments:
+            logger.warning(f"Resuming what is now another run: {'; '.join(changed)}.")
+        elif changed:
             raise ValueError(
                 f"--resume_from_checkpoint: this would be another run: {'; '.join(changed)}. Resume with the "
-                "arguments it was started with, or start anew in another --output_dir."
+                "arguments it was started with, start anew in another --output_dir, or insist with "
+                "--allow_changed_arguments."
             )
 
 
-class StopSignal:
-    """SIGTERM, SIGUSR1 and Ctrl-C ask the loop to stop after the current optimizer step; a second one ends at once."""
+class Stop:
+    """Ends a run early but whole: SIGTERM, SIGUSR1, Ctrl-C or `--max_train_minutes` make the loop save a checkpoint after
+    the optimizer step it is in. A second signal ends the process at once."""
 
-    def __init__(self):
+    def __init__(self, max_train_minutes: float | None):
+        self.deadline = time.monotonic() + 60 * max_train_minutes if max_train_minutes else math.inf
         self.received: int | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._receive)
@@ -172,16 +220,26 @@ class StopSignal:
         if self.received is not None:
             os._exit(128 + number)
         self.received = number
-        print(
-            f"\n{signal.Signals(number).name}: saving a checkpoint after this step; again to end at once.", flush=True
-        )
+        print(f"\n{signal.Signals(number).name}: saving after this step; once more to end at once.", flush=True)
 
-    def exit_if_received(self, checkpoints: Checkpoints, step: int) -> None:
-        """Save and leave with the signal's exit code."""
-        if self.received is not None:
-            path = checkpoints.save(step)
-            print(f"Stopped at step {step}. Go on with the same command and --resume_from_checkpoint {path}")
-            raise SystemExit(128 + self.received)
+    def exit_if_asked(self, checkpoints: Checkpoints, step: int) -> None:
+        """Save, say how to go on, and leave: with 128 + the signal, or 124 when the time is up."""
+        if self.received is None and time.monotonic() < self.deadline:
+            return
+        path = checkpoints.save(step)
+        print(f"Stopped at step {step}, saved {path}. Go on: the same command with --resume_from_checkpoint latest")
+        raise SystemExit(124 if self.received is None else 128 + self.received)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint.name.startswith("step-") else 0
+
+
+def _remove(checkpoint: Path) -> None:
+    """Rename first: half a checkpoint must never carry a checkpoint's name."""
+    going = checkpoint.with_name(f".{checkpoint.name}.removed")
+    checkpoint.rename(going)
+    shutil.rmtree(going)
 
 
 def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -201,7 +201,8 @@ class FeatureExtractor:
     def _preprocess(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 3, h, w) in the model's size, range and dtype."""
         options = {"return_tensors": "pt"}
-        if self.processor.backend == "torchvision":  # the other kind goes through PIL, and so through the CPU
-            images = images.to(self.device)
+        on_device = self.processor.backend == "torchvision"  # the other kind goes through PIL, and so through the CPU
+        images = images.to(self.device if on_device else "cpu")
+        if on_device:
             options["disable_grouping"] = False  # one resize for the batch; on the CPU the default is a loop
         return self.processor(images, **options)["pixel_values"].to(self.device, self.dtype)
