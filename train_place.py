@@ -17,13 +17,15 @@ from diffusers.training_utils import EMAModel
 
 from utils.arguments import parse_args
 from utils.backbones import choose_backbone
-from utils.checkpoint import Checkpoints, StopSignal, prepare_output_dir
+from utils.checkpoint import Checkpoints, check_output_dir, prepare_output_dir
 from utils.data import ImageRows, fingerprint, load_rows, sample_batch, training_batches
 from utils.export import export_student, save_arguments
 from utils.features import feature_loss, tap_pair
-from utils.logs import RunLog, error_per_sample, plan, summary, tracker_names
+from utils.logs import RunLog, error_per_sample, summary, tracker_names
 from utils.losses import fine_weight, place_loss
+from utils.plan import plan
 from utils.speed import apply_speed_flags, make_optimizer
+from utils.stop import Stop
 from utils.validation import Validation, evaluated
 
 
@@ -61,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         project_dir=args.output_dir,
     )
 
+    check_output_dir(args)
+
     # Teacher: frozen, in eval mode, never prepared
     backbone = choose_backbone(args).load(args)
     teacher = backbone.teacher
@@ -68,7 +72,13 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data
     rows = load_rows(args)
-    dataset = ImageRows(rows, backbone.transform(args), args.seed, quiet=not accelerator.is_local_main_process)
+    dataset = ImageRows(
+        rows,
+        backbone.transform(args),
+        args.seed,
+        skip_bad_images=args.skip_bad_images,
+        quiet=not accelerator.is_local_main_process,
+    )
 
     # Student: float32, one module with its feature projectors
     denoiser, sizes = backbone.make_student(args, sample_batch(dataset, args.train_batch_size, args.seed))
@@ -83,6 +93,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
     ema = EMAModel(denoiser.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+
+    accelerator.print(plan(args, accelerator, dataset, student, teacher, backbone.example(), sizes))
+    if args.dry_run:
+        return
 
     # Where everything goes, and where it goes on from
     prepare_output_dir(args, accelerator)
@@ -100,7 +114,6 @@ def main(argv: list[str] | None = None) -> None:
         facts={"data": data_fingerprint},
     )
     step = checkpoints.resume()
-    accelerator.print(plan(args, accelerator, len(dataset), sizes))
     if accelerator.is_main_process:
         save_arguments(args, __file__, data_fingerprint)
     if step == 0:
@@ -111,7 +124,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset, args, accelerator, first=step * micro_steps, last=args.max_train_steps * micro_steps
     )
 
-    stop = StopSignal()
+    stop = Stop(args.max_train_minutes)
     log.start(step)
     for batch, rng in batches:
         with accelerator.accumulate(student):
@@ -159,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
             with log.paused():
                 checkpoints.save(step)
-        stop.exit_if_received(checkpoints, step)
+        stop.exit_if_asked(checkpoints, step)
 
     # Export
     if accelerator.is_main_process:
@@ -168,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
                 args, backbone, denoiser, method=method_name(args), sizes=sizes, distances=validation.distances
             )
     accelerator.end_training()
-    accelerator.print(summary(args, log, validation))
+    accelerator.print(summary(args, log, validation, dataset))
 
 
 if __name__ == "__main__":

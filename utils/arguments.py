@@ -6,6 +6,7 @@ import difflib
 import os
 import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def parse_args(
             )
     args = parser.parse_args(argv)
     _check(args)
+    for reason in without_effect(args, parser):
+        warnings.warn(reason, stacklevel=2)
     return args
 
 
@@ -106,6 +109,11 @@ def _data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resolution", type=int, help="pixels a side; default: the teacher's sample_size")
     group.add_argument("--center_crop", action="store_true", help="crop the centre; default: a random place")
     group.add_argument("--random_flip", action="store_true", help="flip half of the images left to right")
+    group.add_argument(
+        "--skip_bad_images",
+        action="store_true",
+        help="where an image cannot be decoded, take the next good row and count it; default: stop and name it",
+    )
     group.add_argument("--max_train_samples", type=int, help="use the first this many rows, to try things out")
     group.add_argument(
         "--dataloader_num_workers",
@@ -236,6 +244,17 @@ def _output(parser: argparse.ArgumentParser) -> None:
         "--checkpoints_total_limit", type=int, default=2, help="newest checkpoints kept (default: 2, as one may break)"
     )
     group.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint folder")
+    group.add_argument(
+        "--allow_changed_arguments",
+        action="store_true",
+        help="resume with another teacher, data, loss or batch; what changed is printed, the run is no longer exact",
+    )
+    group.add_argument(
+        "--max_train_minutes", type=float, help="save and stop after this long, for queues with a time limit"
+    )
+    group.add_argument(
+        "--dry_run", action="store_true", help="check everything, print the plan with a memory estimate, and stop"
+    )
 
 
 def _validation(parser: argparse.ArgumentParser) -> None:
@@ -266,7 +285,7 @@ def _check(args: argparse.Namespace) -> None:
         "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
         "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit "
         "validation_steps validation_images validation_num_inference_steps validation_num_samples "
-        "validation_batch_size"
+        "validation_batch_size max_train_minutes"
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
@@ -318,3 +337,30 @@ def _check(args: argparse.Namespace) -> None:
             f"--output_dir {output_dir} is not empty. Continue that run with --resume_from_checkpoint latest, start "
             "anew with --overwrite_output_dir, or choose another folder."
         )
+
+
+def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """A line for every flag that was given but changes nothing beside the others."""
+    line_flags = "coefficients coarse_norm coarse_scale weighting group_size grouping"
+    idle = [  # (flags, idle when, what they go with)
+        ("student_init", args.pruning_ratio is None, "--pruning_ratio"),
+        ("revision variant teacher_dtype", not args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"),
+        ("ema_decay", not args.use_ema, "--use_ema"),
+        (f"output_loss {line_flags}", not args.lambda_kd_output, "--lambda_kd_output above 0"),
+        (line_flags, getattr(args, "output_loss", "lift") != "lift", "--output_loss lift"),
+        ("snr_gamma", not args.lambda_task, "--lambda_task above 0"),
+        ("lr_warmup_steps", args.lr_scheduler == "constant", "an --lr_scheduler with a warm-up"),
+        ("dataset_config_name", not args.dataset_name, "--dataset_name"),
+        (
+            "validation_num_samples validation_batch_size validation_split",
+            not args.validation_feature_extractor,
+            "--validation_feature_extractor",
+        ),
+        ("allow_changed_arguments", not args.resume_from_checkpoint, "--resume_from_checkpoint"),
+    ]
+    return [
+        f"--{name} has no effect here: it goes with {partner}."
+        for names, is_idle, partner in idle
+        for name in names.split()
+        if is_idle and getattr(args, name, None) != parser.get_default(name)
+    ]

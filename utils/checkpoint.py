@@ -7,12 +7,9 @@ A checkpoint is a folder of safetensors and one JSON file, no pickle. It is comp
 
 import hashlib
 import json
-import math
 import os
 import shutil
-import signal
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -24,13 +21,14 @@ from torch import nn
 
 logger = get_logger(__name__)
 
-# may change between a checkpoint and its continuation; everything else would make it another run
+# may change between a checkpoint and its continuation; all else would make it another run
 HARMLESS_ARGUMENTS = frozenset(
-    "allow_changed_arguments allow_tf32 checkpointing_steps checkpoints_total_limit dataloader_num_workers logging_steps "
-    "max_train_minutes max_train_steps output_dir overwrite_output_dir report_to resume_from_checkpoint "
-    "tracker_project_name validation_batch_size "
-    "validation_feature_extractor validation_images validation_num_inference_steps validation_num_samples "
-    "validation_split validation_steps".split()
+    (
+        "allow_changed_arguments allow_tf32 checkpointing_steps checkpoints_total_limit dataloader_num_workers "
+        "dry_run logging_steps max_train_minutes max_train_steps output_dir overwrite_output_dir report_to "
+        "resume_from_checkpoint tracker_project_name validation_batch_size validation_feature_extractor "
+        "validation_images validation_num_inference_steps validation_num_samples validation_split validation_steps"
+    ).split()
 )
 
 
@@ -102,8 +100,8 @@ class Checkpoints:
                 shutil.rmtree(beside, ignore_errors=True)
                 last = self.all()[-1:] or ["none"]
                 raise OSError(
-                    f"The checkpoint of step {step} could not be written: {error}. The last good one is {last[0]}; make "
-                    "space and go on with --resume_from_checkpoint latest."
+                    f"The checkpoint of step {step} could not be written: {error}. The last good one is {last[0]}; "
+                    "make space and go on with --resume_from_checkpoint latest."
                 ) from error
             _sync_to_disk(self.folder)
             for old in self.all()[: -self.args.checkpoints_total_limit]:
@@ -204,31 +202,6 @@ class Checkpoints:
                 "arguments it was started with, start anew in another --output_dir, or insist with "
                 "--allow_changed_arguments."
             )
-
-
-class Stop:
-    """Ends a run early but whole: SIGTERM, SIGUSR1, Ctrl-C or `--max_train_minutes` make the loop save a checkpoint after
-    the optimizer step it is in. A second signal ends the process at once."""
-
-    def __init__(self, max_train_minutes: float | None):
-        self.deadline = time.monotonic() + 60 * max_train_minutes if max_train_minutes else math.inf
-        self.received: int | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, _frame):
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
-        print(f"\n{signal.Signals(number).name}: saving after this step; once more to end at once.", flush=True)
-
-    def exit_if_asked(self, checkpoints: Checkpoints, step: int) -> None:
-        """Save, say how to go on, and leave: with 128 + the signal, or 124 when the time is up."""
-        if self.received is None and time.monotonic() < self.deadline:
-            return
-        path = checkpoints.save(step)
-        print(f"Stopped at step {step}, saved {path}. Go on: the same command with --resume_from_checkpoint latest")
-        raise SystemExit(124 if self.received is None else 128 + self.received)
 
 
 def _step_of(checkpoint: Path) -> int:

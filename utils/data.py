@@ -113,9 +113,19 @@ class ImageTransform:
 class ImageRows(Dataset):
     """Rows to batches. Indexed by lists of (epoch, row), which is what `StreamSampler` yields."""
 
-    def __init__(self, rows: "datasets.Dataset", transform: ImageTransform, seed: int, *, quiet: bool = False):
+    def __init__(
+        self,
+        rows: "datasets.Dataset",
+        transform: ImageTransform,
+        seed: int,
+        *,
+        skip_bad_images: bool = False,
+        quiet: bool = False,
+    ):
         self.rows, self.transform, self.seed = rows, transform, seed
-        self.held = None
+        self.skip_bad_images = skip_bad_images
+        self.bad_rows: set[int] = set()
+        self.held: list[torch.Tensor] | None = None
         channels = len(transform.mode)
         if len(rows) * channels * transform.resolution**2 <= HOLD_IN_MEMORY_BYTES:
             progress = tqdm(range(len(rows)), desc="decoding images", unit="image", disable=quiet, leave=False)
@@ -125,27 +135,35 @@ class ImageRows(Dataset):
         return len(self.rows)
 
     def decode(self, row: int) -> torch.Tensor:
-        """Uint8 (C, H, W) of one row.
+        """Uint8 (C, H, W) of one row; of the next good one, where bad ones are skipped.
 
         Raises:
             ValueError: the row is not an image that Pillow reads; named by row and, where it has one, path.
         """
-        stored = self.rows[row]
-        try:
-            return self.transform.decode(stored)
-        except OSError as error:
-            path = stored[self.transform.image_column].get("path") or "stored in the dataset"
-            raise ValueError(f"row {row} ({path}) cannot be decoded as an image: {error}") from error
+        for candidate in (*range(row, len(self)), *range(row)):
+            stored = self.rows[candidate]
+            try:
+                return self.transform.decode(stored)
+            except (OSError, TypeError, AttributeError, ValueError) as error:  # a damaged file, or no image at all
+                self.bad_rows.add(candidate)
+                if not self.skip_bad_images:
+                    path = (stored[self.transform.image_column] or {}).get("path") or "stored in the dataset"
+                    raise ValueError(
+                        f"row {candidate} ({path}) cannot be decoded as an image: {error}. Mend or remove it, or put "
+                        "the next good one in its place with --skip_bad_images."
+                    ) from error
+        raise ValueError(f"none of the {len(self)} images can be decoded.")
 
     def __getitems__(self, positions: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
-        """A batch: `pixels` uint8 (B, C, R, R), `row` int64 (B,)."""
+        """A batch: `pixels` uint8 (B, C, R, R), `row` int64 (B,), `replaced` bool (B,) where another row stands in."""
         epochs, rows = np.array(positions).T
         bits = counter_hash(self.seed, epochs, rows)
         images = [
             self.transform.augment(self.held[row] if self.held else self.decode(row), int(random_bits))
             for row, random_bits in zip(rows.tolist(), bits, strict=True)
         ]
-        return {"pixels": torch.stack(images), "row": torch.from_numpy(rows)}
+        bad = torch.tensor([row in self.bad_rows for row in rows.tolist()])
+        return {"pixels": torch.stack(images), "row": torch.from_numpy(rows), "replaced": bad}
 
 
 class StreamSampler(Sampler[list[tuple[int, int]]]):
@@ -200,6 +218,7 @@ def training_batches(
     workers = min(args.dataloader_num_workers, os.cpu_count() or 1)
     loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, collate_fn=as_is, pin_memory=cuda)
     for micro_step, batch in enumerate(loader, start=first):
+        dataset.bad_rows.update(batch["row"][batch.pop("replaced")].tolist())  # workers found them in their own copy
         batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.items()}
         yield (
             batch,

@@ -5,6 +5,7 @@ Student and projectors are one module with one forward, so that DDP, FSDP2 and D
 average the projectors' gradients too.
 """
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -28,14 +29,11 @@ class Tapped(nn.Module):
         self._taps: dict[str, torch.Tensor] | None = None  # None outside forward: hooks re-fire during recomputation
         for name in self.blocks:
             # on the module object: names change under DDP and torch.compile, objects do not
-            denoiser.get_submodule(name).register_forward_hook(self._hook(name))
+            denoiser.get_submodule(name).register_forward_hook(functools.partial(self._keep, name))
 
-    def _hook(self, name: str):
-        def keep(_module, _inputs, output):
-            if self._taps is not None:
-                self._taps[name] = output[0] if isinstance(output, tuple) else output  # down blocks: (hidden, skips)
-
-        return keep
+    def _keep(self, name: str, _module, _inputs, output):
+        if self._taps is not None:
+            self._taps[name] = output[0] if isinstance(output, tuple) else output  # down blocks: (hidden, skips)
 
     def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, **condition):
         """(B, C, *S) and (B,) -> output (B, C, *S), features [(B, C_i, *S_i)]."""

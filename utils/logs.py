@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says: its plan, the progress bar, `log.jsonl` and the trackers.
+"""What a run says: the progress bar, `log.jsonl`, the trackers, the summary.
 
 Loss terms stay on the device and are read together, every `--logging_steps` and before each checkpoint.
 """
@@ -161,27 +161,6 @@ class RunLog:
         self.accelerator.log(values, step=step)
 
 
-def plan(args, accelerator: Accelerator, num_rows: int, sizes: str) -> str:
-    """What is about to happen, in a few lines, to be read before hours are spent."""
-    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    images = batch * args.max_train_steps
-    return "\n".join(
-        [
-            sizes,
-            "",
-            f"devices      {accelerator.num_processes} x {accelerator.device.type}, mixed precision "
-            f"{accelerator.mixed_precision}",
-            f"batch        {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
-            f"{accelerator.num_processes} processes = {batch}",
-            f"data         {num_rows:,} images; {args.max_train_steps:,} steps see {images:,}, "
-            f"{images / num_rows:.1f} epochs",
-            f"checkpoints  {args.output_dir}/checkpoints, every {args.checkpointing_steps:,} steps, the newest "
-            f"{args.checkpoints_total_limit} kept",
-            f"student      {args.output_dir}, a diffusers pipeline",
-        ]
-    )
-
-
 def _peak_memory(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
@@ -189,7 +168,7 @@ def _peak_memory(accelerator: Accelerator) -> str:
     return f"{kilobytes / 2 ** (30 if sys.platform == 'darwin' else 20):.2f} GiB"
 
 
-def summary(args, log: RunLog, validation) -> str:
+def summary(args, log: RunLog, validation, dataset) -> str:
     """What was made, where, how good it is, and what to run next."""
     folder = Path(args.output_dir)
     lines = [f"Saved: {folder}, a stock diffusers pipeline; samples: {folder / 'samples.png'}; log: {log.path}"]

@@ -34,8 +34,15 @@ def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Opti
     """AdamW or Adam, fused into few kernels, or in 8 bits.
 
     Raises:
-        ValueError: `--use_8bit_adam` without bitsandbytes.
+        ValueError: weights that are not float32, or `--use_8bit_adam` without bitsandbytes.
     """
+    parameters = list(parameters)
+    if wrong := {str(p.dtype) for p in parameters if p.dtype != torch.float32}:
+        raise ValueError(
+            f"trainable weights must be float32, found {', '.join(sorted(wrong))}: half precision loses small "
+            "updates; "
+            "load the student in float32 and use --mixed_precision."
+        )
     settings = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),

@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: exact resume, faults, damage, refusals."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import build_unet, read_log
+from diffusers import DDPMPipeline, DDPMScheduler
+from safetensors.torch import load_file, save_file
+
+import train_place
+import utils.data
+
+ROOT = Path(__file__).resolve().parent.parent
+EVERYTHING = (
+    "--max_train_steps 6 --train_batch_size 5 --gradient_accumulation_steps 2 --checkpointing_steps 2 --use_ema "
+    "--checkpoints_total_limit 9 --logging_steps 4 --lambda_kd_feat 1 --random_flip --learning_rate 1e-3 "
+    "--lr_scheduler cosine --lr_warmup_steps 2 --weighting linear"
+).split()
+
+
+@pytest.fixture(scope="module")
+def dropout_teacher(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("dropout")
+    DDPMPipeline(build_unet(dropout=0.2), DDPMScheduler()).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def rows_seen(monkeypatch):
+    """The row ids of every micro-step, in order."""
+    seen = []
+    original = train_place.training_batches
+
+    def spy(*args, **kwargs):
+        for batch, rng in original(*args, **kwargs):
+            seen.append(batch["row"].tolist())
+            yield batch, rng
+
+    monkeypatch.setattr(train_place, "training_batches", spy)
+    return seen
+
+
+def cut_back(folder: Path, step: int) -> None:
+    """The folder as a kill after the checkpoint of `step` leaves it: later checkpoints and the export are gone."""
+    for path in (folder / "checkpoints").glob("step-*"):
+        if int(path.name[5:]) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(folder / "unet")
+
+
+def assert_same_run(ours: Path, theirs: Path, step: int = 6) -> None:
+    for name in ("student", "ema", "optimizer"):
+        pair = [load_file(run / "checkpoints" / f"step-{step:07d}" / f"{name}.safetensors") for run in (ours, theirs)]
+        assert pair[0].keys() == pair[1].keys()
+        assert all(torch.equal(pair[0][key], pair[1][key]) for key in pair[0]), name
+    states = [
+        json.loads((run / "checkpoints" / f"step-{step:07d}" / "state.json").read_text()) for run in (ours, theirs)
+    ]
+    for key in ("step", "lr_scheduler", "optimizer", "ema"):
+        assert states[0][key] == states[1][key]
+    assert (ours / "log.jsonl").read_text() == (theirs / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("stop_at", [2, 4])  # 20 rows: in epoch 1; 40 rows: in epoch 2 of 24
+def test_resume_is_exact(run, rows_seen, dropout_teacher, tmp_path, monkeypatch, workers, stop_at):
+    if workers:
+        monkeypatch.setattr(utils.data, "HOLD_IN_MEMORY_BYTES", 0)
+    flags = ["--pretrained_model_name_or_path", dropout_teacher, *EVERYTHING, "--dataloader_num_workers", workers]
+    whole = run("train_place", *flags, output="whole")
+    rows_whole = rows_seen.copy()
+    start = load_file(whole / "checkpoints" / "step-0000002" / "student.safetensors")
+    end = load_file(whole / "checkpoints" / "step-0000006" / "student.safetensors")
+    assert all((start[name] - end[name]).abs().max() > 1e-4 for name in start if name.endswith("conv1.weight"))
+    assert any(name.startswith("projectors") for name in start)
+    assert [line["step"] for line in read_log(whole)] == [4, 6]
+
+    shutil.copytree(whole, tmp_path / "resumed")
+    cut_back(tmp_path / "resumed", stop_at)
+    rows_seen.clear()
+    # seeding differs: `run` seeds by the number of words
+    resumed = run("train_place", *flags, "--resume_from_checkpoint", "latest", output="resumed")
+    assert rows_seen == rows_whole[2 * stop_at :] and len(rows_seen[0]) == 5
+    assert_same_run(whole, resumed)
+
+
+def script_process(*flags, seed: int, limit: int | None = None, code: str = "") -> subprocess.Popen:
+    """train_place.py in a new process with its own ambient seed and, perhaps, a limit on file sizes in bytes."""
+    command = (
+        f"import random, numpy, torch; random.seed({seed}); numpy.random.seed({seed}); torch.manual_seed({seed});"
+        f"torch.set_num_threads(1); {code}; import sys, train_place; train_place.main(sys.argv[1:])"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-c", command, *map(str, flags)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
+    )
+
+
+def flags_for(teacher: str, data: str, folder: Path) -> list[str]:
+    flags = ["--pretrained_model_name_or_path", teacher, "--dataset_name", data, "--pruning_ratio", "0.5"]
+    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--report_to", "none"]
+    return [*flags, *EVERYTHING, "--output_dir", str(folder)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+def test_a_signal_saves_and_a_new_process_goes_on_exactly(dropout_teacher, data_dir, tmp_path, number):
+    flags = flags_for(dropout_teacher, data_dir, tmp_path / "stopped")
+    # the signal comes in the middle of the accumulation window of step 3
+    code = (
+        "import os, signal, utils.losses as L; f, n = L.place_loss, [0]\n"
+        f"def g(*a, **k):\n n[0] += 1\n n[0] == 5 and os.kill(os.getpid(), {int(number)})\n return f(*a, **k)\n"
+        "L.place_loss = g\npass"
+    )
+    stopped = script_process(*flags, seed=1, code=code)
+    out, err = stopped.communicate(timeout=120)
+    assert stopped.returncode == 128 + number, err[-2000:]
+    assert "--resume_from_checkpoint latest" in out and "step 3" in out
+    resumed = script_process(*flags, "--resume_from_checkpoint", "latest", seed=2)
+    _, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err[-2000:]
+    whole = script_process(*flags, "--output_dir", tmp_path / "whole", seed=3)
+    _, err = whole.communicate(timeout=120)
+    assert whole.returncode == 0, err[-2000:]
+    assert_same_run(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_a_second_signal_ends_at_once(dropout_teacher, data_dir, tmp_path):
+    code = (
+        "import os, signal, time, utils.losses as L\n"
+        "def g(*a, **k):\n os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); time.sleep(60)\n"
+        "L.place_loss = g\npass"
+    )
+    begin = time.monotonic()
+    process = script_process(*flags_for(dropout_teacher, data_dir, tmp_path / "out"), seed=1, code=code)
+    process.communicate(timeout=120)
+    assert process.returncode == 128 + 15 and time.monotonic() - begin < 55
+    assert not list((tmp_path / "out" / "checkpoints").glob("step-*"))
+
+
+def test_the_time_limit_stops_like_a_signal(run, capsys, tmp_path):
+    with pytest.raises(SystemExit) as stop:
+        run("train_place", "--max_train_minutes", "1e-9")
+    assert stop.value.code == 124 and "--resume_from_checkpoint latest" in capsys.readouterr().out
+    folder = run("train_place", "--resume_from_checkpoint", "latest")  # a limit is harmless to change
+    assert (folder / "unet").is_dir()
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(dropout_teacher, data_dir, tmp_path):
+    flags = flags_for(dropout_teacher, data_dir, tmp_path / "out")
+    # room for everything up to step 2; then the limit falls below a checkpoint's files
+    code = (
+        "import resource, utils.checkpoint as C; w = C.Checkpoints._write\n"
+        "def g(self, folder, step, records):\n"
+        " step > 2 and resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))\n"
+        " return w(self, folder, step, records)\n"
+        "C.Checkpoints._write = g\npass"
+    )
+    process = script_process(*flags, seed=1, code=code)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "step 4 could not be written" in err and "step-0000002" in err
+    assert [path.name for path in sorted((tmp_path / "out" / "checkpoints").iterdir())] == ["step-0000002"]
+    resumed = script_process(*flags, "--resume_from_checkpoint", "latest", seed=2)
+    _, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err[-2000:]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch, tmp_path):
+    original, calls = train_place.place_loss, []
+
+    def poisoned(*args, **kwargs):
+        calls.append(1)
+        kd = original(*args, **kwargs)
+        return kd._replace(loss=kd.loss * float("nan")) if len(calls) == 3 else kd
+
+    monkeypatch.setattr(train_place, "place_loss", poisoned)
+    flags = ["--checkpointing_steps", "2", "--logging_steps", "50"]
+    with pytest.raises(FloatingPointError, match=r"since step 3: loss nan, task [\d.]+.*learning rate.*step-0000002"):
+        run("train_place", *flags)
+    assert [path.name for path in (tmp_path / "student" / "checkpoints").iterdir()] == ["step-0000002"]
+
+
+def test_rotation_keeps_the_newest(run):
+    folder = run("train_place", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-0000003", "step-0000004"]
+
+
+@pytest.mark.parametrize("name", ["student.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
+def test_damage_is_named_and_the_one_before_offered(run, name, damage):
+    folder = run("train_place", "--checkpointing_steps", "2", "--use_ema")
+    path = folder / "checkpoints" / "step-0000004" / name
+    content = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    else:
+        middle = len(content) // 2
+        path.write_bytes(content[:middle] + (b"" if damage == "truncated" else b"\xff" + content[middle + 1 :]))
+    with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
+        run("train_place", "--use_ema", "--resume_from_checkpoint", "latest", "--checkpointing_steps", "2")
+    assert "step-0000002" in str(error.value) or (name, damage) == ("state.json", "missing")
+    resumed = run("train_place", "--use_ema", "--resume_from_checkpoint", folder / "checkpoints" / "step-0000002")
+    assert (resumed / "checkpoints" / "step-0000004").is_dir()
+
+
+def test_leftovers_of_a_killed_process_are_no_checkpoints(run):
+    folder = run("train_place", "--checkpointing_steps", "2")
+    for name in (".step-0000009.partial", ".step-0000001.removed"):
+        shutil.copytree(folder / "checkpoints" / "step-0000002", folder / "checkpoints" / name)
+    run("train_place", "--resume_from_checkpoint", "latest", "--max_train_steps", "5")
+    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert names == ["step-0000004", "step-0000005"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--train_batch_size", "8"], "train_batch_size was 4, is 8"),
+        (["--seed", "7"], "seed was 0, is 7"),
+        (["--group_size", "8"], "group_size was 16, is 8"),
+        (["--lambda_task", "0.5"], "lambda_task was 1.0, is 0.5"),
+        (["--learning_rate", "1e-3"], "learning_rate was"),
+        (["--max_train_samples", "20"], "max_train_samples was None, is 20"),
+        (["--pruning_ratio", "0.3"], "pruning_ratio was 0.5, is 0.3"),
+    ],
+)
+def test_other_arguments_are_refused_by_name(run, flags, named):
+    run("train_place")
+    with pytest.raises(ValueError, match=named):
+        run("train_place", "--resume_from_checkpoint", "latest", *flags)
+
+
+def test_changed_data_is_noticed(run, tmp_path, data_dir):
+    shutil.copytree(data_dir, tmp_path / "data")
+    run("train_place", "--dataset_name", tmp_path / "data")
+    from conftest import save_images
+
+    shutil.rmtree(tmp_path / "data")
+    save_images(tmp_path / "data", seed=1)
+    with pytest.raises(ValueError, match="data was"):
+        run("train_place", "--dataset_name", tmp_path / "data", "--resume_from_checkpoint", "latest")
+
+
+def test_allow_changed_arguments(run, caplog):
+    run("train_place")
+    flags = ["--allow_changed_arguments", "--max_train_steps", "5", "--learning_rate", "1e-5"]
+    folder = run("train_place", "--resume_from_checkpoint", "latest", *flags)
+    assert "learning_rate was 0.0002, is 1e-05" in caplog.text
+    assert (folder / "checkpoints" / "step-0000005").is_dir()
+
+
+def test_resume_from_what_is_no_checkpoint(run, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint in"):
+        run("train_place", "--resume_from_checkpoint", "latest")
+    with pytest.raises(ValueError, match="is not a checkpoint"):
+        run("train_place", "--resume_from_checkpoint", tmp_path)
+
+
+def test_another_student_is_refused(run, tmp_path):
+    folder = run("train_place")
+    checkpoint = folder / "checkpoints" / "step-0000004"
+    wrong = {"denoiser.conv_in.weight": torch.zeros(3)}
+    save_file(wrong, checkpoint / "student.safetensors")
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["sha256"]["student.safetensors"] = (
+        __import__("hashlib").sha256((checkpoint / "student.safetensors").read_bytes()).hexdigest()
+    )
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="another student"):
+        run("train_place", "--resume_from_checkpoint", "latest")
+
+
+def test_an_occupied_folder_is_not_touched(run, tmp_path):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "thesis.txt").write_text("years")
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        run("train_place")
+    assert (tmp_path / "student" / "thesis.txt").read_text() == "years"
+    folder = run("train_place", "--overwrite_output_dir")
+    assert not (folder / "thesis.txt").exists()
+
+
+def test_an_output_folder_that_cannot_be_written(run):
+    with pytest.raises(ValueError, match="--output_dir /proc/student cannot be written"):
+        run("train_place", "--output_dir", "/proc/student")
+
+
+def test_dry_run_leaves_nothing(run, tmp_path, capsys):
+    folder = run("train_place", "--dry_run")
+    assert not folder.exists()
+    printed = capsys.readouterr().out
+    assert "memory       about" in printed and "parameters" in printed and "Saved" not in printed
