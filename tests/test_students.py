@@ -10,15 +10,9 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.students.width import (
-    _Coupling,
-    check_width_prunable,
-    model_size,
-    model_table,
-    prune_width,
-    taylor_scores,
-    width_config,
-)
+from utils.students.coupling import Coupling
+from utils.students.sizes import model_size, model_table
+from utils.students.width import check_width_prunable, prune_width, taylor_scores, width_config
 
 
 def unet_config(widths, attention, **changes):
@@ -97,7 +91,7 @@ def make_redundant(teacher, ratio, seed=0):
     weights between kept channels, 0 for all others.
     """
     generator = torch.Generator().manual_seed(seed)
-    coupling = _Coupling(teacher, width_config(teacher.config, ratio))
+    coupling = Coupling(teacher, width_config(teacher.config, ratio))
     scores = {name: torch.ones_like(parameter) for name, parameter in teacher.named_parameters()}
     queries = {coupling.axes[f"{name}.weight"][0] for name in coupling.unscaled}
     source, dead = {}, {}  # by space

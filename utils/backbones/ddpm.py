@@ -17,7 +17,8 @@ from utils.backbones.types import Noised, Prediction
 from utils.data import ImageTransform
 from utils.features import Tapped
 from utils.randomness import StepRandom
-from utils.students.width import model_size, model_table, prune_width, taylor_scores, width_config
+from utils.students.sizes import model_size, model_table
+from utils.students.width import prune_width, taylor_scores, width_config
 
 TAYLOR_TIMESTEPS = 20  # spread evenly over the schedule; more changed the kept channels little and cost as much again
 
