@@ -5,6 +5,7 @@
     python benchmarks/make_assets.py dataset                     # assets/fashion_mnist_16: 10,000 + 10,000 images
     python benchmarks/make_assets.py dataset --full some/folder  # all 60,000 training images + 10,000 test images
     python benchmarks/make_assets.py classifier                  # assets/classifier, trained on all 60,000
+    python benchmarks/make_assets.py teacher --source teacher    # assets/teacher, from a run of train_lift.py
 
 `dataset` writes the same bytes whenever it runs with the same versions of datasets, pyarrow and Pillow.
 `classifier` is seeded, but float32 sums depend on the processor and on the torch version: on another machine expect
@@ -348,13 +349,30 @@ def parse_args() -> argparse.Namespace:
         default=ASSETS / "classifier",
         help="transformers model directory to write: 0.7 MB (default: %(default)s)",
     )
+    teacher = commands.add_parser("teacher", help="round a trained pipeline to float16 for the bundle (seconds)")
+    teacher.add_argument("--source", type=Path, required=True, help="the --output_dir of train_lift.py")
+    teacher.add_argument(
+        "--output",
+        type=Path,
+        default=ASSETS / "teacher",
+        help="folder to write: 5.2 MB (default: %(default)s)",
+    )
     return parser.parse_args()
+
+
+def make_teacher(source: Path, output: Path) -> None:
+    """Save the pipeline in `source` with float16 weights."""
+    from diffusers import DDPMPipeline
+
+    DDPMPipeline.from_pretrained(source, dtype=torch.float16).save_pretrained(output)
 
 
 def main() -> None:
     """Build what the command line asks for."""
     args = parse_args()
-    if args.command == "classifier":
+    if args.command == "teacher":
+        make_teacher(args.source, args.output)
+    elif args.command == "classifier":
         make_classifier(args.source, args.output)
     elif args.full is not None:
         make_dataset(args.source, args.full, train_images=None)

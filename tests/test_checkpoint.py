@@ -94,7 +94,7 @@ def test_resume_is_exact(run, rows_seen, dropout_teacher, tmp_path, monkeypatch,
     assert_same_run(whole, resumed)
 
 
-def script_process(*flags, seed: int, limit: int | None = None, code: str = "") -> subprocess.Popen:
+def script_process(*flags, seed: int, limit: int | None = None, code: str = "pass") -> subprocess.Popen:
     """train_place.py in a new process with its own ambient seed and, perhaps, a limit on file sizes in bytes."""
     command = (
         f"import random, numpy, torch; random.seed({seed}); numpy.random.seed({seed}); torch.manual_seed({seed});"

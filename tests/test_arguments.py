@@ -1,0 +1,341 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what it refuses, recipe files, and its help."""
+
+import argparse
+import importlib
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+
+import train_lift
+import train_place
+from utils.arguments import DEFAULT_RECIPE, ArgumentParser, parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"train_lift": train_lift, "train_place": train_place}
+RECIPES = sorted([*(ROOT / "recipes").glob("*.args"), ROOT / DEFAULT_RECIPE])
+TEACHER, DATA, STUDENT = ["--pretrained_model_name_or_path", "t"], ["--dataset_name", "d"], ["--pruning_ratio", "0.5"]
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """`parse("--flag", value, script="train_place", given=[...])`, with an output folder of its own."""
+
+    def parse_flags(*flags, script="train_place", given=(*TEACHER, *DATA, *STUDENT)):
+        argv = [*given, "--output_dir", str(tmp_path / "output"), *map(str, flags)]
+        return parse_args(SCRIPTS[script].__doc__, SCRIPTS[script].add_method_arguments, argv)
+
+    return parse_flags
+
+
+def actions(script: str) -> list[argparse.Action]:
+    """Every argument of a script."""
+    found = []
+    real = ArgumentParser.parse_args
+
+    def keep(self, *args, **kwargs):
+        found.extend(self._actions)
+        return real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(ArgumentParser, "parse_args", keep)
+        patch.setattr("builtins.print", lambda *args, **kwargs: None)
+        parse_args("", SCRIPTS[script].add_method_arguments, ["--help"])
+    return found
+
+
+def test_defaults_parse(parse):
+    args = parse()
+    assert args.pretrained_model_name_or_path == "t" and args.pruning_ratio == 0.5
+    assert args.lambda_task == args.lambda_kd_output == 1 and args.lambda_kd_feat == 0
+    assert args.group_size == 16 and args.learning_rate == 2e-4 and args.mixed_precision is None
+
+
+# What is refused
+
+POSITIVE = (
+    "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
+    "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit validation_steps "
+    "validation_images validation_num_inference_steps validation_num_samples validation_batch_size max_train_minutes"
+).split()
+NOT_NEGATIVE = (
+    "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
+    "coarse_scale"
+).split()
+FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay"]
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [(name, value) for name in POSITIVE for value in ("0", "-1")]
+    + [(name, "-1") for name in NOT_NEGATIVE]
+    + [(name, value) for name in FRACTIONS for value in ("-0.1", "1", "1.5", "nan")]
+    + [("pruning_ratio", value) for value in ("0", "1", "-0.5", "2", "nan")]
+    + [(name, "nan") for name in ("learning_rate", "max_grad_norm", "lambda_task", "coarse_scale")],
+)
+def test_values_out_of_range(parse, name, value):
+    with pytest.raises(ValueError, match=rf"^--{name} is {re.escape(str(float(value)).removesuffix('.0'))}"):
+        parse(f"--{name}", value)
+
+
+@pytest.mark.parametrize("name, value", [(name, "0") for name in NOT_NEGATIVE] + [(name, "0.0") for name in FRACTIONS])
+@pytest.mark.filterwarnings("ignore:.*no effect here")
+def test_values_on_the_edge_are_taken(parse, name, value):
+    assert getattr(parse(f"--{name}", value), name) == 0
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+@pytest.mark.filterwarnings("ignore:.*no effect here")
+def test_small_values_are_taken(parse, name):
+    assert getattr(parse(f"--{name}", "1"), name) == 1
+
+
+CONFIG, EXISTING = ["--student_config", "c"], ["--student_model_name_or_path", "s"]
+SCRATCH = ["--lambda_kd_output", "0"]
+CONTRADICTIONS = [
+    ([*TEACHER, *DATA], "Give one of --pruning_ratio, --student_config.*found none"),
+    ([*TEACHER, *DATA, *STUDENT, *CONFIG], "found --pruning_ratio and --student_config"),
+    ([*TEACHER, *DATA, *STUDENT, *EXISTING], "found --pruning_ratio and --student_model_name_or_path"),
+    ([*TEACHER, *DATA, *CONFIG, *EXISTING], "found --student_config and --student_model_name_or_path"),
+    ([*DATA, *STUDENT, *SCRATCH], "--pruning_ratio cuts a teacher.*--pretrained_model_name_or_path"),
+    ([*DATA, *CONFIG], "nothing to distil from.*--lambda_kd_output 0"),
+    ([*DATA, *CONFIG, *SCRATCH, "--lambda_kd_feat", "1"], "nothing to distil from.*--lambda_kd_feat 0"),
+    ([*TEACHER, *DATA, *STUDENT, *SCRATCH, "--lambda_task", "0"], "--lambda_task.*all 0: nothing to train on"),
+    ([*TEACHER, *STUDENT], "--dataset_name and --train_data_dir; found neither"),
+    ([*TEACHER, *STUDENT, *DATA, "--train_data_dir", "f"], "--dataset_name and --train_data_dir; found both"),
+    ([*TEACHER, *STUDENT, *DATA, "--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "deletes it"),
+]
+
+
+@pytest.mark.parametrize("given, message", CONTRADICTIONS)
+def test_contradictions(parse, given, message):
+    with pytest.raises(ValueError, match=message):
+        parse(given=given)
+
+
+@pytest.mark.parametrize("student", [CONFIG, EXISTING])
+@pytest.mark.parametrize("data", [DATA, ["--train_data_dir", "f"]])
+def test_training_from_scratch_is_taken(parse, student, data):
+    assert parse(given=[*student, *data, *SCRATCH]).pretrained_model_name_or_path is None
+
+
+def test_an_output_folder_in_use(parse, tmp_path):
+    folder = tmp_path / "output"
+    folder.mkdir()
+    parse()  # an empty folder will do
+    (folder / "log.jsonl").touch()
+    with pytest.raises(ValueError, match="--output_dir .*not empty.*--resume_from_checkpoint.*--overwrite_output_dir"):
+        parse()
+    assert parse("--resume_from_checkpoint", "latest").resume_from_checkpoint == "latest"
+    assert parse("--overwrite_output_dir").overwrite_output_dir
+    assert (folder / "log.jsonl").exists()  # parsing deletes nothing
+
+
+def test_an_output_folder_that_is_a_file(parse, tmp_path):
+    (tmp_path / "output").touch()
+    for flags in ([], ["--overwrite_output_dir"], ["--resume_from_checkpoint", "latest"]):
+        with pytest.raises(ValueError, match="--output_dir .*is a file"):
+            parse(*flags)
+
+
+# Words that argparse refuses
+
+
+@pytest.mark.parametrize(
+    "given, meant",
+    [
+        ("--learning_rat 1", "--learning_rate"),
+        ("--learning_rate_ 1", "--learning_rate"),
+        ("--train-batch-size 4", "--train_batch_size"),
+        ("--train_batchsize=4", "--train_batch_size"),
+        ("--group-size 4", "--group_size"),
+    ],
+)
+def test_a_misspelt_flag_suggests_the_right_one(parse, given, meant):
+    with pytest.raises(ValueError, match=rf"{re.escape(given)}.*\(did you mean {meant}\?\).*--help"):
+        parse(*given.split())
+
+
+@pytest.mark.parametrize("given", ["--learning 1", "--use_em", "--max_train_step 4", "--lambda_kd 1"])
+def test_no_abbreviations(parse, given):
+    with pytest.raises(ValueError, match="unrecognized arguments"):
+        parse(*given.split())
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ("--train_batch_size many", "--train_batch_size.*'many'"),
+        ("--train_batch_size 1.5", "--train_batch_size.*'1.5'"),
+        ("--weighting none", "--weighting.*'adaptive'"),
+        ("--seed", "--seed.*expected one argument"),
+        ("word", "unrecognized arguments: word"),
+        ("@missing.args", "missing.args"),
+    ],
+)
+def test_wrong_values_and_words(parse, given, message):
+    with pytest.raises(ValueError, match=message) as error:
+        parse(*given.split())
+    assert "did you mean" not in str(error.value)  # the flag is spelt right
+
+
+def test_flags_of_the_other_script(parse):
+    with pytest.raises(ValueError, match="--group_size"):
+        parse("--group_size", "4", script="train_lift")
+    with pytest.raises(ValueError, match="--output_loss"):
+        parse("--output_loss", "mse")
+    assert parse("--output_loss", "mse", script="train_lift").output_loss == "mse"
+
+
+# Recipe files
+
+
+def test_recipe_lines(parse, tmp_path):
+    recipe = tmp_path / "my.args"
+    recipe.write_text(
+        "# a comment, 'with one quote and --seed 1\n"
+        "\n"
+        "--dataset_name 'a folder # with spaces'   # a comment behind\n"
+        '   --image_column "the image"\n'
+        "--use_ema\n"
+        "--learning_rate=3e-3\n"
+        "--seed 5 --max_train_steps 7\n"
+        "--tracker_project_name 'name#1'#2\n"
+    )
+    args = parse(f"@{recipe}", given=[*TEACHER, *STUDENT])
+    assert args.dataset_name == "a folder # with spaces" and args.image_column == "the image"
+    assert args.use_ema and args.learning_rate == 3e-3 and args.seed == 5 and args.max_train_steps == 7
+    assert args.tracker_project_name == "name#1"
+
+
+def test_what_comes_later_wins(parse, tmp_path):
+    recipe = tmp_path / "my.args"
+    recipe.write_text("--seed 5\n--max_train_steps 7\n")
+    args = parse("--max_train_steps", "3", f"@{recipe}", "--seed", "6")
+    assert args.seed == 6 and args.max_train_steps == 7
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [("--learning_rat 1", "did you mean --learning_rate"), ("seed 1", "unrecognized.*seed 1"), ("--seed 'x", "quot")],
+)
+def test_a_misspelt_line(parse, tmp_path, line, message):
+    recipe = tmp_path / "my.args"
+    recipe.write_text(f"--use_ema\n{line}\n")
+    with pytest.raises(ValueError, match=message):
+        parse(f"@{recipe}")
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_the_recipes_parse(parse, recipe):
+    text = recipe.read_text()
+    named = re.search(r"train_\w+(?=\.py)", text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # every flag of a recipe has an effect
+        # the output folder comes last, so that the recipe's own does not win
+        args = parse(script=named.group() if named else "train_place", given=[f"@{recipe}"])
+    for path in re.findall(r"(?:recipes|assets)/[\w/.]+\w", text):
+        if path != "assets/teacher":  # made by the recipe beside it
+            assert (ROOT / path).exists(), path
+    assert args.dataset_name or args.train_data_dir
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("rank", [None, "0", "1"])
+def test_an_empty_command_line_is_the_embedded_default(tmp_path, monkeypatch, capsys, script, rank):
+    (tmp_path / "assets").mkdir()
+    shutil.copy(ROOT / DEFAULT_RECIPE, tmp_path / DEFAULT_RECIPE)
+    monkeypatch.chdir(tmp_path)  # as from the repository's root, without an earlier run's output
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+    module = SCRIPTS[script]
+    args = parse_args(module.__doc__, module.add_method_arguments, [])
+    said = capsys.readouterr().out
+    assert ("@assets/default.args" in said and "--help" in said) == (rank != "1")
+    named = parse_args(module.__doc__, module.add_method_arguments, [f"@{DEFAULT_RECIPE}"])
+    assert vars(args) == vars(named) and args.pretrained_model_name_or_path == "assets/teacher"
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    assert vars(parse_args(module.__doc__, module.add_method_arguments)) == vars(named)
+    monkeypatch.setattr("sys.argv", ["train.py", f"@{DEFAULT_RECIPE}", "--seed", "8"])
+    assert parse_args(module.__doc__, module.add_method_arguments).seed == 8
+
+
+# Flags without effect
+
+
+@pytest.mark.parametrize(
+    "flags, script, partner",
+    [
+        ("--ema_decay 0.5", "train_place", "--use_ema"),
+        ("--lr_warmup_steps 5", "train_place", "--lr_scheduler"),
+        ("--lambda_kd_output 0 --lambda_kd_feat 1 --group_size 4", "train_place", "--lambda_kd_output above 0"),
+        ("--lambda_kd_output 0 --output_loss mse", "train_lift", "--lambda_kd_output above 0"),
+        ("--output_loss mse --coarse_norm l2", "train_lift", "--output_loss lift"),
+        ("--lambda_task 0 --snr_gamma 5", "train_place", "--lambda_task above 0"),
+        ("--validation_num_samples 5", "train_place", "--validation_feature_extractor"),
+        ("--allow_changed_arguments", "train_place", "--resume_from_checkpoint"),
+    ],
+)
+def test_a_flag_without_effect_is_warned_of(parse, flags, script, partner):
+    name = flags.split()[-1] if flags.split()[-1].startswith("--") else flags.split()[-2]
+    with pytest.warns(UserWarning, match=f"{name} has no effect.*{partner}"):
+        parse(*flags.split(), script=script)
+
+
+@pytest.mark.parametrize(
+    "flags, script",
+    [
+        ("--use_ema --ema_decay 0.5", "train_place"),
+        ("--lr_scheduler cosine --lr_warmup_steps 5", "train_place"),
+        ("--group_size 4 --grouping patch --weighting linear", "train_place"),
+        ("--output_loss mse", "train_lift"),
+        ("--coefficients sample --coarse_norm l2", "train_lift"),
+    ],
+)
+def test_flags_with_effect_are_not(parse, flags, script):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse(*flags.split(), script=script)
+
+
+def test_student_init_goes_with_pruning(parse):
+    with pytest.warns(UserWarning, match="--student_init has no effect.*--pruning_ratio"):
+        parse("--student_init", "random", given=[*TEACHER, *DATA, *CONFIG])
+
+
+def test_teacher_flags_go_with_a_teacher(parse):
+    with pytest.warns(UserWarning, match="--teacher_dtype has no effect.*--pretrained_model_name_or_path"):
+        parse("--teacher_dtype", "bf16", given=[*DATA, *CONFIG, *SCRATCH])
+
+
+# Help
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_argument_is_explained(script):
+    found = actions(script)
+    assert len(found) > 60
+    for action in found:
+        assert action.help and len(action.help) > 10, action.option_strings
+        assert len(action.option_strings) == 1 or action.dest == "help"
+        # a number's default, where there is one, is named
+        if isinstance(action.default, int | float) and not isinstance(action.default, bool) and action.default:
+            assert "default" in action.help, action.option_strings
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_renders(script, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "119")
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script).main(["--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    for action in actions(script):
+        assert action.option_strings[-1] in said
+    assert "%" in said and "%%" not in said and "%(" not in said
+    assert f"accelerate launch {script}.py" in said
