@@ -3,9 +3,10 @@
 
     python benchmarks/peers.py
 
-Both train the default's student on the default's data and batch, each run in a process of its own, in turn. The straight
-trainer is what one writes from diffusers' unconditional example: transforms per image, a shuffled DataLoader, everything
-through accelerator.prepare, EMA, the loss read every step for the progress bar, plus the teacher and a mean squared error.
+Both train the default's student on the default's data and batch, each run in a process of its own, in turn. The
+straight trainer is what one writes from diffusers' unconditional example: transforms per image, a shuffled DataLoader,
+everything through accelerator.prepare, EMA, the loss read every step for the progress bar, plus the teacher and a mean
+squared error.
 """
 
 import argparse

@@ -4,10 +4,10 @@
     python benchmarks/step_time.py                 # the embedded default
     python benchmarks/step_time.py --case celeba   # a CelebA-64-shaped teacher with a 50 % student, random weights
 
-The script's own loop is timed: main() of train_place.py runs with its parts wrapped in timers, so nothing is
-copied here. The bare step (teacher forward, student forward and backward, optimizer) is timed in between, every few
-steps, on the same batch in the same process. Prints medians with quartiles and two ratios: loss / step, and step / bare
-step. On a GPU every timer synchronises, so read ratios there with care.
+The script's own loop is timed: main() of train_place.py runs with its parts wrapped in timers, so nothing is copied
+here. The bare step (teacher forward, student forward and backward, optimizer) is timed in between, every second step,
+on the same batch in the same process. Prints medians with quartiles and two ratios: loss / step, and step / bare step.
+On a GPU every timer synchronises, so read the ratios there with care.
 """
 
 import argparse

@@ -302,6 +302,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("adam_beta1", "adam_beta2", "ema_decay"):
         if not 0 <= getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must lie in [0, 1).")
+    if getattr(args, "group_size", 2) < 2:
+        raise ValueError(f"--group_size is {args.group_size}; a line needs at least 2 elements, the paper has 16.")
     if args.pruning_ratio is not None and not 0 < args.pruning_ratio < 1:
         raise ValueError(f"--pruning_ratio is {args.pruning_ratio}; it must lie between 0 and 1, both excluded.")
 

@@ -75,12 +75,11 @@ class Validation:
 
     def _grid(self, student: nn.Module, step: int) -> None:
         """Upper row(s) teacher, lower row(s) student, column by column from the same noise."""
-        args, seeds = self.args, self._seeds(0, self.args.validation_images)
-        rows = [self.backbone.sample(student, seeds, args.validation_num_inference_steps)]
+        seeds = self._seeds(0, self.args.validation_images)
+        rows = [self._draw(student, seeds)]
         if self.backbone.teacher is not None:
             if self.teacher_images is None:
-                steps = args.validation_num_inference_steps
-                self.teacher_images = self.backbone.sample(self.backbone.teacher, seeds, steps)
+                self.teacher_images = self._draw(self.backbone.teacher, seeds)
             rows.insert(0, self.teacher_images)
         grid = image_grid(rows)
         grid.save(self.folder / "samples.png")
@@ -109,10 +108,12 @@ class Validation:
             yield first, min(size, count - first)
 
     def _sampled(self, denoiser: nn.Module) -> Iterator[torch.Tensor]:
-        steps = self.args.validation_num_inference_steps
         for first, size in self._batches("sampling", self.args.validation_num_samples):
-            with self.accelerator.autocast():
-                yield self.backbone.sample(denoiser, self._seeds(first, size), steps)
+            yield self._draw(denoiser, self._seeds(first, size))
+
+    def _draw(self, denoiser: nn.Module, seeds: list[int]) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.backbone.sample(denoiser, seeds, self.args.validation_num_inference_steps)
 
     def _noise_images(self) -> Iterator[torch.Tensor]:
         shape = self.backbone.example()["x_t"].shape[1:]

@@ -108,6 +108,11 @@ class DDPM:
                     f"--resolution {resolution}: the {owner}'s U-Net halves it {halvings} times, so it must be a "
                     f"multiple of {2**halvings}."
                 )
+        group_size = getattr(args, "group_size", 2)
+        if group_size > resolution**2:
+            raise ValueError(
+                f"--group_size {group_size}: a channel of {resolution}x{resolution} has only {resolution**2} elements."
+            )
         return student.get("in_channels", 3), resolution
 
     def transform(self, args) -> ImageTransform:
