@@ -93,6 +93,13 @@ def test_small_values_are_taken(parse, name):
     assert getattr(parse(f"--{name}", "1"), name) == 1
 
 
+@pytest.mark.parametrize("size", ["1", "0", "-3"])
+def test_a_line_needs_two_elements(parse, size):
+    with pytest.raises(ValueError, match=f"--group_size is {size}; "):
+        parse("--group_size", size)
+    assert parse("--group_size", "2").group_size == 2
+
+
 CONFIG, EXISTING = ["--student_config", "c"], ["--student_model_name_or_path", "s"]
 SCRATCH = ["--lambda_kd_output", "0"]
 CONTRADICTIONS = [

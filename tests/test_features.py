@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import build_unet
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from utils.backbones.types import Prediction
 from utils.features import Tapped, feature_loss, tap_pair
@@ -227,10 +228,43 @@ def test_gradient_checkpointing_changes_nothing(dropout):
     for student in (plain_student, checkpointed_student):
         tapped, tapped_teacher = tap_pair(student, teacher, PAIRS, EXAMPLE, 0)
         calls = []
-        tapped.denoiser.mid_block.resnets[0].conv1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        student.down_blocks[0].resnets[0].conv1.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         torch.manual_seed(4)
         found.append(gradients(tapped, tapped_teacher))
         assert tapped._taps is None and tapped_teacher._taps is None
         assert len(calls) == (2 if student is checkpointed_student else 1)  # it was computed again
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-7, msg=name)
+
+
+class Recomputed(nn.Module):
+    """A denoiser whose tapped block itself runs again in backward, hooks and all."""
+
+    dtype = torch.float32
+
+    def __init__(self, recompute: bool):
+        super().__init__()
+        self.recompute = recompute
+        torch.manual_seed(0)
+        self.block, self.last = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 1, 1)
+
+    def both(self, x_t):
+        return self.last(self.block(x_t).tanh())
+
+    def forward(self, x_t, timestep, return_dict):
+        return (checkpoint(self.both, x_t, use_reentrant=False) if self.recompute else self.both(x_t),)
+
+
+def test_a_block_that_runs_again_in_backward():
+    found, runs = [], []
+    for recompute in (False, True):
+        denoiser = Recomputed(recompute)
+        tapped = Tapped(denoiser, ["block"])
+        denoiser.block.register_forward_hook(lambda *_: runs.append(1))
+        output, features = tapped(**noisy())
+        (output.square().mean() + features[0].square().mean()).backward()
+        assert tapped._taps is None
+        found.append([parameter.grad for parameter in tapped.parameters()])
+    assert len(runs) == 3
+    for plain, recomputed in zip(*found, strict=True):
+        torch.testing.assert_close(recomputed, plain)

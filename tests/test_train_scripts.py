@@ -224,6 +224,20 @@ def test_gradient_checkpointing_computes_the_same(run):
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
 
 
+def test_bad_images_are_skipped_and_counted(run, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("L", (8, 8), color=20 * i).save(folder / f"{i:02d}.png")
+    (folder / "05.png").write_bytes(b"no image")
+    data = ["--train_data_dir", folder, "--dataset_name", ""]
+    with pytest.raises(ValueError, match=r"row 5 .*05\.png.*--skip_bad_images"):
+        run("train_place", *data)
+    run("train_place", *data, "--skip_bad_images")
+    printed = capsys.readouterr().out
+    assert "12 images (1 undecodable ones replaced)" in printed and "1 images could not be decoded" in printed
+
+
 def test_accumulation_counts_optimizer_steps(run):
     flags = ["--train_batch_size", "2", "--gradient_accumulation_steps", "3", "--lr_scheduler", "linear"]
     log = read_log(run("train_lift", *flags, "--learning_rate", "1.0e-3"))

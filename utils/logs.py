@@ -182,6 +182,8 @@ def summary(args, log: RunLog, validation, dataset) -> str:
         lines.append(
             f"{log.images / log.seconds:.0f} images/s in training, peak memory {_peak_memory(log.accelerator)}"
         )
+    if dataset.bad_rows:
+        lines.append(f"{len(dataset.bad_rows)} images could not be decoded; the next good ones stood in for them")
     lines.append(
         'Next: python -c "from diffusers import DiffusionPipeline as P; '
         f"P.from_pretrained('{folder}')().images[0].save('sample.png')\""
