@@ -65,7 +65,6 @@ def main(argv: list[str] | None = None) -> None:
         log_with=tracker_names(args.report_to),
         project_dir=args.output_dir,
     )
-
     check_output_dir(args)
 
     # Teacher: frozen, in eval mode, never prepared
@@ -84,7 +83,8 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     # Student: float32, one module with its feature projectors
-    denoiser, sizes = backbone.make_student(args, sample_batch(dataset, args.train_batch_size, args.seed))
+    real_images = sample_batch(dataset, args.train_batch_size, args.seed, accelerator.device)
+    denoiser, sizes = backbone.make_student(args, real_images)
     pairs = backbone.feature_pairs(denoiser) if args.lambda_kd_feat > 0 else []
     student, tapped_teacher = tap_pair(denoiser, teacher, pairs, backbone.example(), args.seed)
     apply_speed_flags(args, accelerator, denoiser, teacher)
@@ -97,6 +97,8 @@ def main(argv: list[str] | None = None) -> None:
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
     ema = EMAModel(denoiser.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
 
+    # Everything that can be refused has been by the end of this paragraph; nothing is written before it
+    validation = Validation(args, accelerator, backbone)
     accelerator.print(plan(args, accelerator, dataset, student, teacher, backbone.example(), sizes))
     if args.dry_run:
         return
@@ -104,7 +106,6 @@ def main(argv: list[str] | None = None) -> None:
     # Where everything goes, and where it goes on from
     prepare_output_dir(args, accelerator)
     log = RunLog(args, accelerator, backbone.scheduler.config.num_train_timesteps)
-    validation = Validation(args, accelerator, backbone)
     data_fingerprint = fingerprint(rows)
     checkpoints = Checkpoints(
         args,

@@ -194,10 +194,11 @@ def as_is(batch):
     return batch
 
 
-def sample_batch(dataset: ImageRows, batch_size: int, seed: int) -> dict[str, torch.Tensor]:
-    """One batch of random rows, the same on every process."""
+def sample_batch(dataset: ImageRows, batch_size: int, seed: int, device="cpu") -> dict[str, torch.Tensor]:
+    """One batch of random rows on `device`, the same on every process."""
     order = shuffled(seed, 0, len(dataset))[:batch_size]
-    return dataset.__getitems__([(0, int(row)) for row in order])
+    batch = dataset.__getitems__([(0, int(row)) for row in order])
+    return {name: value.to(device) for name, value in batch.items()}
 
 
 def training_batches(

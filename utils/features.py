@@ -21,10 +21,10 @@ class Tapped(nn.Module):
     Without `blocks` it is the plain denoiser: no hooks, no cost.
     """
 
-    def __init__(self, denoiser: nn.Module, blocks: Sequence[str] = (), projectors: Sequence[nn.Module] = ()):
+    def __init__(self, denoiser: nn.Module, blocks: Sequence[str] = ()):
         super().__init__()
         self.denoiser = denoiser
-        self.projectors = nn.ModuleList(projectors or [nn.Identity() for _ in blocks])
+        self.projectors = nn.ModuleList(nn.Identity() for _ in blocks)
         self.blocks = list(blocks)
         self._taps: dict[str, torch.Tensor] | None = None  # None outside forward: hooks re-fire during recomputation
         for name in self.blocks:
@@ -56,13 +56,15 @@ def tap_pair(
     if not pairs:
         return Tapped(student), Tapped(teacher) if teacher is not None else None
     student_blocks, teacher_blocks = (list(side) for side in zip(*pairs, strict=True))
-    tapped_teacher = Tapped(teacher, teacher_blocks)
-    with torch.no_grad():
-        _, student_features = Tapped(student, student_blocks)(**example)
-        _, teacher_features = tapped_teacher(**example)
-    projectors = []
+    tapped_student, tapped_teacher = Tapped(student, student_blocks), Tapped(teacher, teacher_blocks)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        with torch.no_grad():
+            student_features, teacher_features = (
+                tapped(**{name: value.to(tapped.denoiser.device) for name, value in example.items()})[1]
+                for tapped in (tapped_student, tapped_teacher)
+            )
+        projectors = []
         for pair, student_feature, teacher_feature in zip(pairs, student_features, teacher_features, strict=True):
             if student_feature.shape[2:] != teacher_feature.shape[2:]:
                 raise ValueError(
@@ -71,7 +73,8 @@ def tap_pair(
                 )
             widths = student_feature.shape[1], teacher_feature.shape[1]
             projectors.append(nn.Identity() if widths[0] == widths[1] else nn.Conv2d(*widths, kernel_size=1))
-    return Tapped(student, student_blocks, projectors), tapped_teacher
+    tapped_student.projectors = nn.ModuleList(projectors)
+    return tapped_student, tapped_teacher
 
 
 def feature_loss(student: Prediction, teacher: Prediction) -> torch.Tensor:

@@ -124,6 +124,7 @@ class DDPM:
         if args.pruning_ratio is not None:
             scores = None
             if args.student_init == "taylor":
+                self.teacher.to(batch["pixels"].device)
                 scores = taylor_scores(self.teacher, self._diffusion_losses(batch, args.seed))
             student, report = prune_width(
                 self.teacher, args.pruning_ratio, init=args.student_init, scores=scores, seed=args.seed
