@@ -10,6 +10,8 @@ and in every group fits the teacher's prediction as a line of the student's: the
 after. The conventional baselines are settings of train_lift.py.
 """
 
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
@@ -19,7 +21,7 @@ from utils.arguments import parse_args
 from utils.backbones import choose_backbone
 from utils.checkpoint import Checkpoints, check_output_dir, prepare_output_dir
 from utils.data import ImageRows, fingerprint, load_rows, sample_batch, training_batches
-from utils.export import export_student, save_arguments
+from utils.export import save_arguments, save_pipeline, write_card
 from utils.features import feature_loss, tap_pair
 from utils.logs import RunLog, error_per_sample, summary, tracker_names
 from utils.losses import fine_weight, place_loss
@@ -95,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     ema = EMAModel(denoiser.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
-    validation = Validation(args, accelerator, backbone)
+    validation = Validation(args, accelerator, backbone, denoiser)
     accelerator.print(plan(args, accelerator, dataset, student, teacher, backbone.example(), sizes))
     if args.dry_run:
         return
@@ -117,9 +119,6 @@ def main(argv: list[str] | None = None) -> None:
     step = checkpoints.resume()
     if accelerator.is_main_process:
         save_arguments(args, __file__, data_fingerprint)
-    if step == 0:
-        with evaluated(denoiser, ema):
-            validation.measure_references(denoiser)
     micro_steps = args.gradient_accumulation_steps
     batches = training_batches(
         dataset, args, accelerator, first=step * micro_steps, last=args.max_train_steps * micro_steps
@@ -175,12 +174,12 @@ def main(argv: list[str] | None = None) -> None:
                 checkpoints.save(step)
         stop.exit_if_asked(checkpoints, step)
 
-    # Export
+    # Export: the weights first, then what takes time or may fail
     if accelerator.is_main_process:
         with evaluated(denoiser, ema):
-            export_student(
-                args, backbone, denoiser, method=method_name(args), sizes=sizes, distances=validation.distances
-            )
+            save_pipeline(backbone.pipeline(denoiser), Path(args.output_dir))
+        validation.measure_references()
+        write_card(args, backbone, method=method_name(args), sizes=sizes, distances=validation.distances)
     accelerator.end_training()
     accelerator.print(summary(args, log, validation, dataset))
 

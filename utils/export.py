@@ -38,16 +38,8 @@ def save_arguments(args, script: str, data_fingerprint: str) -> None:
     (Path(args.output_dir) / "args.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
-def export_student(args, backbone, student, *, method: str, sizes: str, distances: dict[str, float]) -> None:
-    """The pipeline, loadable with nothing of ours, and its model card into `--output_dir`. Weights come first."""
-    folder = Path(args.output_dir)
-    student.eval()
-    save_pipeline(backbone.pipeline(student), folder)
-    (folder / "README.md").write_text(model_card(args, backbone, method=method, sizes=sizes, distances=distances))
-
-
-def model_card(args, backbone, *, method: str, sizes: str, distances: dict[str, float]) -> str:
-    """The card of a student, in the Hub's form."""
+def write_card(args, backbone, *, method: str, sizes: str, distances: dict[str, float]) -> None:
+    """The student's model card, in the Hub's form, into `--output_dir`."""
     teacher, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
     pipeline_class = backbone.pipeline_class.__name__
     tags = ["diffusers", "distillation", "lift-place"] if teacher else ["diffusers"]
@@ -76,4 +68,4 @@ def model_card(args, backbone, *, method: str, sizes: str, distances: dict[str, 
             "Method: H. Han, S. Yeo, J. Yoo, LIFT and PLACE: A Simple, Stable, and Effective Knowledge Distillation "
             "Framework for Lightweight Diffusion Models, CVPR 2026, arXiv 2605.19729. All arguments: `args.json`."
         )
-    return "\n\n".join(part for part in parts if part) + "\n"
+    (Path(args.output_dir) / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n")

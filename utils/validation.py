@@ -2,6 +2,8 @@
 """Samples while training: a grid of teacher and student from the same noise, and a feature distance to real images."""
 
 import contextlib
+import copy
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,23 +26,37 @@ VALIDATION_STREAM = 2**32  # a counter that no micro-step reaches: validation no
 class Validation:
     """Draws the grids and keeps the distances; does its work on the main process only."""
 
-    def __init__(self, args, accelerator: Accelerator, backbone):
+    def __init__(self, args, accelerator: Accelerator, backbone, student: nn.Module):
+        """`student` still as it was made: a copy is kept, to be measured beside the trained one.
+
+        Raises:
+            ValueError: `--validation_feature_extractor` is no image model, or `--validation_split` no split.
+        """
         self.args, self.accelerator, self.backbone = args, accelerator, backbone
         self.folder = Path(args.output_dir)
-        self.distances: dict[str, float] = {}  # who -> Frechet distance; students by step
+        self.distances: dict[str, float] = {}  # who -> Frechet distance
         self.best: tuple[float, int] | None = None
         self.teacher_images: torch.Tensor | None = None
-        self.extractor = self.reference = None
+        self.extractor = None
         if args.validation_feature_extractor and accelerator.is_main_process:
             self.extractor = FeatureExtractor(args.validation_feature_extractor, device=accelerator.device)
-            self.reference = self._statistics(self._real_images())
+            self.real_rows = load_rows(args, args.validation_split)
+            self.untrained = copy.deepcopy(student).eval()
 
-    def measure_references(self, student: nn.Module) -> None:
-        """Distances of what a distilled student's is to be read against: noise, the student untrained, the teacher."""
+    @functools.cached_property
+    def reference(self) -> FeatureStatistics:
+        """Of the real images; computed when first needed, as training need not wait for it."""
+        return self._statistics(self._real_images())
+
+    def measure_references(self) -> None:
+        """Distances to read the student's beside: noise, the student before training, the teacher."""
         if self.extractor is None:
             return
-        self.distances["noise"] = self._distance(self._noise_images())
-        self.distances["student before training"] = self._distance(self._sampled(student))
+        self.distances = {
+            "noise": self._distance(self._noise_images()),
+            "student before training": self._distance(self._sampled(self.untrained)),
+            **self.distances,
+        }
         if self.backbone.teacher is not None:
             self.distances["teacher"] = self._distance(self._sampled(self.backbone.teacher))
 
@@ -122,7 +138,9 @@ class Validation:
             yield ((noise.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     def _real_images(self) -> Iterator[torch.Tensor]:
-        rows = ImageRows(load_rows(self.args, self.args.validation_split), self.backbone.transform(self.args), seed=0)
+        transform = copy.copy(self.backbone.transform(self.args))
+        transform.center_crop, transform.random_flip = True, False
+        rows = ImageRows(self.real_rows, transform, seed=0, skip_bad_images=self.args.skip_bad_images, quiet=True)
         for first, size in self._batches("real images", len(rows)):
             yield rows.__getitems__([(0, row) for row in range(first, first + size)])["pixels"]
 
