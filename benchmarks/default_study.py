@@ -91,8 +91,6 @@ def main() -> None:
     results = json.loads(path.read_text()) if path.exists() else {}
     extractor = FeatureExtractor(str(ROOT / "assets" / "classifier"))
     reference = test_statistics(extractor)
-    if "teacher" not in results:
-        results["teacher"] = {"distances": {"0": distance(args.teacher, reference, extractor, args.samples)}}
     for table in args.rows:
         for name, command in ROWS[table].items():
             for seed in args.seeds:
@@ -111,6 +109,9 @@ def main() -> None:
                 done["distances"][str(seed)] = distance(str(folder), reference, extractor, args.samples)
                 path.write_text(json.dumps(results, indent=1))
                 print(f"{name:<20} seed {seed}: {done['distances'][str(seed)]:.2f}", flush=True)
+    if "teacher" not in results:
+        results["teacher"] = {"distances": {"0": distance(args.teacher, reference, extractor, args.samples)}}
+        path.write_text(json.dumps(results, indent=1))
     print(f"\n{args.steps} steps, {args.samples} samples, seeds {args.seeds}\n\n| row | distance | lowest | highest |")
     print("|---|---|---|---|")
     for name, done in results.items():

@@ -385,6 +385,22 @@ def test_no_train_split(tmp_path):
         load_rows(flags(dataset_name=str(folder)))
 
 
+@pytest.mark.parametrize("kind", ["bytes", "paths", "structs"])
+def test_columns_that_are_not_declared_as_images(tmp_path, kind):
+    """As pandas and others write parquet: raw bytes, paths, or both, without the library's own type."""
+    pixels = np.random.default_rng(6).integers(0, 256, (3, 8, 8), dtype=np.uint8)
+    values = as_bytes(pixels)
+    if kind == "bytes":
+        values = [value["bytes"] for value in values]
+    elif kind == "paths":
+        values = [str(path) for path in sorted(save_files(tmp_path / "files", count=3).iterdir())]
+        pixels = [np.array(Image.open(path)) for path in values]
+    folder = save_rows(tmp_path / "data", features={"image": None}, image=values)
+    dataset = ImageRows(load_rows(flags(dataset_name=str(folder))), transform(), 0, quiet=True)
+    for held, expected in zip(dataset.held, pixels, strict=True):
+        np.testing.assert_array_equal(held[0].numpy(), expected)
+
+
 def test_a_column_that_holds_no_images(data_dir):
     with pytest.raises(ValueError, match="--image_column label"):
         load_rows(flags(dataset_name=data_dir, image_column="label"))

@@ -31,7 +31,8 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str):
         """Raises ValueError: a script, a notebook and a test can all read it."""
         flags = list(self._option_string_actions)
-        unknown = [word for word in message.split() if word.startswith("--") and word not in flags]
+        words = message.split() if message.startswith("unrecognized") else []
+        unknown = [word for word in words if word.startswith("--") and word not in flags]
         close = [match for word in unknown for match in difflib.get_close_matches(word, flags, n=1)]
         raise ValueError(f"{message}{f' (did you mean {close[0]}?)' if close else ''}. See --help.")
 
@@ -325,8 +326,6 @@ def _check(args: argparse.Namespace) -> None:
     if bool(args.dataset_name) == bool(args.train_data_dir):
         found = "both" if args.dataset_name else "neither"
         raise ValueError(f"Give one of --dataset_name and --train_data_dir; found {found}.")
-    if args.checkpoints_total_limit < 1:
-        raise ValueError(f"--checkpoints_total_limit is {args.checkpoints_total_limit}; keep at least one.")
 
     output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint and args.overwrite_output_dir:

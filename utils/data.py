@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -60,7 +60,13 @@ def load_rows(args, split: str = "train") -> "datasets.Dataset":
         raise ValueError(f"{flag} {name}: split '{split}' has no rows.")
     if split == "train" and args.max_train_samples:
         rows = rows.select(range(min(args.max_train_samples, len(rows))))
-    return rows.cast_column(args.image_column, datasets.Image(decode=False))
+    for column, feature in rows.features.items():
+        if column == args.image_column or isinstance(feature, datasets.Image):
+            try:
+                rows = rows.cast_column(column, datasets.Image(decode=False))
+            except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's are among these
+                raise ValueError(f"--image_column {column}: {name} holds {feature} there, no images.") from error
+    return rows
 
 
 def fingerprint(rows: "datasets.Dataset") -> str:
@@ -68,7 +74,8 @@ def fingerprint(rows: "datasets.Dataset") -> str:
     digest = hashlib.sha256(f"{len(rows)} {sorted(rows.column_names)}".encode())
     for row in np.linspace(0, len(rows) - 1, num=min(32, len(rows)), dtype=int):
         for column, value in sorted(rows[int(row)].items()):
-            content = (value["bytes"] or Path(value["path"]).read_bytes()) if isinstance(value, dict) else value
+            is_file = isinstance(value, dict) and set(value) == {"bytes", "path"}
+            content = (value["bytes"] or Path(value["path"]).read_bytes()) if is_file else value
             digest.update(f"{column}={content!r}".encode())
     return digest.hexdigest()[:16]
 
@@ -90,6 +97,9 @@ class ImageTransform:
         """
         stored = row[self.image_column]
         with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
+            image = ImageOps.exif_transpose(image)  # as the camera was held
+            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             image = image.convert(self.mode)
         if min(image.size) != self.resolution:
             scale = self.resolution / min(image.size)

@@ -21,12 +21,17 @@ def choose_backbone(args) -> type:
     """
     if args.pretrained_model_name_or_path:
         flag, source = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-        class_name = _pipeline_class_name(source, args.revision)
-    else:
+        class_name = _pipeline_class_name(source, args.revision, flag)
+    elif args.student_config:
         flag, source = "--student_config", args.student_config
-        class_name = read_json_config(source, flag).get("_class_name")
+        class_name = read_json_config(source, flag)["_class_name"]
+    else:  # a student that exists, trained on without a teacher
+        flag, source = "--student_model_name_or_path", args.student_model_name_or_path
+        class_name = _pipeline_class_name(source, None, flag)
     if class_name not in BACKBONES:
-        raise ValueError(f"{flag} {source} is a {class_name}; supported are {', '.join(BACKBONES)}.")
+        kind = "Pipeline" if args.pretrained_model_name_or_path else "Model"
+        supported = ", ".join(name for name in BACKBONES if name.endswith(kind))
+        raise ValueError(f"{flag} {source} is a {class_name}; supported are {supported}.")
     module, name = BACKBONES[class_name]
     return getattr(importlib.import_module(module), name)
 
@@ -42,7 +47,7 @@ def read_json_config(path: str, flag: str) -> dict:
     return config
 
 
-def _pipeline_class_name(name_or_path: str, revision: str | None) -> str:
+def _pipeline_class_name(name_or_path: str, revision: str | None, flag: str) -> str:
     from diffusers import DiffusionPipeline
 
     try:
@@ -50,6 +55,6 @@ def _pipeline_class_name(name_or_path: str, revision: str | None) -> str:
     except (OSError, ValueError, KeyError) as error:
         where = "that folder has no model_index.json" if Path(name_or_path).is_dir() else "no such folder here"
         raise ValueError(
-            f"--pretrained_model_name_or_path {name_or_path}: {where}, and no diffusers pipeline of that name was "
+            f"{flag} {name_or_path}: {where}, and no diffusers pipeline of that name was "
             f"found on the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
         ) from error

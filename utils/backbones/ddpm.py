@@ -93,6 +93,11 @@ class DDPM:
                 )
         if student.get("in_channels", 3) not in (1, 3, 4):
             raise ValueError(f"{flag}: in_channels is {student['in_channels']}; images have 1, 3 or 4.")
+        if student.get("out_channels", 3) != student.get("in_channels", 3):
+            raise ValueError(
+                f"{flag}: out_channels is {student.get('out_channels', 3)} and in_channels "
+                f"{student.get('in_channels', 3)}; they must be equal (learned variances are not supported)."
+            )
         try:
             with torch.device("meta"):  # channels that do not fit each other show when the model is built
                 UNet2DModel.from_config(student)
@@ -170,7 +175,8 @@ class DDPM:
                 f"--lambda_kd_feat: the student has {stages} stages, the teacher {len(self.teacher.down_blocks)}; "
                 "features are matched block by block. Set --lambda_kd_feat 0."
             )
-        names = [f"down_blocks.{i}" for i in range(stages)] + ["mid_block"] + [f"up_blocks.{i}" for i in range(stages)]
+        middle = [] if student.mid_block is None or self.teacher.mid_block is None else ["mid_block"]
+        names = [f"down_blocks.{i}" for i in range(stages)] + middle + [f"up_blocks.{i}" for i in range(stages)]
         return [(name, name) for name in names]
 
     def example(self) -> dict[str, torch.Tensor]:
@@ -199,7 +205,11 @@ class DDPM:
         weight = None
         if self.args.snr_gamma is not None:  # min-SNR (Hang et al. 2023), divided by what the target already carries
             snr = compute_snr(self.scheduler, timestep)
-            weight = snr.clamp(max=self.args.snr_gamma) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1}[kind]
+            weight = {
+                "epsilon": lambda: (self.args.snr_gamma / snr).clamp(max=1),  # 1 where the SNR is 0
+                "v_prediction": lambda: snr.clamp(max=self.args.snr_gamma) / (snr + 1),
+                "sample": lambda: snr.clamp(max=self.args.snr_gamma),
+            }[kind]()
         return Noised(x_t, timestep, clean, target, weight)
 
     def predict(self, model: Tapped, noised: Noised, condition: dict) -> Prediction:
@@ -216,8 +226,7 @@ class DDPM:
 
     def pipeline(self, denoiser: UNet2DModel) -> DiffusionPipeline:
         """The stock pipeline of the teacher's own class and scheduler settings, for export."""
-        scheduler_class = DDIMScheduler if self.pipeline_class is DDIMPipeline else DDPMScheduler
-        return self.pipeline_class(unet=denoiser, scheduler=scheduler_class.from_config(self.scheduler.config))
+        return self.pipeline_class(unet=denoiser, scheduler=self.scheduler)
 
     @torch.no_grad()
     def sample(self, denoiser: torch.nn.Module, seeds: Sequence[int], num_inference_steps: int) -> torch.Tensor:
