@@ -12,7 +12,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, 
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.training_utils import compute_snr
 
-from utils.backbones import read_json_config
+from utils.backbones.loading import component_config, load_component, read_json_config
 from utils.backbones.types import Noised, Prediction
 from utils.data import ImageTransform
 from utils.features import Tapped
@@ -73,8 +73,8 @@ class DDPM:
         """
         teacher = None
         if args.pretrained_model_name_or_path:
-            teacher = _unet_config(
-                args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", args.revision
+            teacher = component_config(
+                UNet2DModel, args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", args.revision
             )
         if args.pruning_ratio is not None:
             flag, student = "--pruning_ratio", width_config(teacher, args.pruning_ratio)
@@ -82,7 +82,7 @@ class DDPM:
             flag, student = "--student_config", read_json_config(args.student_config, "--student_config")
         else:
             flag = "--student_model_name_or_path"
-            student = _unet_config(args.student_model_name_or_path, flag)
+            student = component_config(UNet2DModel, args.student_model_name_or_path, flag)
         if student.get("_class_name", "UNet2DModel") != "UNet2DModel":
             raise ValueError(f"{flag}: the student is a {student['_class_name']}; this teacher needs a UNet2DModel.")
         for key in ("in_channels", "out_channels") if teacher else ():
@@ -141,7 +141,7 @@ class DDPM:
                     torch.manual_seed(args.seed)
                     student = UNet2DModel.from_config(read_json_config(args.student_config, "--student_config"))
             else:
-                student = _load_unet(args.student_model_name_or_path)
+                student = load_component(UNet2DModel, args.student_model_name_or_path, "--student_model_name_or_path")
             table = model_table(self.teacher and model_size(self.teacher.config), model_size(student.config))
         student.register_to_config(sample_size=self.resolution)
         return student.train(), table
@@ -253,30 +253,3 @@ class InFloat32(torch.nn.Module):
     def forward(self, x_t: torch.Tensor, timestep: torch.Tensor) -> UNet2DOutput:
         """As the denoiser's own forward."""
         return UNet2DOutput(self.denoiser(x_t.to(self.denoiser.dtype), timestep).sample.float())
-
-
-def _unet_config(name_or_path: str, flag: str, revision: str | None = None) -> dict:
-    """The U-Net's config, from the pipeline's `unet` folder or, as in the Hub's oldest repositories, from its root."""
-    errors = []
-    for subfolder in ("unet", None):
-        try:
-            return dict(UNet2DModel.load_config(name_or_path, subfolder=subfolder, revision=revision))
-        except (OSError, ValueError) as error:
-            errors.append(str(error))
-    raise ValueError(f"{flag} {name_or_path} holds no U-Net config: {errors[0]}")
-
-
-def _load_unet(name_or_path: str) -> UNet2DModel:
-    """A float32 U-Net from its own folder or from the `unet` folder of a pipeline. Raises ValueError."""
-    for subfolder in ("unet", None):
-        try:
-            UNet2DModel.load_config(name_or_path, subfolder=subfolder)
-        except (OSError, ValueError):
-            continue
-        try:
-            return UNet2DModel.from_pretrained(
-                name_or_path, subfolder=subfolder, use_safetensors=True, dtype=torch.float32
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(f"--student_model_name_or_path {name_or_path} does not load: {error}") from error
-    raise ValueError(f"--student_model_name_or_path {name_or_path} holds no U-Net.")

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configs and weights from folders and from the Hub, with errors that name the flag."""
+
+import json
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+
+COMPONENTS = {"UNet2DModel": "unet"}  # model class -> its folder in a pipeline
+
+
+def read_json_config(path: str, flag: str) -> dict:
+    """A model config from a JSON file. Raises ValueError naming `flag` where there is none."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{flag} {path} is not a readable JSON file: {error}") from error
+    if not isinstance(config, dict) or "_class_name" not in config:
+        raise ValueError(f"{flag} {path} has no '_class_name': give the config.json of a diffusers model.")
+    return config
+
+
+def pipeline_class_name(name_or_path: str, revision: str | None, flag: str) -> str:
+    """The `_class_name` of a pipeline's model_index.json. Raises ValueError naming `flag` where there is none."""
+    try:
+        return DiffusionPipeline.load_config(name_or_path, revision=revision)["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        where = "that folder has no model_index.json" if Path(name_or_path).is_dir() else "no such folder here"
+        raise ValueError(
+            f"{flag} {name_or_path}: {where}, and no diffusers pipeline of that name was "
+            f"found on the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
+        ) from error
+
+
+def component_config(model_class: type[ModelMixin], name_or_path: str, flag: str, revision: str | None = None) -> dict:
+    """A model's config from its folder in a pipeline or, as in the Hub's oldest repositories, from the root; or from a
+    folder of the model alone. Raises ValueError naming `flag` where there is none."""
+    errors = []
+    for subfolder in (COMPONENTS[model_class.__name__], None):
+        try:
+            return dict(model_class.load_config(name_or_path, subfolder=subfolder, revision=revision))
+        except (OSError, ValueError) as error:
+            errors.append(str(error))
+    raise ValueError(f"{flag} {name_or_path} holds no config of a {model_class.__name__}: {errors[0]}")
+
+
+def load_component(model_class: type[ModelMixin], name_or_path: str, flag: str) -> ModelMixin:
+    """The float32 model whose config `component_config` finds. Raises ValueError naming `flag`."""
+    for subfolder in (COMPONENTS[model_class.__name__], None):
+        try:
+            model_class.load_config(name_or_path, subfolder=subfolder)
+        except (OSError, ValueError):
+            continue
+        try:
+            return model_class.from_pretrained(
+                name_or_path, subfolder=subfolder, use_safetensors=True, dtype=torch.float32
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{flag} {name_or_path} does not load: {error}") from error
+    raise ValueError(f"{flag} {name_or_path} holds no {model_class.__name__}.")
