@@ -175,7 +175,7 @@ def test_unsupported_teachers(load, save, name):
 def test_a_teacher_without_a_unet(load, save):
     folder = save()
     shutil.rmtree(folder / "unet")
-    refused(load, "--pretrained_model_name_or_path .*no U-Net config", teacher=folder)
+    refused(load, "--pretrained_model_name_or_path .*holds no config of a UNet2DModel", teacher=folder)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"_class_name": "UNet2DConditionModel"}'])
@@ -248,7 +248,7 @@ def test_groups_that_do_not_fit_a_channel(load):
 
 def test_no_student_there(load, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(load, "--student_model_name_or_path .*no U-Net", "--student_model_name_or_path", tmp_path / "empty")
+    refused(load, "--student_model_name_or_path .*holds no config of a UNet2DModel", "--student_model_name_or_path", tmp_path / "empty")
 
 
 # Noise, targets, weights
