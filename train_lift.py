@@ -29,7 +29,7 @@ from utils.features import feature_loss, tap_pair
 from utils.logs import RunLog, error_per_sample, summary, tracker_names
 from utils.losses import fine_weight, lift_loss, output_loss
 from utils.plan import plan
-from utils.speed import apply_speed_flags, make_optimizer
+from utils.speed import apply_speed_flags, make_optimizer, use_cpu_threads
 from utils.stop import Stop
 from utils.validation import Validation, evaluated
 
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         log_with=tracker_names(args.report_to),
         project_dir=args.output_dir,
     )
+    use_cpu_threads(args, accelerator)
     check_output_dir(args)
 
     # Teacher: frozen, in eval mode, never prepared

@@ -85,6 +85,7 @@ def run(tmp_path, teacher_dir, data_dir):
             "--validation_images": "2",
             "--validation_num_inference_steps": "2",
             "--report_to": "none",
+            "--num_cpu_threads": "1",
         }
         flags = [str(flag) for flag in flags]
         if not any(flag in flags for flag in ("--pruning_ratio", "--student_config", "--student_model_name_or_path")):

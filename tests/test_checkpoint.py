@@ -97,7 +97,7 @@ def script_process(*flags, seed: int, limit: int | None = None, code: str = "pas
     """train_place.py in a new process with its own ambient seed and, perhaps, a limit on file sizes in bytes."""
     command = (
         f"import random, numpy, torch; random.seed({seed}); numpy.random.seed({seed}); torch.manual_seed({seed});"
-        f"torch.set_num_threads(1); {code}; import sys, train_place; train_place.main(sys.argv[1:])"
+        f"{code}; import sys, train_place; train_place.main(sys.argv[1:])"
     )
     environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -112,7 +112,16 @@ def script_process(*flags, seed: int, limit: int | None = None, code: str = "pas
 
 def flags_for(teacher: str, data: str, folder: Path) -> list[str]:
     flags = ["--pretrained_model_name_or_path", teacher, "--dataset_name", data, "--pruning_ratio", "0.5"]
-    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--report_to", "none"]
+    flags += [
+        "--validation_num_inference_steps",
+        "2",
+        "--validation_images",
+        "2",
+        "--report_to",
+        "none",
+        "--num_cpu_threads",
+        "1",
+    ]
     return [*flags, *EVERYTHING, "--output_dir", str(folder)]
 
 

@@ -248,7 +248,12 @@ def test_groups_that_do_not_fit_a_channel(load):
 
 def test_no_student_there(load, tmp_path):
     (tmp_path / "empty").mkdir()
-    refused(load, "--student_model_name_or_path .*holds no config of a UNet2DModel", "--student_model_name_or_path", tmp_path / "empty")
+    refused(
+        load,
+        "--student_model_name_or_path .*holds no config of a UNet2DModel",
+        "--student_model_name_or_path",
+        tmp_path / "empty",
+    )
 
 
 # Noise, targets, weights

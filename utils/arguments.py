@@ -217,6 +217,12 @@ def _speed_and_memory(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="recompute the student's activations: less memory, slower",
     )
+    group.add_argument(
+        "--num_cpu_threads",
+        type=int,
+        help="threads of a process that trains on the CPU; default: its share of the cores, where `accelerate "
+        "launch` would give it one",
+    )
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer: faster")
     group.add_argument(
         "--enable_xformers_memory_efficient_attention",
@@ -286,7 +292,7 @@ def _check(args: argparse.Namespace) -> None:
         "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
         "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit "
         "validation_steps validation_images validation_num_inference_steps validation_num_samples "
-        "validation_batch_size max_train_minutes"
+        "validation_batch_size max_train_minutes num_cpu_threads"
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "

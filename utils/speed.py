@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flags that make a step faster or smaller and leave what it computes alone."""
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -10,6 +11,13 @@ from torch import nn
 
 logger = get_logger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+
+
+def use_cpu_threads(args, accelerator: Accelerator) -> None:
+    """Training on the CPU, take this process's share of the cores: `accelerate launch` sets OMP_NUM_THREADS to 1."""
+    if accelerator.device.type == "cpu":
+        share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(args.num_cpu_threads or max(1, share // accelerator.num_processes))
 
 
 def apply_speed_flags(args, accelerator: Accelerator, student: nn.Module, teacher: nn.Module | None) -> None:
