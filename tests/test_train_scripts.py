@@ -295,7 +295,7 @@ def launch(*flags, cwd=ROOT, before=(), **environment) -> subprocess.CompletedPr
 
 def test_launched_under_dynamo(run, tmp_path, teacher_dir, data_dir):
     flags = ["--max_train_steps", "2", "--train_batch_size", "4", "--lambda_kd_feat", "1", "--use_ema"]
-    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2"]
+    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--num_cpu_threads", "1"]
     plain, compiled = run("train_lift", *flags, output="plain"), tmp_path / "compiled"
     flags += ["--pretrained_model_name_or_path", teacher_dir, "--dataset_name", data_dir, "--pruning_ratio", "0.5"]
     done = launch("train_lift.py", *flags, "--output_dir", compiled, before=("--dynamo_backend", "eager"))
