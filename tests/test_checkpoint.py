@@ -311,6 +311,16 @@ def test_an_occupied_folder_is_not_touched(run, tmp_path):
     assert not (folder / "thesis.txt").exists()
 
 
+@pytest.mark.parametrize("folder", [".", "..", "data"])
+def test_overwriting_never_deletes_what_the_run_needs(run, tmp_path, data_dir, monkeypatch, folder):
+    (tmp_path / "here").mkdir()
+    shutil.copytree(data_dir, tmp_path / "here" / "data")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(ValueError, match="--overwrite_output_dir would delete"):
+        run("train_place", "--dataset_name", "data", "--output_dir", folder, "--overwrite_output_dir")
+    assert (tmp_path / "here" / "data" / "data").is_dir()
+
+
 def test_an_output_folder_that_cannot_be_written(run):
     with pytest.raises(ValueError, match="--output_dir /proc/student cannot be written"):
         run("train_place", "--output_dir", "/proc/student")

@@ -338,6 +338,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--resume_from_checkpoint continues a run, --overwrite_output_dir deletes it: give one.")
     if output_dir.exists() and not output_dir.is_dir():
         raise ValueError(f"--output_dir {output_dir} is a file.")
+    inputs = (
+        "pretrained_model_name_or_path dataset_name train_data_dir student_config student_model_name_or_path "
+        "validation_feature_extractor"
+    )
+    needed = [Path.cwd(), *(Path(getattr(args, name)) for name in inputs.split() if getattr(args, name))]
+    if args.overwrite_output_dir:
+        for path in needed:
+            if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
+                raise ValueError(f"--overwrite_output_dir would delete {path}, which lies in {output_dir}.")
     occupied = output_dir.is_dir() and any(output_dir.iterdir())
     if occupied and not (args.resume_from_checkpoint or args.overwrite_output_dir):
         raise ValueError(
