@@ -64,13 +64,18 @@ class Timers:
 
         return timed
 
+    def add(self, part: str, start: float) -> None:
+        """Seconds since `start` to `part`."""
+        synchronise()
+        self.parts[part] += time.perf_counter() - start
+
     def end_step(self) -> None:
         synchronise()
         now = time.perf_counter()
         self.steps.append({**self.parts, "step": now - self.step_start})
-        self.parts = defaultdict(float)
 
     def restart(self) -> None:
+        self.parts = defaultdict(float)  # the bare step's own traces go
         self.step_start = time.perf_counter()
 
 
@@ -120,7 +125,9 @@ def instrument(timers: Timers, bare_every: int) -> None:
     def timed_optimizer(*args):
         optimizer = make_optimizer(*args)
         captured["optimizer"] = optimizer
-        optimizer.step = timers.wrap("clip and optimizer", optimizer.step)
+        # hooks, not a wrapped step: the scheduler needs the bound method
+        optimizer.register_step_pre_hook(lambda *_: captured.update(started=time.perf_counter()))
+        optimizer.register_step_post_hook(lambda *_: timers.add("clip and optimizer", captured["started"]))
         return optimizer
 
     train_place.make_optimizer = timed_optimizer
