@@ -13,8 +13,8 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "saf
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Write the pipeline beside `folder` and then over it, so that a reader never meets half of one."""
-    beside = folder.parent / f".{folder.name}.partial"
+    """Write the pipeline to a hidden folder in `folder`, the same file system, and then move its parts into place."""
+    beside = folder / ".pipeline.partial"
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.save_pretrained(beside, safe_serialization=True)
     move_into(beside, folder)
@@ -34,7 +34,12 @@ def move_into(source: Path, target: Path) -> None:
 def save_arguments(args, script: str, data_fingerprint: str) -> None:
     """`args.json`: every flag, the versions, and which data."""
     versions = {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in PACKAGES}}
-    content = {"script": script, "arguments": vars(args), "versions": versions, "data_fingerprint": data_fingerprint}
+    content = {
+        "script": Path(script).name,
+        "arguments": vars(args),
+        "versions": versions,
+        "data_fingerprint": data_fingerprint,
+    }
     (Path(args.output_dir) / "args.json").write_text(json.dumps(content, indent=2) + "\n")
 
 

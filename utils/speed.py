@@ -48,8 +48,7 @@ def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Opti
     if wrong := {str(p.dtype) for p in parameters if p.dtype != torch.float32}:
         raise ValueError(
             f"trainable weights must be float32, found {', '.join(sorted(wrong))}: half precision loses small "
-            "updates; "
-            "load the student in float32 and use --mixed_precision."
+            "updates; load the student in float32 and use --mixed_precision."
         )
     settings = {
         "lr": args.learning_rate,

@@ -20,7 +20,7 @@ from utils.randomness import StepRandom
 from utils.students.sizes import model_size, model_table
 from utils.students.width import prune_width, taylor_scores, width_config
 
-TAYLOR_TIMESTEPS = 20  # spread evenly over the schedule; more changed the kept channels little and cost as much again
+TAYLOR_TIMESTEPS = 20  # spread evenly over the schedule; each costs a forward and backward of the teacher
 
 
 class DDPM:
@@ -28,12 +28,20 @@ class DDPM:
 
     component = "unet"
 
-    def __init__(self, args, teacher: UNet2DModel | None, scheduler: DDPMScheduler, pipeline_class: type):
+    def __init__(
+        self,
+        args,
+        teacher: UNet2DModel | None,
+        scheduler: DDPMScheduler,
+        pipeline_class: type,
+        channels: int,
+        resolution: int,
+    ):
         self.args = args
         self.teacher = teacher
         self.scheduler = scheduler
         self.pipeline_class = pipeline_class
-        self.channels, self.resolution = self.check(args)
+        self.channels, self.resolution = channels, resolution
         if teacher is not None:
             teacher.register_to_config(sample_size=self.resolution)  # what the stock pipelines sample at
 
@@ -44,9 +52,9 @@ class DDPM:
         Raises:
             ValueError: see `check`.
         """
-        cls.check(args)
+        channels, resolution = cls.check(args)
         if not args.pretrained_model_name_or_path:
-            return cls(args, None, DDPMScheduler(), DDPMPipeline)
+            return cls(args, None, DDPMScheduler(), DDPMPipeline, channels, resolution)
         try:
             pipeline = DiffusionPipeline.from_pretrained(
                 args.pretrained_model_name_or_path,
@@ -62,7 +70,8 @@ class DDPM:
             ) from error
         teacher = pipeline.unet.eval().requires_grad_(False)
         # DDIM teachers too are trained with the DDPM forward process; a private copy keeps its tables on our device
-        return cls(args, teacher, DDPMScheduler.from_config(pipeline.scheduler.config), type(pipeline))
+        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+        return cls(args, teacher, scheduler, type(pipeline), channels, resolution)
 
     @classmethod
     def check(cls, args) -> tuple[int, int]:
