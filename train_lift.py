@@ -98,7 +98,8 @@ def main(argv: list[str] | None = None) -> None:
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
-    ema = EMAModel(denoiser.parameters(), decay=args.ema_decay, foreach=True) if args.use_ema else None
+    trainable, weights = list(student.parameters()), list(denoiser.parameters())  # collected once, not in every step
+    ema = EMAModel(weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser)
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         log.add(step + 1, {"loss": loss, **terms}, noised.timestep, error_per_sample(student_pred.output, target))
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         step += 1
         lr_scheduler.step()
         if ema is not None:
-            ema.step(denoiser.parameters())
+            ema.step(weights)
         log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0])
         if step % args.validation_steps == 0 or step == args.max_train_steps:
             with log.paused(), evaluated(denoiser, ema):

@@ -21,7 +21,8 @@ from transformers import (
     ViTModel,
 )
 
-from utils.metrics import FeatureExtractor, FeatureStatistics, frechet_distance
+from utils.extractors import FeatureExtractor
+from utils.metrics import FeatureStatistics, frechet_distance
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 

@@ -81,7 +81,7 @@ def test_loss_trace_equals_a_plain_loop(run, tmp_path, teacher_dir, data_dir, fl
     student, _ = backbone.make_student(args, sample_batch(dataset, 6, args.seed))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
     ema = EMAModel(student.parameters(), decay=args.ema_decay)
-    pixels = torch.stack(dataset.held)
+    pixels = dataset.held
     rates = [1.0] * 5 if not flags else [0, 1 / 2, 1, *(0.5 * (1 + math.cos(math.pi * i / 3)) for i in (1, 2))]
     for step in range(5):
         rng = StepRandom(args.seed, step)

@@ -119,6 +119,13 @@ class ImageTransform:
             image = image[:, top : top + self.resolution, left : left + self.resolution]
         return image.flip(-1) if self.random_flip and bits & 1 else image
 
+    def augment_all(self, images: torch.Tensor | list[torch.Tensor], bits: np.ndarray) -> torch.Tensor:
+        """`augment` for a batch, `bits` uint64 (B,), at once where nothing is cropped."""
+        if isinstance(images, torch.Tensor) and images.shape[-2:] == (self.resolution, self.resolution):
+            flipped = torch.from_numpy(bits & np.uint64(1) == 1)[:, None, None, None]
+            return torch.where(flipped, images.flip(-1), images) if self.random_flip else images
+        return torch.stack([self.augment(image, int(b)) for image, b in zip(images, bits, strict=True)])
+
 
 class ImageRows(Dataset):
     """Rows to batches. Indexed by lists of (epoch, row), which is what `StreamSampler` yields."""
@@ -135,11 +142,13 @@ class ImageRows(Dataset):
         self.rows, self.transform, self.seed = rows, transform, seed
         self.skip_bad_images = skip_bad_images
         self.bad_rows: set[int] = set()
-        self.held: list[torch.Tensor] | None = None
+        self.held: torch.Tensor | list[torch.Tensor] | None = None  # one tensor where all images are of one size
         channels = len(transform.mode)
         if len(rows) * channels * transform.resolution**2 <= HOLD_IN_MEMORY_BYTES:
             progress = tqdm(range(len(rows)), desc="decoding images", unit="image", disable=quiet, leave=False)
             self.held = [self.decode(row) for row in progress]
+            if len({image.shape for image in self.held}) == 1:
+                self.held = torch.stack(self.held)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -168,12 +177,12 @@ class ImageRows(Dataset):
         """A batch: `pixels` uint8 (B, C, R, R), `row` int64 (B,), `replaced` bool (B,) where another row stands in."""
         epochs, rows = np.array(positions).T
         bits = counter_hash(self.seed, epochs, rows)
-        images = [
-            self.transform.augment(self.held[row] if self.held else self.decode(row), int(random_bits))
-            for row, random_bits in zip(rows.tolist(), bits, strict=True)
-        ]
+        if isinstance(self.held, torch.Tensor):
+            images = self.held[rows]
+        else:
+            images = [self.held[row] if self.held else self.decode(row) for row in rows.tolist()]
         bad = torch.tensor([row in self.bad_rows for row in rows.tolist()])
-        return {"pixels": torch.stack(images), "row": torch.from_numpy(rows), "replaced": bad}
+        return {"pixels": self.transform.augment_all(images, bits), "row": torch.from_numpy(rows), "replaced": bad}
 
 
 class StreamSampler(Sampler[list[tuple[int, int]]]):

@@ -38,7 +38,8 @@ class Tapped(nn.Module):
     def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, **condition):
         """(B, C, *S) and (B,) -> output (B, C, *S), features [(B, C_i, *S_i)]."""
         self._taps = {}
-        output = self.denoiser(x_t.to(self.denoiser.dtype), timestep, return_dict=False, **condition)[0]
+        dtype = next(self.denoiser.parameters()).dtype  # diffusers' own `dtype` walks through every module
+        output = self.denoiser(x_t.to(dtype), timestep, return_dict=False, **condition)[0]
         taps, self._taps = self._taps, None
         return output, [project(taps[name]) for name, project in zip(self.blocks, self.projectors, strict=True)]
 

@@ -15,7 +15,9 @@ def plan(
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     images = batch * args.max_train_steps
     bad = f" ({len(dataset.bad_rows)} undecodable ones replaced)" if dataset.bad_rows else ""
-    held = "held in memory" if dataset.held else f"decoded by {args.dataloader_num_workers or 'no'} workers"
+    held = (
+        "held in memory" if dataset.held is not None else f"decoded by {args.dataloader_num_workers or 'no'} workers"
+    )
     distance = " and the best by Frechet distance" if args.validation_feature_extractor else ""
     return "\n".join(
         [

@@ -46,7 +46,11 @@ class StepRandom:
     def __init__(self, seed: int, micro_step: int, *, rank: int = 0, world_size: int = 1, device="cpu"):
         self.rank, self.world_size = rank, world_size
         self.generator = torch.Generator(device).manual_seed(seed_from(seed, micro_step, 0))
-        torch.manual_seed(seed_from(seed, micro_step, 1, rank))
+        # torch.manual_seed would visit every kind of device, and keep a stack trace for each call before CUDA starts
+        dropout_seed = seed_from(seed, micro_step, 1, rank)
+        torch.default_generator.manual_seed(dropout_seed)
+        if self.generator.device.type == "cuda":
+            torch.cuda.manual_seed(dropout_seed)
 
     def normal(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Standard normal float32 noise of `shape` = (B, ...), B the batch of this process."""

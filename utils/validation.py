@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 
 from utils.data import ImageRows, load_rows
 from utils.export import save_pipeline
-from utils.metrics import FeatureExtractor, FeatureStatistics, frechet_distance
+from utils.extractors import FeatureExtractor
+from utils.metrics import FeatureStatistics, frechet_distance
 from utils.randomness import seed_from
 
 VALIDATION_STREAM = 2**32  # a counter that no micro-step reaches: validation noise is no training noise
