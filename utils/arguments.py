@@ -82,7 +82,8 @@ def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allow_pickle_weights",
         action="store_true",
-        help="load a teacher whose weights are .bin files, not safetensors (unpickled with weights_only=True)",
+        help="load a teacher or student whose weights are .bin files, not safetensors (unpickled with "
+        "weights_only=True)",
     )
     group.add_argument(
         "--pruning_ratio",
