@@ -19,14 +19,17 @@ from diffusers.training_utils import EMAModel
 
 from utils.arguments import parse_args
 from utils.backbones import choose_backbone
+from utils.cache import encoded_once, open_dataset
+from utils.card import write_card
 from utils.checkpoint import Checkpoints, check_output_dir, prepare_output_dir
-from utils.data import ImageRows, fingerprint, load_rows, sample_batch, training_batches
-from utils.export import save_arguments, save_pipeline, write_card
+from utils.data import sample_batch, training_batches
+from utils.export import save_arguments
 from utils.features import feature_loss, tap_pair
+from utils.hub import prepare_push, push
 from utils.logs import RunLog, error_per_sample, summary, tracker_names
 from utils.losses import fine_weight, place_loss
 from utils.plan import plan
-from utils.speed import apply_speed_flags, make_optimizer, use_cpu_threads
+from utils.speed import apply_speed_flags, make_optimizer, use_cpu_threads, with_gradients
 from utils.stop import Stop
 from utils.validation import Validation, evaluated
 
@@ -73,14 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     distil = args.lambda_kd_output > 0 or args.lambda_kd_feat > 0
 
     # Data
-    rows = load_rows(args)
-    dataset = ImageRows(
-        rows,
-        backbone.transform(args),
-        args.seed,
-        skip_bad_images=args.skip_bad_images,
-        quiet=not accelerator.is_local_main_process,
-    )
+    dataset = open_dataset(args, accelerator, backbone)
 
     # Student: float32, one module with its feature projectors
     real_images = sample_batch(dataset, args.train_batch_size, args.seed, accelerator.device)
@@ -90,16 +86,17 @@ def main(argv: list[str] | None = None) -> None:
     apply_speed_flags(args, accelerator, denoiser, teacher)
 
     # Optimizer and schedule, both in optimizer steps
-    optimizer = make_optimizer(args, student.parameters())
+    optimizer = make_optimizer(args, with_gradients(student))
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
-    trainable, weights = list(student.parameters()), list(denoiser.parameters())  # collected once, not in every step
+    trainable, weights = with_gradients(student), with_gradients(denoiser)  # collected once, not in every step
     ema = EMAModel(weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
-    validation = Validation(args, accelerator, backbone, denoiser)
+    validation = Validation(args, accelerator, backbone, denoiser, dataset)
+    repo_id = prepare_push(args) if accelerator.is_main_process else None  # None without --push_to_hub, too
     accelerator.print(plan(args, accelerator, dataset, student, teacher, backbone.example(), sizes))
     if args.dry_run:
         return
@@ -107,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     # Where everything goes, and where it goes on from
     prepare_output_dir(args, accelerator)
     log = RunLog(args, accelerator, backbone.scheduler.config.num_train_timesteps)
-    data_fingerprint = fingerprint(rows)
+    dataset = encoded_once(args, accelerator, dataset, backbone)  # with --cache_dir
     checkpoints = Checkpoints(
         args,
         accelerator,
@@ -116,11 +113,11 @@ def main(argv: list[str] | None = None) -> None:
         optimizer,
         lr_scheduler,
         records={"log": log, "validation": validation},
-        facts={"data": data_fingerprint},
+        facts={"data": dataset.fingerprint()},
     )
     step = checkpoints.resume()
     if accelerator.is_main_process:
-        save_arguments(args, __file__, data_fingerprint)
+        save_arguments(args, __file__, dataset.fingerprint())
     micro_steps = args.gradient_accumulation_steps
     batches = training_batches(
         dataset, args, accelerator, first=step * micro_steps, last=args.max_train_steps * micro_steps
@@ -179,11 +176,13 @@ def main(argv: list[str] | None = None) -> None:
     # Export: the weights first, then what takes time or may fail
     if accelerator.is_main_process:
         with evaluated(denoiser, ema):
-            save_pipeline(backbone.pipeline(denoiser), Path(args.output_dir))
+            backbone.save(denoiser, Path(args.output_dir))
         validation.measure_references()
         write_card(args, backbone, method=method_name(args), sizes=sizes, distances=validation.distances)
     accelerator.end_training()
     accelerator.print(summary(args, log, validation, dataset))
+    if repo_id:
+        push(args.output_dir, repo_id)
 
 
 if __name__ == "__main__":

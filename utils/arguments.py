@@ -4,13 +4,27 @@
 import argparse
 import difflib
 import os
+import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 DEFAULT_RECIPE = "assets/default.args"
+
+
+class HideToken(argparse.Action):
+    """Hands a token to huggingface_hub, in `HF_TOKEN`, and leaves it nowhere else: not in the parsed arguments, which
+    go into checkpoints, cards and trackers, and not in `sys.argv`, which trackers copy."""
+
+    def __call__(self, _parser, _namespace, token, _option_string=None):
+        if token:  # empty is what a script passes that has none
+            os.environ["HF_TOKEN"] = token
+            sys.argv[:] = [word.replace(token, "***") for word in sys.argv]
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -30,6 +44,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Raises ValueError: a script, a notebook and a test can all read it."""
+        message = re.sub(r"hf_\w+", "hf_***", message)  # a token behind a misspelt flag
         flags = list(self._option_string_actions)
         words = message.split() if message.startswith("unrecognized") else []
         unknown = [word for word in words if word.startswith("--") and word not in flags]
@@ -49,7 +64,8 @@ def parse_args(
     """
     parser = ArgumentParser(description=description)
     add_method_arguments(parser.add_argument_group("method"))
-    for add_group in (_teacher_and_student, _data, _loss, _optimisation, _speed_and_memory, _output, _validation):
+    groups = (_teacher_and_student, _data, _loss, _optimisation, _speed_and_memory, _output, _validation)
+    for add_group in (*groups, add_hub_arguments):
         add_group(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
@@ -91,7 +107,15 @@ def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
         help="make the student by cutting this share of every layer's channels, in (0, 1); .8 leaves about 5 %% of "
         "the parameters",
     )
-    group.add_argument("--student_config", help="or: the student's config.json, freshly initialised")
+    group.add_argument(
+        "--student_preset",
+        help="or: drop whole blocks of a Stable Diffusion U-Net: bk_base, bk_small, bk_tiny (BK-SDM), or for SDXL "
+        "koala_1b, koala_700m (KOALA)",
+    )
+    group.add_argument(
+        "--student_config",
+        help="or: the student's config.json, freshly initialised (Stable Diffusion: with what fits of the teacher)",
+    )
     group.add_argument("--student_model_name_or_path", help="or: a student that exists, its U-Net or pipeline folder")
     group.add_argument(
         "--student_init",
@@ -100,6 +124,18 @@ def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
         help="which channels --pruning_ratio keeps: those with the largest |weight * gradient| of the diffusion loss "
         "on real images (taylor, as Diff-Pruning), the largest weights, or random new weights",
     )
+    group.add_argument(
+        "--pretrained_vae_model_name_or_path",
+        help="another VAE of the same latent space, such as one of SDXL that is safe in fp16; default: the teacher's, "
+        "for SDXL in float32",
+    )
+    group.add_argument(
+        "--lora_rank",
+        type=int,
+        help="train only LoRA adapters of this rank on the student's attention; saved as "
+        "pytorch_lora_weights.safetensors beside the student they belong to",
+    )
+    group.add_argument("--fuse_lora", action="store_true", help="add the adapters to the saved student's weights")
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
@@ -115,6 +151,24 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "--skip_bad_images",
         action="store_true",
         help="where an image cannot be decoded, take the next good row and count it; default: stop and name it",
+    )
+    group.add_argument(
+        "--caption_column", help="column of the captions, a string or a list of which one is drawn (default: text)"
+    )
+    group.add_argument(
+        "--proportion_empty_prompts",
+        type=float,
+        help="share of captions that teacher and student both see as empty, for guidance (default: .1, the paper's)",
+    )
+    group.add_argument(
+        "--cache_dir",
+        help="encode latents and prompts once into this folder, then free VAE and text encoders; it may be used "
+        "again, also without the dataset's flags",
+    )
+    group.add_argument(
+        "--cache_variants",
+        type=int,
+        help="crops and flips of each image, one an epoch in turn (default: 1 with --cache_dir, else ever new ones)",
     )
     group.add_argument("--max_train_samples", type=int, help="use the first this many rows, to try things out")
     group.add_argument(
@@ -162,6 +216,12 @@ def _loss(parser: argparse.ArgumentParser) -> None:
         default="adaptive",
         help="weight w of the fine term: adaptive is 1 - min(1, coarse), the paper's; constant is 1; linear and "
         "cosine rise from 0 to 1 over the run",
+    )
+    group.add_argument(
+        "--noise_offset",
+        type=float,
+        default=0.0,
+        help="add this much noise that is one value a channel, so that images may be darker or brighter (default: 0)",
     )
     group.add_argument(
         "--snr_gamma", type=float, help="min-SNR weighting of the diffusion loss alone; 5 is usual, default: off"
@@ -273,7 +333,15 @@ def _validation(parser: argparse.ArgumentParser) -> None:
         default=5000,
         help="optimizer steps between sample grids; one is always made at the end (default: 5000)",
     )
-    group.add_argument("--validation_images", type=int, default=16, help="samples a row of the grid (default: 16)")
+    group.add_argument(
+        "--validation_images", type=int, default=16, help="samples a row of the grid, 0 for none (default: 16)"
+    )
+    group.add_argument(
+        "--validation_prompts", nargs="+", help="for text-to-image students; default: the first images' captions"
+    )
+    group.add_argument(
+        "--validation_guidance_scale", type=float, help="classifier-free guidance of samples (default: 7.5, SD's)"
+    )
     group.add_argument("--validation_num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
     group.add_argument(
         "--validation_feature_extractor",
@@ -287,17 +355,40 @@ def _validation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation_split", default="train", help="dataset split of the real images (default: train)")
 
 
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a push; `python -m utils.hub` has them too."""
+    group = parser.add_argument_group("Hub")
+    group.add_argument(
+        "--push_to_hub",
+        action="store_true",
+        help="publish the student at the end; its repository is created, and the token checked, before training",
+    )
+    group.add_argument("--hub_model_id", help="name, user/name or organisation/name; default: --output_dir's name")
+    group.add_argument(
+        "--hub_private_repo",
+        action="store_true",
+        help="create the repository private; default: as the account or organisation has it",
+    )
+    group.add_argument(
+        "--hub_token",
+        action=HideToken,
+        default=argparse.SUPPRESS,
+        help="for everything on the Hub, gated teachers too; written nowhere. Default and safer: HF_TOKEN, or that of "
+        "`hf auth login`, as `ps` shows a command line, and so does `accelerate launch` when a run fails",
+    )
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for values out of range and for flags that contradict each other."""
     positive = (
         "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
         "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit "
-        "validation_steps validation_images validation_num_inference_steps validation_num_samples "
-        "validation_batch_size max_train_minutes num_cpu_threads"
+        "validation_steps validation_num_inference_steps validation_num_samples validation_guidance_scale "
+        "validation_batch_size max_train_minutes num_cpu_threads lora_rank cache_variants"
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-        "coarse_scale"
+        "coarse_scale noise_offset validation_images"
     )
     for name in positive.split():
         value = getattr(args, name)
@@ -315,7 +406,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.pruning_ratio is not None and not 0 < args.pruning_ratio < 1:
         raise ValueError(f"--pruning_ratio is {args.pruning_ratio}; it must lie between 0 and 1, both excluded.")
 
-    students = ("pruning_ratio", "student_config", "student_model_name_or_path")
+    if args.proportion_empty_prompts is not None and not 0 <= args.proportion_empty_prompts <= 1:
+        raise ValueError(f"--proportion_empty_prompts is {args.proportion_empty_prompts}; it must lie in [0, 1].")
+
+    students = ("pruning_ratio", "student_preset", "student_config", "student_model_name_or_path")
     given = [f"--{name}" for name in students if getattr(args, name) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
@@ -330,8 +424,9 @@ def _check(args: argparse.Namespace) -> None:
             )
     if not (args.lambda_task or args.lambda_kd_output or args.lambda_kd_feat):
         raise ValueError("--lambda_task, --lambda_kd_output and --lambda_kd_feat are all 0: nothing to train on.")
-    if bool(args.dataset_name) == bool(args.train_data_dir):
-        found = "both" if args.dataset_name else "neither"
+    data = [name for name in ("dataset_name", "train_data_dir") if getattr(args, name)]
+    if len(data) == 2 or not (data or args.cache_dir):
+        found = "both" if data else "neither"
         raise ValueError(f"Give one of --dataset_name and --train_data_dir; found {found}.")
 
     output_dir = Path(args.output_dir)
@@ -354,6 +449,11 @@ def _check(args: argparse.Namespace) -> None:
             f"--output_dir {output_dir} is not empty. Continue that run with --resume_from_checkpoint latest, start "
             "anew with --overwrite_output_dir, or choose another folder."
         )
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.hub_model_id or output_dir.resolve().name)
+        except HFValidationError as error:
+            raise ValueError(f"--hub_model_id: {error} Give name, user/name or organisation/name.") from error
 
 
 def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
@@ -363,6 +463,7 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         ("student_init", args.pruning_ratio is None, "--pruning_ratio"),
         ("revision variant teacher_dtype", not args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"),
         ("ema_decay", not args.use_ema, "--use_ema"),
+        ("fuse_lora", not args.lora_rank, "--lora_rank"),
         (f"output_loss {line_flags}", not args.lambda_kd_output, "--lambda_kd_output above 0"),
         (line_flags, getattr(args, "output_loss", "lift") != "lift", "--output_loss lift"),
         ("snr_gamma", not args.lambda_task, "--lambda_task above 0"),
@@ -374,6 +475,7 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
             "--validation_feature_extractor",
         ),
         ("allow_changed_arguments", not args.resume_from_checkpoint, "--resume_from_checkpoint"),
+        ("hub_model_id hub_private_repo", not args.push_to_hub, "--push_to_hub"),
     ]
     return [
         f"--{name} has no effect here: it goes with {partner}."

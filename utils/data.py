@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Images to batches: which row comes when, how it is decoded, cropped and flipped.
+"""A dataset to batches: which row comes when.
 
 A run sees one endless stream of rows, epoch after epoch, each a new permutation; position p of the stream is row
 `shuffled(seed, p // num_rows)[p % num_rows]`. Micro-step m of rank r takes the positions from (m * world_size + r) *
@@ -7,7 +7,6 @@ batch_size on. Nothing else decides the order, so resuming is starting at anothe
 """
 
 import hashlib
-import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from utils.images import ImageTransform
 from utils.randomness import StepRandom, counter_hash, shuffled
 
 if TYPE_CHECKING:
@@ -31,11 +30,13 @@ def load_rows(args, split: str = "train") -> "datasets.Dataset":
     """The dataset that the flags name, image column undecoded, cut to `--max_train_samples` for the train split.
 
     Raises:
-        ValueError: nothing there, no such split, or no such image column (the message lists what was found).
+        ValueError: none named, nothing there, no such split, or no such image column (named with those there are).
     """
     import datasets
 
     name = args.dataset_name or args.train_data_dir
+    if not name:
+        raise ValueError("Give --dataset_name or --train_data_dir: images are needed here, a cache is not enough.")
     flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
     if args.train_data_dir and not Path(name).is_dir():
         raise ValueError(f"{flag} {name}: no such folder. Give a folder of images.")
@@ -80,53 +81,6 @@ def fingerprint(rows: "datasets.Dataset") -> str:
     return digest.hexdigest()[:16]
 
 
-class ImageTransform:
-    """A row to a uint8 image (C, resolution, resolution), in two halves: `decode` is the same every epoch and may be
-    kept, `augment` depends on the random bits it is handed."""
-
-    def __init__(self, image_column: str, channels: int, resolution: int, center_crop: bool, random_flip: bool):
-        self.image_column = image_column
-        self.mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-        self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
-
-    def decode(self, row: dict) -> torch.Tensor:
-        """Uint8 (C, H, W) with the shorter side at `resolution`.
-
-        Raises:
-            OSError: the bytes are not an image.
-        """
-        stored = row[self.image_column]
-        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
-            image = ImageOps.exif_transpose(image)  # as the camera was held
-            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            image = image.convert(self.mode)
-        if min(image.size) != self.resolution:
-            scale = self.resolution / min(image.size)
-            size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
-            image = image.resize(size, Image.Resampling.BILINEAR)  # Pillow's bilinear filter antialiases
-        array = np.array(image, dtype=np.uint8)
-        return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
-
-    def augment(self, image: torch.Tensor, bits: int) -> torch.Tensor:
-        """Crop (C, H, W) to a square and perhaps flip it. `bits` are 64 random ones: the lowest decides the flip, two
-        fields of 24 the crop."""
-        spare_y, spare_x = (side - self.resolution for side in image.shape[-2:])
-        if spare_y or spare_x:
-            across_y, across_x = ((bits >> shift & 0xFFFFFF) / 2**24 for shift in (8, 32))
-            top = spare_y // 2 if self.center_crop else int(across_y * (spare_y + 1))
-            left = spare_x // 2 if self.center_crop else int(across_x * (spare_x + 1))
-            image = image[:, top : top + self.resolution, left : left + self.resolution]
-        return image.flip(-1) if self.random_flip and bits & 1 else image
-
-    def augment_all(self, images: torch.Tensor | list[torch.Tensor], bits: np.ndarray) -> torch.Tensor:
-        """`augment` for a batch, `bits` uint64 (B,), at once where nothing is cropped."""
-        if isinstance(images, torch.Tensor) and images.shape[-2:] == (self.resolution, self.resolution):
-            flipped = torch.from_numpy(bits & np.uint64(1) == 1)[:, None, None, None]
-            return torch.where(flipped, images.flip(-1), images) if self.random_flip else images
-        return torch.stack([self.augment(image, int(b)) for image, b in zip(images, bits, strict=True)])
-
-
 class ImageRows(Dataset):
     """Rows to batches. Indexed by lists of (epoch, row), which is what `StreamSampler` yields."""
 
@@ -137,11 +91,18 @@ class ImageRows(Dataset):
         seed: int,
         *,
         skip_bad_images: bool = False,
+        variants: int | None = None,
         quiet: bool = False,
     ):
+        """`variants`: crop and flip every row in this many ways, one after the other; None is another way each epoch.
+
+        Raises ValueError as `transform.check` and, where the images are held, `decode` do."""
         self.rows, self.transform, self.seed = rows, transform, seed
-        self.skip_bad_images = skip_bad_images
+        self.skip_bad_images, self.variants = skip_bad_images, variants
         self.bad_rows: set[int] = set()
+        self.stand_ins: dict[int, int] = {}  # rows that others were decoded for
+        transform.check(rows)
+        self.columns = rows.select_columns(list(transform.columns)) if transform.columns else None
         self.held: torch.Tensor | list[torch.Tensor] | None = None  # one tensor where all images are of one size
         channels = len(transform.mode)
         if len(rows) * channels * transform.resolution**2 <= HOLD_IN_MEMORY_BYTES:
@@ -165,6 +126,7 @@ class ImageRows(Dataset):
                 return self.transform.decode(stored)
             except (OSError, TypeError, AttributeError, ValueError) as error:  # a damaged file, or no image at all
                 self.bad_rows.add(candidate)
+                self.stand_ins[row] = (candidate + 1) % len(self)
                 if not self.skip_bad_images:
                     path = (stored[self.transform.image_column] or {}).get("path") or "stored in the dataset"
                     raise ValueError(
@@ -176,13 +138,27 @@ class ImageRows(Dataset):
     def __getitems__(self, positions: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """A batch: `pixels` uint8 (B, C, R, R), `row` int64 (B,), `replaced` bool (B,) where another row stands in."""
         epochs, rows = np.array(positions).T
-        bits = counter_hash(self.seed, epochs, rows)
+        bits = counter_hash(self.seed, epochs % self.variants if self.variants else epochs, rows)
         if isinstance(self.held, torch.Tensor):
             images = self.held[rows]
         else:
             images = [self.held[row] if self.held else self.decode(row) for row in rows.tolist()]
         bad = torch.tensor([row in self.bad_rows for row in rows.tolist()])
-        return {"pixels": self.transform.augment_all(images, bits), "row": torch.from_numpy(rows), "replaced": bad}
+        shown = [self.stand_ins.get(row, row) for row in rows.tolist()]
+        batch = self.transform.batch(images, self.columns[shown] if self.columns else {}, bits)
+        return {**batch, "row": torch.from_numpy(rows), "replaced": bad}
+
+    def captions(self, count: int) -> list[str]:
+        """Of the first rows."""
+        return self.transform.captions(self.columns[:count])
+
+    def fingerprint(self) -> str:
+        """See `fingerprint`."""
+        return fingerprint(self.rows)
+
+    def __str__(self) -> str:
+        bad = f" ({len(self.bad_rows)} undecodable ones replaced)" if self.bad_rows else ""
+        return f"{len(self):,} images{bad}, {'decoded as read' if self.held is None else 'held in memory'}"
 
 
 class StreamSampler(Sampler[list[tuple[int, int]]]):

@@ -5,14 +5,16 @@ Student and projectors are one module with one forward, so that DDP, FSDP2 and D
 average the projectors' gradients too.
 """
 
+import copy
 import functools
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import recursively_apply
 from torch import nn
 
-from utils.backbones.types import Prediction
+from utils.backbones.types import Prediction, to_dtype
 
 
 class Tapped(nn.Module):
@@ -39,7 +41,7 @@ class Tapped(nn.Module):
         """(B, C, *S) and (B,) -> output (B, C, *S), features [(B, C_i, *S_i)]."""
         self._taps = {}
         dtype = next(self.denoiser.parameters()).dtype  # diffusers' own `dtype` walks through every module
-        output = self.denoiser(x_t.to(dtype), timestep, return_dict=False, **condition)[0]
+        output = self.denoiser(x_t.to(dtype), timestep, return_dict=False, **to_dtype(condition, dtype))[0]
         taps, self._taps = self._taps, None
         return output, [project(taps[name]) for name, project in zip(self.blocks, self.projectors, strict=True)]
 
@@ -58,13 +60,10 @@ def tap_pair(
         return Tapped(student), Tapped(teacher) if teacher is not None else None
     student_blocks, teacher_blocks = (list(side) for side in zip(*pairs, strict=True))
     tapped_student, tapped_teacher = Tapped(student, student_blocks), Tapped(teacher, teacher_blocks)
-    with torch.random.fork_rng():
+    inputs = recursively_apply(lambda tensor: tensor.to("meta"), example)
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        with torch.no_grad():
-            student_features, teacher_features = (
-                tapped(**{name: value.to(tapped.denoiser.device) for name, value in example.items()})[1]
-                for tapped in (tapped_student, tapped_teacher)
-            )
+        student_features, teacher_features = (on_meta(side)(**inputs)[1] for side in (tapped_student, tapped_teacher))
         projectors = []
         for pair, student_feature, teacher_feature in zip(pairs, student_features, teacher_features, strict=True):
             if student_feature.shape[2:] != teacher_feature.shape[2:]:
@@ -76,6 +75,13 @@ def tap_pair(
             projectors.append(nn.Identity() if widths[0] == widths[1] else nn.Conv2d(*widths, kernel_size=1))
     tapped_student.projectors = nn.ModuleList(projectors)
     return tapped_student, tapped_teacher
+
+
+def on_meta(module: nn.Module) -> nn.Module:
+    """A copy whose tensors have shapes and no values: its forward costs neither time nor memory."""
+    tensors = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in module.parameters()}
+    tensors |= {id(buffer): buffer.to("meta") for buffer in module.buffers()}
+    return copy.deepcopy(module, tensors)
 
 
 def feature_loss(student: Prediction, teacher: Prediction) -> torch.Tensor:

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is about to happen, in a few lines, to be read before hours are spent."""
 
-import copy
-
 import torch
 from accelerate import Accelerator
+from accelerate.utils import recursively_apply
 from torch import nn
+
+from utils.features import on_meta
 
 
 def plan(
@@ -14,10 +15,6 @@ def plan(
     """Sizes, devices, batch, epochs, where things are saved, and the memory that training will take on each device."""
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     images = batch * args.max_train_steps
-    bad = f" ({len(dataset.bad_rows)} undecodable ones replaced)" if dataset.bad_rows else ""
-    held = (
-        "held in memory" if dataset.held is not None else f"decoded by {args.dataloader_num_workers or 'no'} workers"
-    )
     distance = " and the best by Frechet distance" if args.validation_feature_extractor else ""
     return "\n".join(
         [
@@ -27,7 +24,7 @@ def plan(
             f"{accelerator.mixed_precision}",
             f"batch        {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
             f"{accelerator.num_processes} processes = {batch}",
-            f"data         {len(dataset):,} images{bad}, {held}; {args.max_train_steps:,} steps see {images:,}, "
+            f"data         {dataset}; {args.max_train_steps:,} steps see {images:,}, "
             f"{images / len(dataset):.1f} epochs",
             f"memory       {memory_estimate(args, student, teacher, example)}",
             f"checkpoints  {args.output_dir}/checkpoints, every {args.checkpointing_steps:,} steps, the newest "
@@ -41,7 +38,8 @@ def memory_estimate(args, student: nn.Module, teacher: nn.Module | None, example
     """GiB of weights, gradients, optimizer state, EMA and saved activations. The activations are counted on the meta
     device for two samples and scaled to the batch; the libraries, the data and the sampler's own come on top."""
     parameters = sum(p.numel() for p in student.parameters())
-    state = parameters * (4 + 4 + (2 if args.use_8bit_adam else 8) + 4 * args.use_ema)
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    state = 4 * parameters + trained * (4 + (2 if args.use_8bit_adam else 8) + 4 * args.use_ema)
     frozen = sum(p.numel() * p.element_size() for p in teacher.parameters()) if teacher is not None else 0
     saved: dict[int, int] = {}
 
@@ -51,8 +49,8 @@ def memory_estimate(args, student: nn.Module, teacher: nn.Module | None, example
         return tensor
 
     kept: list[torch.Tensor] = []
-    shadow = copy.deepcopy(student).to("meta")
-    inputs = {name: value.to("meta").expand(2, *value.shape[1:]) for name, value in example.items()}
+    shadow = on_meta(student)
+    inputs = recursively_apply(lambda tensor: tensor.to("meta").expand(2, *tensor.shape[1:]), example)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         shadow(**inputs)
     weights = {id(p.untyped_storage()) for p in shadow.parameters()}

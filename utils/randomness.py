@@ -59,6 +59,13 @@ class StepRandom:
         )
         return self._own_rows(whole)
 
+    def uniform(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Uniform float32 in [0, 1) of `shape` = (B, ...), B the batch of this process."""
+        whole = torch.rand(
+            (shape[0] * self.world_size, *shape[1:]), generator=self.generator, device=self.generator.device
+        )
+        return self._own_rows(whole)
+
     def integers(self, high: int, batch_size: int, *, antithetic: bool = False) -> torch.Tensor:
         """(B,) int64 in [0, high). `antithetic`: neighbours are pairs (t, high - 1 - t), which lowers the variance of
         a batch's loss because small and large timesteps always come together."""

@@ -38,6 +38,11 @@ def apply_speed_flags(args, accelerator: Accelerator, student: nn.Module, teache
             logger.warning(f"--enable_xformers_memory_efficient_attention: PyTorch's attention stays. {error}")
 
 
+def with_gradients(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW or Adam, fused into few kernels, or in 8 bits.
 

@@ -16,10 +16,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from utils.data import ImageRows, load_rows
-from utils.export import save_pipeline
 from utils.extractors import FeatureExtractor
 from utils.metrics import FeatureStatistics, frechet_distance
 from utils.randomness import seed_from
+from utils.speed import with_gradients
 
 VALIDATION_STREAM = 2**32  # a counter that no micro-step reaches: validation noise is no training noise
 
@@ -27,13 +27,14 @@ VALIDATION_STREAM = 2**32  # a counter that no micro-step reaches: validation no
 class Validation:
     """Draws the grids and keeps the distances; does its work on the main process only."""
 
-    def __init__(self, args, accelerator: Accelerator, backbone, student: nn.Module):
-        """`student` still as it was made: a copy is kept, to be measured beside the trained one.
+    def __init__(self, args, accelerator: Accelerator, backbone, student: nn.Module, dataset):
+        """`student` still as it was made: a copy is kept, to be measured beside the trained one. `dataset` is what the
+        backbone may take prompts from.
 
         Raises:
             ValueError: `--validation_feature_extractor` is no image model, or `--validation_split` no split.
         """
-        self.args, self.accelerator, self.backbone = args, accelerator, backbone
+        self.args, self.accelerator, self.backbone, self.dataset = args, accelerator, backbone, dataset
         self.folder = Path(args.output_dir)
         self.distances: dict[str, float] = {}  # who -> Frechet distance
         self.best: tuple[float, int] | None = None
@@ -42,7 +43,7 @@ class Validation:
         if args.validation_feature_extractor and accelerator.is_main_process:
             self.extractor = FeatureExtractor(args.validation_feature_extractor, device=accelerator.device)
             self.real_rows = load_rows(args, args.validation_split)
-            self.untrained = copy.deepcopy(student).eval()
+            self.untrained = copy.deepcopy(student).cpu().eval()
 
     @functools.cached_property
     def reference(self) -> FeatureStatistics:
@@ -55,7 +56,7 @@ class Validation:
             return
         self.distances = {
             "noise": self._distance(self._noise_images()),
-            "student before training": self._distance(self._sampled(self.untrained)),
+            "student before training": self._distance(self._sampled(self.untrained.to(self.accelerator.device))),
             **self.distances,
         }
         if self.backbone.teacher is not None:
@@ -65,14 +66,15 @@ class Validation:
         """Grid and distance of `student`, as it is inside `evaluated`; values to log."""
         if not self.accelerator.is_main_process:
             return {}
-        self._grid(student, step)
+        if self.args.validation_images:
+            self._grid(student, step)
         values = {}
         if self.extractor is not None:
             distance = self._distance(self._sampled(student))
             self.distances["student"] = values["frechet_distance"] = distance
             if self.best is None or distance < self.best[0]:
                 self.best = (distance, step)
-                save_pipeline(self.backbone.pipeline(student), self.folder / "best")
+                self.backbone.save(student, self.folder / "best")
                 (self.folder / "best" / "distance.json").write_text(
                     json.dumps({"step": step, "frechet_distance": distance})
                 )
@@ -92,11 +94,11 @@ class Validation:
 
     def _grid(self, student: nn.Module, step: int) -> None:
         """Upper row(s) teacher, lower row(s) student, column by column from the same noise."""
-        seeds = self._seeds(0, self.args.validation_images)
-        rows = [self._draw(student, seeds)]
+        count = self.args.validation_images
+        rows = [self._draw(student, 0, count)]
         if self.backbone.teacher is not None:
             if self.teacher_images is None:
-                self.teacher_images = self._draw(self.backbone.teacher, seeds)
+                self.teacher_images = self._draw(self.backbone.teacher, 0, count)
             rows.insert(0, self.teacher_images)
         grid = image_grid(rows)
         grid.save(self.folder / "samples.png")
@@ -126,11 +128,15 @@ class Validation:
 
     def _sampled(self, denoiser: nn.Module) -> Iterator[torch.Tensor]:
         for first, size in self._batches("sampling", self.args.validation_num_samples):
-            yield self._draw(denoiser, self._seeds(first, size))
+            yield self._draw(denoiser, first, size)
 
-    def _draw(self, denoiser: nn.Module, seeds: list[int]) -> torch.Tensor:
+    def _draw(self, denoiser: nn.Module, first: int, count: int) -> torch.Tensor:
+        """Samples `first` and on, each by its own seed."""
+        conditions = self.backbone.conditions(self.dataset, first, count)
         with self.accelerator.autocast():
-            return self.backbone.sample(denoiser, seeds, self.args.validation_num_inference_steps)
+            return self.backbone.sample(
+                denoiser, self._seeds(first, count), self.args.validation_num_inference_steps, conditions
+            )
 
     def _noise_images(self) -> Iterator[torch.Tensor]:
         shape = self.backbone.example()["x_t"].shape[1:]
@@ -150,14 +156,15 @@ class Validation:
 def evaluated(model: nn.Module, ema):
     """Inside, `model` is in eval mode and holds the EMA weights; without an EMA, its own."""
     model.eval()
+    weights = with_gradients(model)
     if ema is not None:
-        ema.store(model.parameters())
-        ema.copy_to(model.parameters())
+        ema.store(weights)
+        ema.copy_to(weights)
     try:
         yield model
     finally:
         if ema is not None:
-            ema.restore(model.parameters())
+            ema.restore(weights)
         model.train()
 
 

@@ -10,6 +10,8 @@ BACKBONES = {
     "DDPMPipeline": ("utils.backbones.ddpm", "DDPM"),
     "DDIMPipeline": ("utils.backbones.ddpm", "DDPM"),
     "UNet2DModel": ("utils.backbones.ddpm", "DDPM"),
+    "StableDiffusionPipeline": ("utils.backbones.stable_diffusion", "StableDiffusion"),
+    "StableDiffusionXLPipeline": ("utils.backbones.stable_diffusion", "StableDiffusion"),
 }
 
 

@@ -4,24 +4,30 @@
 Ho et al. 2020 (epsilon), Salimans and Ho 2022 (v_prediction); sampled with DDIM (Song et al. 2021).
 """
 
+import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
-from diffusers.models.unets.unet_2d import UNet2DOutput
-from diffusers.training_utils import compute_snr
 
+from utils.backbones.common import InFloat32, noise_at, weighted_mse
 from utils.backbones.loading import component_config, load_component, read_json_config
 from utils.backbones.types import Noised, Prediction
-from utils.data import ImageTransform
+from utils.export import save_pipeline
 from utils.features import Tapped
+from utils.images import ImageTransform
 from utils.randomness import StepRandom
 from utils.students.sizes import model_size, model_table
 from utils.students.width import prune_width, taylor_scores, width_config
 
 TAYLOR_TIMESTEPS = 20  # spread evenly over the schedule; each costs a forward and backward of the teacher
 TAYLOR_PART = 16  # images at once: the teacher's backward would otherwise be the run's peak of memory
+
+TEXT_FLAGS = (
+    "caption_column proportion_empty_prompts noise_offset pretrained_vae_model_name_or_path validation_prompts "
+    "validation_guidance_scale"
+).split()
 
 
 class DDPM:
@@ -83,6 +89,17 @@ class DDPM:
             teacher = component_config(
                 UNet2DModel, args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", args.revision
             )
+        if args.student_preset:
+            raise ValueError(
+                f"--student_preset {args.student_preset} drops blocks of Stable Diffusion; a pixel U-Net is made "
+                "narrower with --pruning_ratio, or built from --student_config."
+            )
+        if args.cache_dir or args.lora_rank:
+            flag = "--cache_dir" if args.cache_dir else "--lora_rank"
+            raise ValueError(f"{flag} goes with a latent teacher; this one works in pixels, which need no encoding.")
+        for name in TEXT_FLAGS:
+            if getattr(args, name):
+                warnings.warn(f"--{name} has no effect here: it goes with a text-to-image teacher.", stacklevel=2)
         if args.pruning_ratio is not None:
             flag, student = "--pruning_ratio", width_config(teacher, args.pruning_ratio)
         elif args.student_config:
@@ -205,29 +222,14 @@ class DDPM:
         return batch["pixels"].float() / 127.5 - 1, {}
 
     def add_noise(self, clean: torch.Tensor, rng: StepRandom) -> Noised:
-        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at random timesteps, one per sample (Ho et al. 2020, eq. 4)."""
+        """Noise at random timesteps, one per sample."""
         count = self.scheduler.config.num_train_timesteps
         timestep = rng.integers(count, clean.shape[0], antithetic=self.args.antithetic_timesteps)
         return self.noise_at(clean, rng.normal(clean.shape), timestep)
 
     def noise_at(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> Noised:
         """`add_noise` with the noise (B, C, H, W) and the timesteps (B,) given: 0 the cleanest, T - 1 the noisiest."""
-        x_t = self.scheduler.add_noise(clean, noise, timestep)
-        kind = self.scheduler.config.prediction_type
-        target = {
-            "epsilon": lambda: noise,
-            "v_prediction": lambda: self.scheduler.get_velocity(clean, noise, timestep),
-            "sample": lambda: clean,
-        }[kind]()
-        weight = None
-        if self.args.snr_gamma is not None:  # min-SNR (Hang et al. 2023), divided by what the target already carries
-            snr = compute_snr(self.scheduler, timestep)
-            weight = {
-                "epsilon": lambda: (self.args.snr_gamma / snr).clamp(max=1),  # 1 where the SNR is 0
-                "v_prediction": lambda: snr.clamp(max=self.args.snr_gamma) / (snr + 1),
-                "sample": lambda: snr.clamp(max=self.args.snr_gamma),
-            }[kind]()
-        return Noised(x_t, timestep, clean, target, weight)
+        return noise_at(self.scheduler, clean, noise, timestep, self.args.snr_gamma)
 
     def predict(self, model: Tapped, noised: Noised, condition: dict) -> Prediction:
         """The model's prediction in float32; the input is cast to the dtype the weights are in."""
@@ -236,17 +238,24 @@ class DDPM:
 
     def task_loss(self, prediction: Prediction, noised: Noised) -> torch.Tensor:
         """Mean squared error to the target, weighted per sample by `--snr_gamma`."""
-        if noised.weight is None:
-            return F.mse_loss(prediction.output, noised.target)
-        error = (prediction.output - noised.target).square().flatten(1).mean(dim=1)
-        return (noised.weight * error).mean()
+        return weighted_mse(prediction, noised)
+
+    def conditions(self, dataset, first: int, count: int) -> list[None]:
+        """What the samples `first` and on are of: nothing is asked for."""
+        return [None] * count
 
     def pipeline(self, denoiser: UNet2DModel) -> DiffusionPipeline:
         """The stock pipeline of the teacher's own class and scheduler settings, for export."""
         return self.pipeline_class(unet=denoiser, scheduler=self.scheduler)
 
+    def save(self, denoiser: UNet2DModel, folder: Path) -> None:
+        """Write the stock pipeline to `folder`."""
+        save_pipeline(self.pipeline(denoiser), folder)
+
     @torch.no_grad()
-    def sample(self, denoiser: torch.nn.Module, seeds: Sequence[int], num_inference_steps: int) -> torch.Tensor:
+    def sample(
+        self, denoiser: torch.nn.Module, seeds: Sequence[int], num_inference_steps: int, conditions: Sequence = ()
+    ) -> torch.Tensor:
         """DDIM samples (eta 0), uint8 (B, C, H, W) on the CPU; a sample depends on its seed and the model alone."""
         pipeline = DDIMPipeline(unet=InFloat32(denoiser), scheduler=DDIMScheduler.from_config(self.scheduler.config))
         pipeline.set_progress_bar_config(disable=True)
@@ -255,18 +264,3 @@ class DDPM:
             batch_size=len(generators), generator=generators, num_inference_steps=num_inference_steps, output_type="np"
         ).images
         return torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2).contiguous()
-
-
-class InFloat32(torch.nn.Module):
-    """A denoiser that takes and gives float32 whatever its weights are in, so that sampling starts from the same noise
-    for every dtype and the sampler's sums keep their precision."""
-
-    dtype = torch.float32
-
-    def __init__(self, denoiser: UNet2DModel):
-        super().__init__()
-        self.denoiser, self.config, self.device = denoiser, denoiser.config, denoiser.device
-
-    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor) -> UNet2DOutput:
-        """As the denoiser's own forward."""
-        return UNet2DOutput(self.denoiser(x_t.to(self.denoiser.dtype), timestep).sample.float())

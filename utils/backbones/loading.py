@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 
-COMPONENTS = {"UNet2DModel": "unet"}  # model class -> its folder in a pipeline
+# model class -> its folder in a pipeline
+COMPONENTS = {"UNet2DModel": "unet", "UNet2DConditionModel": "unet", "AutoencoderKL": "vae"}
 
 
 def read_json_config(path: str, flag: str) -> dict:

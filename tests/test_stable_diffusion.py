@@ -1,0 +1,509 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latent students: Stable Diffusion 1.x, 2.x and XL, trained by both scripts on tiny complete pipelines."""
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import read_log
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from latent_pipelines import SD_BETAS, save_captioned, save_pipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_place
+from utils.arguments import parse_args
+from utils.backbones import choose_backbone
+from utils.backbones.stable_diffusion import StableDiffusion
+from utils.cache import CachedRows
+from utils.data import ImageRows, StreamSampler, load_rows
+from utils.encoders import Encoders
+from utils.losses import place_loss
+from utils.randomness import StepRandom, shuffled
+
+KINDS = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory) -> dict[str, Path]:
+    return {kind: save_pipeline(tmp_path_factory.mktemp("teachers") / kind, kind) for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return save_captioned(tmp_path_factory.mktemp("pictures") / "images")
+
+
+@pytest.fixture
+def train(run, teachers, pictures):
+    """`train("sd1", "--flag", value ...)`: a short run of train_place.py; flags in the call win."""
+
+    def train_latent(kind="sd1", *flags, script="train_place", data=True, **options):
+        given = [
+            "--pretrained_model_name_or_path",
+            teachers[kind],
+            "--max_train_steps",
+            "3",
+            "--train_batch_size",
+            "4",
+        ]
+        given += ["--train_data_dir", pictures] if data else []
+        given += ["--logging_steps", "1", "--validation_images", "0", "--report_to", "none", "--num_cpu_threads", "1"]
+        students = ("--student_preset", "--student_config", "--student_model_name_or_path", "--pruning_ratio")
+        given += [] if any(flag in flags for flag in students) else ["--student_preset", "bk_small"]
+        return run(script, *given, *flags, defaults=False, **options)
+
+    return train_latent
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_log(folder)]
+
+
+def parsed(*flags):
+    return parse_args("", train_place.add_method_arguments, [str(flag) for flag in flags])
+
+
+def load(teacher: Path, *flags) -> StableDiffusion:
+    student = () if "--student_config" in flags else ("--student_preset", "bk_small")
+    args = parsed("--pretrained_model_name_or_path", teacher, "--train_data_dir", "unused", *student, *flags)
+    return choose_backbone(args).load(args)
+
+
+def unet_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+# The student
+
+
+@pytest.mark.parametrize("script", ["train_lift", "train_place"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_student_is_a_stock_pipeline(train, teachers, kind, script):
+    flags = ["--lambda_kd_feat", "1", "--use_ema", "--ema_decay", "0.5", "--validation_images", "2"]
+    flags += ["--validation_num_inference_steps", "2", "--learning_rate", "1e-2"]
+    folder = train(kind, *flags, script=script)
+    log = read_log(folder)
+    assert all(line["feature"] > 0 for line in log) and len(log) == 3
+    pipeline = KINDS[kind].from_pretrained(folder)
+    image = pipeline("a b", num_inference_steps=2, output_type="np").images[0]
+    assert image.shape == (32, 32, 3)
+    for path in teachers[kind].rglob("*"):  # everything but the denoiser is the teacher's, byte for byte
+        name = path.relative_to(teachers[kind])
+        if path.is_file() and name.parts[0] != "unet":
+            assert (folder / name).read_bytes() == path.read_bytes(), name
+    assert Image.open(folder / "samples.png").size[1] > 64  # teacher above student
+    teacher = unet_tensors(teachers[kind])
+    assert len(unet_tensors(folder)) < len(teacher)
+
+
+@pytest.mark.parametrize(
+    "kind, preset", [("sd1", p) for p in ("bk_base", "bk_small", "bk_tiny")] + [("xl", "bk_base")]
+)
+def test_presets_train_with_feature_distillation(train, kind, preset):
+    folder = train(kind, "--student_preset", preset, "--lambda_kd_feat", "1", "--gradient_checkpointing")
+    assert len(losses(folder)) == 3
+    DiffusionPipeline.from_pretrained(folder)
+
+
+def test_gradient_checkpointing_computes_the_same(train):
+    flags = ["--lambda_kd_feat", "1", "--learning_rate", "1e-3"]
+    plain, checkpointed = (
+        train("sd1", *flags, output="a"),
+        train("sd1", *flags, "--gradient_checkpointing", output="b"),
+    )
+    assert losses(plain) == pytest.approx(losses(checkpointed), rel=1e-4)
+
+
+def test_a_config_of_another_size_takes_what_fits(train, teachers, tmp_path):
+    config = json.loads((teachers["sd1"] / "unet" / "config.json").read_text())
+    config |= {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    folder = train("sd1", "--student_config", tmp_path / "config.json", "--lambda_kd_feat", "1")
+    again = train("sd1", "--student_model_name_or_path", folder, output="again")
+    assert unet_tensors(again).keys() == unet_tensors(folder).keys()
+
+
+# The forward process and the targets
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sd2"])
+def test_the_target_recovers_the_clean_latents(teachers, kind):
+    backbone = load(teachers[kind])
+    clean, timestep = torch.randn(5, 4, 16, 16), torch.tensor([0, 10, 500, 900, 999])
+    noise = torch.randn_like(clean)
+    noised = backbone.noise_at(clean, noise, timestep)
+    scheduler = DDPMScheduler(**SD_BETAS)
+    a = scheduler.alphas_cumprod[timestep].reshape(-1, 1, 1, 1)
+    torch.testing.assert_close(noised.x_t, a.sqrt() * clean + (1 - a).sqrt() * noise)
+    if kind == "sd1":
+        assert noised.target is noise
+        recovered = (noised.x_t - (1 - a).sqrt() * noised.target) / a.sqrt()
+    else:
+        torch.testing.assert_close(noised.target, scheduler.get_velocity(clean, noise, timestep))
+        recovered = a.sqrt() * noised.x_t - (1 - a).sqrt() * noised.target
+    torch.testing.assert_close(recovered, clean, rtol=1e-3, atol=1e-3)
+
+
+def test_zero_terminal_snr_is_respected(teachers, tmp_path):
+    folder = tmp_path / "teacher"
+    shutil.copytree(teachers["sd2"], folder)
+    path = folder / "scheduler" / "scheduler_config.json"
+    config = json.loads(path.read_text()) | {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    path.write_text(json.dumps(config))
+    backbone = load(folder, "--snr_gamma", "5")
+    noise = torch.randn(1, 4, 16, 16)
+    noised = backbone.noise_at(torch.randn_like(noise), noise, torch.tensor([999]))
+    torch.testing.assert_close(noised.x_t, noise, atol=1e-3, rtol=0)  # nothing of the image is left
+    assert noised.weight.isfinite().all()
+
+
+def test_noise_offset_is_one_value_a_channel(teachers):
+    clean = torch.zeros(2, 4, 16, 16)
+    plain = load(teachers["sd1"]).add_noise(clean, StepRandom(0, 0)).target
+    offset = load(teachers["sd1"], "--noise_offset", "0.5").add_noise(clean, StepRandom(0, 0)).target
+    difference = offset - plain
+    torch.testing.assert_close(difference, difference[..., :1, :1].expand_as(difference), atol=1e-6, rtol=0)
+    assert difference.std() > 0.1
+
+
+# Captions
+
+
+def row_batch(backbone, pictures, rows=(0, 1, 2, 3)):
+    args = backbone.args
+    args.train_data_dir = str(pictures)
+    dataset = ImageRows(load_rows(args), backbone.transform(args), args.seed, variants=args.cache_variants, quiet=True)
+    return dataset.__getitems__([(0, row) for row in rows]), dataset
+
+
+@pytest.mark.parametrize("kind", ["sd1", "xl"])
+def test_latents_and_embeddings_are_the_pipelines_own(teachers, pictures, kind):
+    backbone = load(teachers[kind], "--proportion_empty_prompts", "0", "--center_crop")
+    batch, dataset = row_batch(backbone, pictures)
+    latents, condition = backbone.encode(batch, StepRandom(0, 0))
+    pipeline = KINDS[kind].from_pretrained(teachers[kind])
+    captions = dataset.captions(4)
+    embeds = pipeline.encode_prompt(
+        captions,
+        **({"device": "cpu", "num_images_per_prompt": 1} if kind == "sd1" else {}),
+        do_classifier_free_guidance=False,
+    )
+    torch.testing.assert_close(condition["encoder_hidden_states"], embeds[0], atol=1e-5, rtol=1e-4)
+    posterior = pipeline.vae.encode(batch["pixels"] / 127.5 - 1).latent_dist
+    noise = StepRandom(0, 0).normal(latents.shape)
+    torch.testing.assert_close(latents, (posterior.mean + posterior.std * noise) * 0.5, atol=1e-5, rtol=1e-4)
+    if kind == "xl":
+        added = condition["added_cond_kwargs"]
+        torch.testing.assert_close(added["text_embeds"], embeds[2], atol=1e-5, rtol=1e-4)
+        # 36x48 pixels: the shorter side to 32 makes 32x43, whose centre starts at 5
+        assert added["time_ids"].tolist() == [[36, 48, 0, 5, 32, 32]] * 4
+
+
+def test_micro_conditioning_tells_where_the_crop_is(teachers, pictures):
+    backbone = load(teachers["xl"], "--random_flip")
+    batch, dataset = row_batch(backbone, pictures, rows=range(12))
+    flipped = 0
+    for row in range(12):
+        whole = dataset.held[row]
+        _, _, top, left, *_ = batch["time_ids"][row].int().tolist()
+        crops = [side[:, top : top + 32, left : left + 32] for side in (whole, whole.flip(-1))]
+        equal = [torch.equal(crop, batch["pixels"][row]) for crop in crops]
+        assert any(equal)
+        flipped += equal[1]
+    assert 2 < flipped < 11 and len(set(batch["time_ids"][:, 3].tolist())) > 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_teacher_and_student_see_the_same_prompts_some_of_them_empty(teachers, pictures, share):
+    backbone = load(teachers["xl"], "--proportion_empty_prompts", share)
+    batch, _ = row_batch(backbone, pictures, rows=range(12))
+    _, condition = backbone.encode(batch, StepRandom(3, 0))
+    full = backbone.cache_rows(batch)
+    empty = backbone.empty_prompt()
+    kept = [
+        torch.equal(ours, theirs)
+        for ours, theirs in zip(condition["encoder_hidden_states"], full["prompt_embeds"], strict=True)
+    ]
+    dropped = [torch.equal(ours, empty["prompt_embeds"][0]) for ours in condition["encoder_hidden_states"]]
+    pooled = [torch.equal(ours, empty["pooled"][0]) for ours in condition["added_cond_kwargs"]["text_embeds"]]
+    assert dropped == pooled and all(a != b for a, b in zip(kept, dropped, strict=True))
+    assert {0.0: sum(dropped) == 0, 0.5: 2 < sum(dropped) < 10, 1.0: sum(dropped) == 12}[share]
+
+
+def test_both_models_get_the_same_tensors(train, monkeypatch):
+    seen = []
+    original = StableDiffusion.predict
+
+    def spy(self, model, noised, condition):
+        seen.append((noised.x_t, condition["encoder_hidden_states"], model.denoiser is self.teacher))
+        return original(self, model, noised, condition)
+
+    monkeypatch.setattr(StableDiffusion, "predict", spy)
+    train("sd1", "--proportion_empty_prompts", "0.5")
+    assert [teacher for *_, teacher in seen] == [False, True] * 3
+    for ours, theirs in zip(seen[::2], seen[1::2], strict=True):
+        assert ours[0] is theirs[0] and ours[1] is theirs[1]
+
+
+def test_one_of_several_captions_is_drawn(teachers, tmp_path):
+    folder = save_captioned(tmp_path / "images", captions=[["a", "b", "c"]])
+    backbone = load(teachers["sd1"])
+    _, dataset = row_batch(backbone, folder)
+    ids = [dataset.__getitems__([(epoch, row) for row in range(12)])["input_ids_0"][:, 1] for epoch in range(4)]
+    counts = torch.stack(ids).flatten().unique(return_counts=True)[1]
+    assert len(counts) == 3 and counts.min() > 5
+
+
+# Cache
+
+
+@pytest.mark.parametrize("kind", ["sd1", "xl"])
+def test_training_from_the_cache_is_training_without_it(train, pictures, tmp_path, monkeypatch, kind):
+    flags = ["--cache_variants", "2", "--random_flip", "--max_train_steps", "8"]
+    expected = losses(train(kind, *flags, output="plain"))
+    source = tmp_path / "images"
+    shutil.copytree(pictures, source)
+    cache = ["--cache_dir", tmp_path / "cache"]
+    made = train(kind, *flags, *cache, "--train_data_dir", source, output="made")
+    assert losses(made) == pytest.approx(expected, rel=1e-6)
+    shutil.rmtree(source)  # and the encoders may not load
+    monkeypatch.setattr(Encoders, "_loaded", lambda *_, **__: pytest.fail("an encoder was loaded"))
+    workers = ["--dataloader_num_workers", "1"] if kind == "sd1" else []
+    assert losses(train(kind, *flags, *cache, *workers, data=False, output="again")) == losses(made)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "xl"])
+def test_cached_rows_are_the_bits_that_training_computes(train, teachers, pictures, tmp_path, kind):
+    flags = ["--cache_variants", "2", "--random_flip"]
+    train(kind, *flags, "--cache_dir", tmp_path / "cache")
+    backbone = load(teachers[kind], *flags)
+    cached = CachedRows(tmp_path / "cache", backbone)
+    _, dataset = row_batch(backbone, pictures)
+    assert torch.equal(backbone.empty_prompt()["prompt_embeds"], load(teachers[kind]).empty_prompt()["prompt_embeds"])
+    differing = 0
+    for micro_step, positions in enumerate(StreamSampler(12, 4, 0, last=9)):
+        expected, found = backbone.cache_rows(dataset.__getitems__(positions)), cached.__getitems__(positions)
+        for name in expected:
+            assert torch.equal(expected[name], found[name]), (micro_step, name)
+        first_variant = cached.__getitems__([(0, row) for _, row in positions])
+        differing += not torch.equal(first_variant["latent_mean"], found["latent_mean"])
+    assert differing == 3  # the second epoch
+
+
+def test_the_encoders_are_freed(train, tmp_path, monkeypatch):
+    freed = []
+    original = Encoders.free
+    monkeypatch.setattr(Encoders, "free", lambda self: (original(self), freed.append(sorted(self.__dict__))))
+    train(
+        "sd1", "--cache_dir", tmp_path / "cache", "--validation_images", "2", "--validation_num_inference_steps", "2"
+    )
+    assert len(freed) == 3  # after encoding, and after each row of the grid
+    assert all("vae" not in names and "text_encoders" not in names for names in freed)
+
+
+def test_a_stopped_cache_goes_on(train, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.cache.BLOCK", 4)
+    folder = tmp_path / "cache"
+    train("sd1", "--cache_dir", folder, output="first")
+    files = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
+    assert len(files) == 3 + 4  # 12 rows; 12 captions and the empty one
+    kept = folder / "latents-00-000001.safetensors"
+    before = kept.stat().st_mtime_ns
+    for name in ("latents-00-000002.safetensors", "text-000001.safetensors"):
+        (folder / name).rename(folder / f".{name}.partial")  # as a killed process leaves them
+    content = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps(content | {"complete": False}))
+    with pytest.raises(ValueError, match="--cache_dir .* is not complete"):
+        train("sd1", "--cache_dir", folder, data=False, output="early")
+    train("sd1", "--cache_dir", folder, output="second")
+    assert {path: path.read_bytes() for path in folder.glob("*.safetensors")} == files
+    assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        (["--random_flip"], "random_flip was False, is True"),
+        (["--seed", "5"], "seed was 0, is 5"),
+        (["--cache_variants", "3"], "variants was 1, is 3"),
+        (["--teacher_dtype", "bf16"], "dtype was no, is bf16"),
+        (["--max_train_samples", "5"], "data was .*rows was 12, is 5"),
+    ],
+)
+def test_a_cache_of_other_settings_is_refused(train, tmp_path, changes, named):
+    folder = tmp_path / "cache"
+    train("sd1", "--cache_dir", folder, output="first")
+    with pytest.raises(ValueError, match=f"--cache_dir .* other settings: .*{named}"):
+        train("sd1", "--cache_dir", folder, *changes, output="second")
+
+
+def test_a_cache_of_another_teacher_is_refused(train, tmp_path):
+    folder = tmp_path / "cache"
+    train("sd1", "--cache_dir", folder, output="first")
+    with pytest.raises(ValueError, match="--cache_dir .* other settings: encoders was"):
+        train("xl", "--cache_dir", folder, output="second")
+
+
+# LoRA
+
+
+@pytest.mark.parametrize("kind", ["sd1", "xl"])
+def test_lora_trains_adapters_alone(train, kind):
+    flags = ["--lora_rank", "2", "--use_ema", "--ema_decay", "0.5", "--learning_rate", "1e-2"]
+    untouched = train(kind, "--learning_rate", "1e-9", output="untouched")
+    folder, fused = train(kind, *flags, output="lora"), train(kind, *flags, "--fuse_lora", output="fused")
+    assert (folder / "pytorch_lora_weights.safetensors").exists()
+    assert not (fused / "pytorch_lora_weights.safetensors").exists()
+    for name, tensor in unet_tensors(untouched).items():
+        torch.testing.assert_close(unet_tensors(folder)[name], tensor, atol=1e-6, rtol=0)
+
+    def image(pipeline):
+        generator = torch.Generator().manual_seed(0)
+        return pipeline("a b", num_inference_steps=2, generator=generator, output_type="np").images
+
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    plain = image(pipeline)
+    pipeline.load_lora_weights(folder)
+    adapted = image(pipeline)
+    assert abs(adapted - plain).max() > 1e-3
+    assert abs(adapted - image(DiffusionPipeline.from_pretrained(fused))).max() < 1e-3
+
+
+# Resume
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_rank", "2"]])
+def test_resume_is_exact(train, flags, tmp_path):
+    flags = [*flags, "--use_ema", "--lambda_kd_feat", "1", "--random_flip", "--proportion_empty_prompts", "0.5"]
+    flags += [
+        "--max_train_steps",
+        "6",
+        "--checkpointing_steps",
+        "2",
+        "--learning_rate",
+        "1e-3",
+        "--noise_offset",
+        "0.1",
+    ]
+    whole = train("sd1", *flags, "--checkpoints_total_limit", "9", output="whole")
+    shutil.copytree(whole, tmp_path / "stopped")
+    shutil.rmtree(tmp_path / "stopped" / "checkpoints" / "step-0000006")
+    again = train(
+        "sd1", *flags, "--resume_from_checkpoint", tmp_path / "stopped/checkpoints/step-0000004", output="stopped"
+    )
+    assert read_log(again) == read_log(whole)
+    for name in ("student", "ema", "optimizer"):
+        files = [load_file(f / "checkpoints" / "step-0000006" / f"{name}.safetensors") for f in (whole, again)]
+        assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])
+
+
+# Sampling
+
+
+def test_samples_equal_the_stock_pipeline(teachers):
+    backbone = load(teachers["sd1"], "--validation_guidance_scale", "3", "--validation_prompts", "a b", "c d")
+    images = backbone.sample(backbone.teacher, [7, 8], 3, backbone.conditions(None, 0, 2))
+    pipeline = StableDiffusionPipeline.from_pretrained(teachers["sd1"])
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
+    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
+    expected = pipeline(
+        ["a b", "c d"], num_inference_steps=3, guidance_scale=3, generator=generators, output_type="np"
+    ).images
+    expected = torch.from_numpy((expected * 255).round()).permute(0, 3, 1, 2)
+    assert (images.float() - expected).abs().max() <= 1
+    assert [*backbone.conditions(None, 1, 3)] == ["c d", "a b", "c d"]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "kind, flags, message",
+    [
+        ("sd1", ["--caption_column", "title"], "--caption_column title: .* only image, text"),
+        ("sd1", ["--resolution", "31"], "--resolution 31: the VAE divides it by 2"),
+        ("sd1", ["--student_preset", "koala_700m"], "--student_preset koala_700m .*bk_tiny"),
+        ("sd1", ["--student_preset", "bk_huge"], "--student_preset bk_huge"),
+        ("sd1", ["--pruning_ratio", "0.5"], "--pruning_ratio .*--student_preset .*bk_base"),
+        ("sd1", ["--group_size", "257"], "--group_size 257: a channel of the latents has only 256"),
+        ("sd1", ["--pretrained_vae_model_name_or_path", "nowhere"], "--pretrained_vae_model_name_or_path nowhere"),
+        ("sd1", ["--proportion_empty_prompts", "1.5"], "--proportion_empty_prompts is 1.5"),
+        ("sd1", ["--cache_dir", "nowhere"], "--cache_dir nowhere: no cache there"),
+    ],
+)
+def test_bad_input(train, kind, flags, message):
+    with pytest.raises(ValueError, match=message):
+        train(kind, *flags, data="nowhere" not in flags or "--cache_dir" not in flags)
+
+
+def test_a_dataset_without_captions(train, tmp_path):
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "images" / "a.png")
+    with pytest.raises(
+        ValueError, match="--caption_column text: the dataset has no such column, only image.*metadata"
+    ):
+        train("sd1", "--train_data_dir", tmp_path / "images")
+
+
+def test_pixel_teachers_know_no_text(run, tmp_path, teacher_dir, data_dir):
+    teacher = ["--pretrained_model_name_or_path", teacher_dir, "--dataset_name", data_dir]
+    with pytest.raises(ValueError, match="--student_preset bk_tiny .*--pruning_ratio"):
+        run("train_place", *teacher, "--student_preset", "bk_tiny", "--output_dir", tmp_path / "out", defaults=False)
+    with pytest.raises(ValueError, match="--lora_rank goes with a latent teacher"):
+        run("train_place", "--lora_rank", "2")
+    with pytest.warns(UserWarning, match="--caption_column has no effect"):
+        run("train_place", "--caption_column", "text", "--max_train_steps", "1")
+
+
+# The loss
+
+
+def test_loss_trace_equals_a_plain_loop(train, teachers, pictures):
+    folder = train("sd1", "--learning_rate", "1e-3", "--proportion_empty_prompts", "0.3", "--noise_offset", "0.1")
+    backbone = load(teachers["sd1"], "--proportion_empty_prompts", "0.3")
+    _, dataset = row_batch(backbone, pictures)
+    student, _ = backbone.make_student(backbone.args, {})
+    pipeline = StableDiffusionPipeline.from_pretrained(teachers["sd1"])
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0)
+    embed = lambda prompts: pipeline.encode_prompt(prompts, "cpu", 1, False)[0]  # noqa: E731
+    for step, expected in enumerate(losses(folder)):
+        rng = StepRandom(0, step)
+        rows = shuffled(0, 0, 12)[4 * step : 4 * step + 4]
+        batch = dataset.__getitems__([(0, int(row)) for row in rows])
+        with torch.no_grad():
+            posterior = pipeline.vae.encode(batch["pixels"] / 127.5 - 1).latent_dist
+            latents = 0.5 * (posterior.mean + posterior.std * rng.normal(posterior.mean.shape))
+            drop = rng.uniform((4,)) < 0.3
+            prompts = ["" if d else dataset.captions(12)[row] for d, row in zip(drop, rows, strict=True)]
+            text = embed(prompts)
+        timestep = rng.integers(1000, 4)
+        noise = rng.normal(latents.shape)
+        noise = noise + 0.1 * rng.normal((4, 4, 1, 1))
+        x_t = DDPMScheduler(**SD_BETAS).add_noise(latents, noise, timestep)
+        prediction = student(x_t, timestep, text).sample
+        with torch.no_grad():
+            teacher = pipeline.unet(x_t, timestep, text).sample
+        loss = F.mse_loss(prediction, noise) + place_loss(prediction, teacher).loss
+        assert loss.item() == pytest.approx(expected, rel=1e-4)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_cached_rows_are_picklable(train, teachers, tmp_path):
+    train("sd1", "--cache_dir", tmp_path / "cache")
+    rows = CachedRows(tmp_path / "cache", load(teachers["sd1"]))
+    first = rows.__getitems__([(0, 3)])
+    assert torch.equal(pickle.loads(pickle.dumps(rows)).__getitems__([(7, 3)])["latent_mean"], first["latent_mean"])

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Images with captions: the caption of this epoch, tokenised where the image is decoded."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils.images import ImageTransform
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class CaptionedTransform(ImageTransform):
+    """Adds `input_ids_0`, `input_ids_1` ... (B, T), one for each tokenizer, and with `micro_conditioning` SDXL's
+    `time_ids` (B, 6): original height and width, top and left of the crop, height and width of the result."""
+
+    def __init__(self, *image_settings, caption_column: str, tokenizers: Sequence, micro_conditioning: bool):
+        super().__init__(*image_settings)
+        self.caption_column, self.tokenizers = caption_column, tokenizers
+        self.micro_conditioning = micro_conditioning
+        self.columns = (caption_column, self.image_column) if micro_conditioning else (caption_column,)
+
+    def check(self, rows: "datasets.Dataset") -> None:
+        """Raises ValueError where there are no captions."""
+        if self.caption_column not in rows.column_names:
+            raise ValueError(
+                f"--caption_column {self.caption_column}: the dataset has no such column, only "
+                f"{', '.join(rows.column_names)}. A folder of images needs a metadata.jsonl with file_name and text."
+            )
+        caption = rows.select_columns([self.caption_column])[0][self.caption_column]
+        one_of_them = caption[0] if isinstance(caption, list) and caption else caption
+        if not isinstance(one_of_them, str):
+            raise ValueError(
+                f"--caption_column {self.caption_column}: found {one_of_them!r} in the first row; a caption is a "
+                "string or a list of strings."
+            )
+
+    def batch(self, images, columns: dict[str, list], bits: np.ndarray) -> dict[str, torch.Tensor]:
+        """As ImageTransform.batch, with tokens and time ids."""
+        batch = super().batch(images, columns, bits)
+        captions = [choose_caption(given, int(b)) for given, b in zip(columns[self.caption_column], bits, strict=True)]
+        for i, tokenizer in enumerate(self.tokenizers):
+            batch[f"input_ids_{i}"] = tokenize(tokenizer, captions)
+        if self.micro_conditioning:
+            stored = columns[self.image_column]
+            ids = [self._time_ids(*each) for each in zip(images, stored, bits, strict=True)]
+            batch["time_ids"] = torch.tensor(ids, dtype=torch.float32)
+        return batch
+
+    def captions(self, columns: dict[str, list]) -> list[str]:
+        """One caption a row, the first where there are several."""
+        return [choose_caption(given, 0) for given in columns[self.caption_column]]
+
+    def _time_ids(self, image: torch.Tensor, stored: dict, bits: np.uint64) -> tuple[int, ...]:
+        """Podell et al. 2023, section 2.2."""
+        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as original:  # header only
+            turned = original.getexif().get(0x0112, 1) > 4  # an orientation that swaps the sides
+            width, height = original.size[::-1] if turned else original.size
+        top, left = self.crop_at(image, int(bits))
+        if self.random_flip and int(bits) & 1:  # where the crop lies in the flipped image
+            left = image.shape[-1] - self.resolution - left
+        return height, width, top, left, self.resolution, self.resolution
+
+
+def choose_caption(given: str | list[str] | None, bits: int) -> str:
+    """The caption, or a random one of several, by the highest 8 of 64 random bits; none is the empty prompt."""
+    if isinstance(given, list):
+        given = given[(bits >> 56) % len(given)] if given else ""
+    return given or ""
+
+
+def tokenize(tokenizer, prompts: Sequence[str]) -> torch.Tensor:
+    """Int64 (B, T), padded and cut to the model's length, as Stable Diffusion's pipelines do."""
+    options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return tokenizer(list(prompts), return_tensors="pt", **options).input_ids

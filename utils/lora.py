@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA adapters (Hu et al. 2022) on a student whose own weights stay as they are, by peft."""
+
+import copy
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+def add_lora(denoiser: ModelMixin, rank: int, seed: int) -> int:
+    """Freeze `denoiser` and give its attention trainable adapters, which change nothing at first; how many
+    parameters they have."""
+    denoiser.requires_grad_(False)
+    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(ATTENTION))
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        denoiser.add_adapter(config)
+    return sum(p.numel() for p in denoiser.parameters() if p.requires_grad)
+
+
+def without_lora(denoiser: ModelMixin, fuse: bool) -> ModelMixin:
+    """A copy that is a plain model again, the adapters added to its weights if `fuse`, otherwise gone."""
+    plain = copy.deepcopy(denoiser)
+    if fuse:
+        plain.fuse_lora()
+    plain.unload_lora()
+    return plain
+
+
+def save_lora(denoiser: ModelMixin, folder: Path) -> None:
+    """Write `pytorch_lora_weights.safetensors`, which the pipeline's `load_lora_weights` reads."""
+    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
+    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
