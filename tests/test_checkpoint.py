@@ -211,6 +211,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch, tmp_path):
     assert [path.name for path in (tmp_path / "student" / "checkpoints").iterdir()] == ["step-0000002"]
 
 
+def test_a_gradient_that_is_not_finite_stops_the_run(run, monkeypatch, tmp_path):
+    original, calls = train_place.place_loss, []
+
+    def poisoned(student_pred, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            student_pred.register_hook(lambda gradient: gradient * float("inf"))
+        return original(student_pred, *args, **kwargs)
+
+    monkeypatch.setattr(train_place, "place_loss", poisoned)
+    with pytest.raises(FloatingPointError, match="gradient is not finite since step 3: .*step-0000002"):
+        run("train_place", "--max_train_steps", "3", "--checkpointing_steps", "2", "--logging_steps", "50")
+    assert [path.name for path in (tmp_path / "student" / "checkpoints").iterdir()] == ["step-0000002"]
+
+
 def test_rotation_keeps_the_newest(run):
     folder = run("train_place", "--checkpointing_steps", "1", "--checkpoints_total_limit", "2")
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step-0000003", "step-0000004"]

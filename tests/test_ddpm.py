@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import TINY_UNET, build_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from train_place import add_method_arguments
@@ -146,6 +147,16 @@ def test_damaged_weights_are_refused(load, save):
     path = folder / "unet" / "diffusion_pytorch_model.safetensors"
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ValueError, match="--pretrained_model_name_or_path .*does not load"):
+        load(teacher=folder)
+
+
+def test_weights_that_lack_a_tensor_are_refused(load, save):
+    folder = save()
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    del tensors["conv_out.bias"]
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path .*lack 1 tensors.*conv_out.bias"):
         load(teacher=folder)
 
 
@@ -328,7 +339,7 @@ def test_min_snr_weights(load, save, kind, gamma):
 def test_min_snr_weights_are_finite_where_nothing_is_left(load, save, kind):
     """A schedule that ends in pure noise has an SNR of 0."""
     backbone = load("--snr_gamma", "5", teacher=save(DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)))
-    noised = backbone._noise(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.tensor([999]))
+    noised = backbone.noise_at(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.tensor([999]))
     assert noised.weight.isfinite().all()
     assert noised.weight == {"epsilon": 1, "v_prediction": 0, "sample": 0}[kind]
 
@@ -446,6 +457,8 @@ def test_students_pickled(load, parse, tmp_path):
     backbone = load(*flags)
     with pytest.raises(ValueError, match="--student_model_name_or_path .*does not load"):
         backbone.make_student(parse(*flags), images(2))
+    student, _ = backbone.make_student(parse(*flags, "--allow_pickle_weights"), images(2))
+    assert same_weights(student, build_unet(seed=7))
 
 
 def test_feature_pairs(load, config):

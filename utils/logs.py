@@ -53,7 +53,7 @@ class RunLog:
         self.path = Path(args.output_dir) / "log.jsonl"
         self.names: list[str] = []
         self.pending: list[tuple[int, torch.Tensor]] = []  # (step, terms of one micro-step), on the device
-        self.pending_norms: list[torch.Tensor] = []
+        self.pending_norms: list[tuple[int, torch.Tensor]] = []
         self.rows: list[list[float]] = []  # the same, read
         self.norms: list[float] = []
         self.progress = None
@@ -82,7 +82,7 @@ class RunLog:
 
     def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float) -> None:
         """Keep the gradient norm of optimizer step `step`, move the bar, and log when it is time."""
-        self.pending_norms.append(grad_norm)
+        self.pending_norms.append((step, grad_norm))
         self.learning_rate = learning_rate
         self.progress.update()
         if step % self.args.logging_steps == 0 or step == self.args.max_train_steps:
@@ -116,9 +116,7 @@ class RunLog:
         if not self.pending:
             return
         rows = torch.stack([row for _, row in self.pending])
-        norms = (
-            torch.stack([norm.to(rows) for norm in self.pending_norms]) if self.pending_norms else rows.new_zeros(0)
-        )
+        norms = torch.stack([norm.to(rows) for _, norm in self.pending_norms]) if self.pending_norms else rows[:0, 0]
         rows = self.accelerator.reduce(rows, "mean")
         rows, norms = rows.tolist(), norms.tolist()
         for (step, _), row in zip(self.pending, rows, strict=True):
@@ -127,6 +125,12 @@ class RunLog:
                 raise FloatingPointError(
                     f"The loss is not finite since step {step}: {terms}; learning rate {self.learning_rate:.3g}. The "
                     f"last good checkpoint is {self.last_checkpoint or 'none'}."
+                )
+        for (step, _), norm in zip(self.pending_norms, norms, strict=True):
+            if not math.isfinite(norm) and self.accelerator.scaler is None:  # a loss scaler skips such steps
+                raise FloatingPointError(
+                    f"The gradient is not finite since step {step}: norm {norm}, though the loss is; learning rate "
+                    f"{self.learning_rate:.3g}. The last good checkpoint is {self.last_checkpoint or 'none'}."
                 )
         self.rows += rows
         self.norms += norms

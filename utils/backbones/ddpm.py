@@ -56,20 +56,17 @@ class DDPM:
         channels, resolution = cls.check(args)
         if not args.pretrained_model_name_or_path:
             return cls(args, None, DDPMScheduler(), DDPMPipeline, channels, resolution)
-        try:
-            pipeline = DiffusionPipeline.from_pretrained(
-                args.pretrained_model_name_or_path,
-                revision=args.revision,
-                variant=args.variant,
-                use_safetensors=None if args.allow_pickle_weights else True,  # diffusers unpickles weights_only=True
-                dtype=torch.float32,
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path} does not load: {error} "
-                "If its weights are pickled (.bin), --allow_pickle_weights loads them, weights only."
-            ) from error
-        teacher = pipeline.unet.eval().requires_grad_(False)
+        source, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
+        teacher = load_component(
+            UNet2DModel,
+            source,
+            flag,
+            revision=args.revision,
+            variant=args.variant,
+            allow_pickle=args.allow_pickle_weights,
+        )
+        teacher.eval().requires_grad_(False)
+        pipeline = DiffusionPipeline.from_pretrained(source, revision=args.revision, unet=teacher)
         # DDIM teachers too are trained with the DDPM forward process; a private copy keeps its tables on our device
         scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
         return cls(args, teacher, scheduler, type(pipeline), channels, resolution)
@@ -151,7 +148,12 @@ class DDPM:
                     torch.manual_seed(args.seed)
                     student = UNet2DModel.from_config(read_json_config(args.student_config, "--student_config"))
             else:
-                student = load_component(UNet2DModel, args.student_model_name_or_path, "--student_model_name_or_path")
+                student = load_component(
+                    UNet2DModel,
+                    args.student_model_name_or_path,
+                    "--student_model_name_or_path",
+                    allow_pickle=args.allow_pickle_weights,
+                )
             table = model_table(self.teacher and model_size(self.teacher.config), model_size(student.config))
         student.register_to_config(sample_size=self.resolution)
         return student.train(), table
@@ -166,7 +168,7 @@ class DDPM:
         largest = 0.0
         for t in torch.linspace(0, last, TAYLOR_TIMESTEPS).long().tolist():
             timestep = torch.full((clean.shape[0],), t, device=clean.device)
-            noised = self._noise(clean, rng.normal(clean.shape), timestep)
+            noised = self.noise_at(clean, rng.normal(clean.shape), timestep)
             for first in range(0, clean.shape[0], TAYLOR_PART):
                 part = slice(first, first + TAYLOR_PART)
                 output = self.teacher(noised.x_t[part], timestep[part], return_dict=False)[0]
@@ -206,9 +208,10 @@ class DDPM:
         """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise at random timesteps, one per sample (Ho et al. 2020, eq. 4)."""
         count = self.scheduler.config.num_train_timesteps
         timestep = rng.integers(count, clean.shape[0], antithetic=self.args.antithetic_timesteps)
-        return self._noise(clean, rng.normal(clean.shape), timestep)
+        return self.noise_at(clean, rng.normal(clean.shape), timestep)
 
-    def _noise(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> Noised:
+    def noise_at(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> Noised:
+        """`add_noise` with the noise (B, C, H, W) and the timesteps (B,) given: 0 the cleanest, T - 1 the noisiest."""
         x_t = self.scheduler.add_noise(clean, noise, timestep)
         kind = self.scheduler.config.prediction_type
         target = {

@@ -45,17 +45,40 @@ def component_config(model_class: type[ModelMixin], name_or_path: str, flag: str
     raise ValueError(f"{flag} {name_or_path} holds no config of a {model_class.__name__}: {errors[0]}")
 
 
-def load_component(model_class: type[ModelMixin], name_or_path: str, flag: str) -> ModelMixin:
+def load_component(
+    model_class: type[ModelMixin],
+    name_or_path: str,
+    flag: str,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+) -> ModelMixin:
     """The float32 model whose config `component_config` finds. Raises ValueError naming `flag`."""
     for subfolder in (COMPONENTS[model_class.__name__], None):
         try:
-            model_class.load_config(name_or_path, subfolder=subfolder)
+            model_class.load_config(name_or_path, subfolder=subfolder, revision=revision)
         except (OSError, ValueError):
             continue
         try:
-            return model_class.from_pretrained(
-                name_or_path, subfolder=subfolder, use_safetensors=True, dtype=torch.float32
+            model, info = model_class.from_pretrained(
+                name_or_path,
+                subfolder=subfolder,
+                revision=revision,
+                variant=variant,
+                use_safetensors=None if allow_pickle else True,  # diffusers unpickles with weights_only=True
+                dtype=torch.float32,
+                output_loading_info=True,
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"{flag} {name_or_path} does not load: {error}") from error
+            raise ValueError(
+                f"{flag} {name_or_path} does not load: {error} If its weights are pickled (.bin), "
+                "--allow_pickle_weights loads them, weights only."
+            ) from error
+        if info["missing_keys"]:  # diffusers would go on with random ones
+            raise ValueError(
+                f"{flag} {name_or_path}: the weights lack {len(info['missing_keys'])} tensors of the "
+                f"{model_class.__name__} in its config, the first is {min(info['missing_keys'])}."
+            )
+        return model
     raise ValueError(f"{flag} {name_or_path} holds no {model_class.__name__}.")
