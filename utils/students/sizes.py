@@ -4,21 +4,62 @@
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import singledispatch
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import UNet2DModel
+from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+TEXT_TOKENS = 77  # what the CLIP text encoders of Stable Diffusion pad every prompt to
 
-def full_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of `UNet2DModel`, defaults filled in (Hub configs are often partial), private keys left out."""
-    parameters = inspect.signature(UNet2DModel.__init__).parameters.values()
+
+def full_config(config: Mapping[str, Any], model_class: type[ModelMixin] = UNet2DModel) -> dict[str, Any]:
+    """All arguments of `model_class`, defaults filled in (Hub configs are often partial), private keys left out."""
+    parameters = inspect.signature(model_class.__init__).parameters.values()
     return {p.name: config.get(p.name, p.default) for p in parameters if p.name != "self"}
 
 
 def height_width(sample_size: int | tuple[int, int]) -> tuple[int, int]:
     return (sample_size, sample_size) if isinstance(sample_size, int) else tuple(sample_size)
+
+
+@singledispatch
+def example_inputs(model: ModelMixin) -> dict[str, Any]:
+    """Arguments of one forward of one sample, all zeros, on the default device. A new denoiser registers its own.
+
+    `sample` is (1, C, H, W) at the config's sample_size; text is (1, 77, D).
+    """
+    raise TypeError(f"no example inputs are registered for {type(model).__name__}")
+
+
+@example_inputs.register
+def _(model: UNet2DModel) -> dict[str, Any]:
+    labels = None if model.class_embedding is None else torch.zeros(1, dtype=torch.long)
+    return _sample_and_time(model) | {"class_labels": labels}
+
+
+@example_inputs.register
+def _(model: UNet2DConditionModel) -> dict[str, Any]:
+    config, inputs = model.config, _sample_and_time(model)
+    width = config.cross_attention_dim  # a list gives one per stage, of the same text
+    width = width if isinstance(width, int) else width[0]
+    inputs["encoder_hidden_states"] = torch.zeros(1, TEXT_TOKENS, width)
+    if model.class_embedding is not None:
+        inputs["class_labels"] = torch.zeros(1, dtype=torch.long)
+    if config.addition_embed_type == "text_time":  # SDXL: pooled text beside the embedding of six sizes
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        inputs["added_cond_kwargs"] = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
+    return inputs
+
+
+def _sample_and_time(model: ModelMixin) -> dict[str, Any]:
+    size = height_width(model.config.sample_size)
+    return {
+        "sample": torch.zeros(1, model.config.in_channels, *size),
+        "timestep": torch.zeros(1, dtype=torch.long),
+    }
 
 
 @dataclass(frozen=True)
@@ -30,18 +71,21 @@ class ModelSize:
     macs: int | None
 
 
-def model_size(config: Mapping[str, Any]) -> ModelSize:
-    """Count parameters and MACs of any `UNet2DModel` config on the meta device: no memory, no random numbers."""
-    config = full_config(config)
+def model_size(config: Mapping[str, Any], model_class: type[ModelMixin] | None = None) -> ModelSize:
+    """Count parameters and MACs of a config on the meta device: no memory, no random numbers.
+
+    `model_class`: whose config it is; None is the diffusers class it names in `_class_name`, or `UNet2DModel`.
+    """
+    model_class = model_class or getattr(diffusers, config.get("_class_name", "UNet2DModel"))
+    config = full_config(config, model_class)
     with torch.device("meta"):
-        model, macs = UNet2DModel(**config), None
+        model, macs = model_class(**config), None
         if config["sample_size"] is not None:
-            sample = torch.zeros(1, config["in_channels"], *height_width(config["sample_size"]))
-            time = torch.zeros(1, dtype=torch.long)
             with torch.no_grad(), FlopCounterMode(display=False) as counter:
-                model(sample, time, class_labels=None if model.class_embedding is None else time)
+                model(**example_inputs(model))
             macs = counter.get_total_flops() // 2
-    return ModelSize(tuple(config["block_out_channels"]), sum(p.numel() for p in model.parameters()), macs)
+    parameters = sum(p.numel() for p in model.parameters())
+    return ModelSize(tuple(config.get("block_out_channels", ())), parameters, macs)
 
 
 def model_table(teacher: ModelSize | None, student: ModelSize) -> str:
