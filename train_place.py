@@ -19,10 +19,12 @@ from diffusers.training_utils import EMAModel
 
 from utils.arguments import parse_args
 from utils.backbones import choose_backbone
+from utils.card import write_card
 from utils.checkpoint import Checkpoints, check_output_dir, prepare_output_dir
 from utils.data import ImageRows, fingerprint, load_rows, sample_batch, training_batches
-from utils.export import save_arguments, save_pipeline, write_card
+from utils.export import save_arguments, save_pipeline
 from utils.features import feature_loss, tap_pair
+from utils.hub import prepare_push, push
 from utils.logs import RunLog, error_per_sample, summary, tracker_names
 from utils.losses import fine_weight, place_loss
 from utils.plan import plan
@@ -100,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser)
+    repo_id = prepare_push(args) if accelerator.is_main_process else None  # None without --push_to_hub, too
     accelerator.print(plan(args, accelerator, dataset, student, teacher, backbone.example(), sizes))
     if args.dry_run:
         return
@@ -184,6 +187,8 @@ def main(argv: list[str] | None = None) -> None:
         write_card(args, backbone, method=method_name(args), sizes=sizes, distances=validation.distances)
     accelerator.end_training()
     accelerator.print(summary(args, log, validation, dataset))
+    if repo_id:
+        push(args.output_dir, repo_id)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,27 @@
 import argparse
 import difflib
 import os
+import re
 import shlex
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 DEFAULT_RECIPE = "assets/default.args"
+
+
+class HideToken(argparse.Action):
+    """Hands a token to huggingface_hub, in `HF_TOKEN`, and leaves it nowhere else: not in the parsed arguments, which
+    go into checkpoints, cards and trackers, and not in `sys.argv`, which trackers copy."""
+
+    def __call__(self, _parser, _namespace, token, _option_string=None):
+        if token:  # empty is what a script passes that has none
+            os.environ["HF_TOKEN"] = token
+            sys.argv[:] = [word.replace(token, "***") for word in sys.argv]
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -30,6 +44,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str):
         """Raises ValueError: a script, a notebook and a test can all read it."""
+        message = re.sub(r"hf_\w+", "hf_***", message)  # a token behind a misspelt flag
         flags = list(self._option_string_actions)
         words = message.split() if message.startswith("unrecognized") else []
         unknown = [word for word in words if word.startswith("--") and word not in flags]
@@ -49,7 +64,8 @@ def parse_args(
     """
     parser = ArgumentParser(description=description)
     add_method_arguments(parser.add_argument_group("method"))
-    for add_group in (_teacher_and_student, _data, _loss, _optimisation, _speed_and_memory, _output, _validation):
+    groups = (_teacher_and_student, _data, _loss, _optimisation, _speed_and_memory, _output, _validation)
+    for add_group in (*groups, add_hub_arguments):
         add_group(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv:
@@ -82,7 +98,8 @@ def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--allow_pickle_weights",
         action="store_true",
-        help="load a teacher whose weights are .bin files, not safetensors (unpickled with weights_only=True)",
+        help="load a teacher or student whose weights are .bin files, not safetensors (unpickled with "
+        "weights_only=True)",
     )
     group.add_argument(
         "--pruning_ratio",
@@ -286,6 +303,29 @@ def _validation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation_split", default="train", help="dataset split of the real images (default: train)")
 
 
+def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of a push; `python -m utils.hub` has them too."""
+    group = parser.add_argument_group("Hub")
+    group.add_argument(
+        "--push_to_hub",
+        action="store_true",
+        help="publish the student at the end; its repository is created, and the token checked, before training",
+    )
+    group.add_argument("--hub_model_id", help="name, user/name or organisation/name; default: the student's folder")
+    group.add_argument(
+        "--hub_private_repo",
+        action="store_true",
+        help="create the repository private; default: as the account or organisation has it",
+    )
+    group.add_argument(
+        "--hub_token",
+        action=HideToken,
+        default=argparse.SUPPRESS,
+        help="for everything on the Hub, gated teachers too; written nowhere. Default and safer: HF_TOKEN, or that of "
+        "`hf auth login`, as `ps` shows a command line, and so does `accelerate launch` when a run fails",
+    )
+
+
 def _check(args: argparse.Namespace) -> None:
     """Raises ValueError for values out of range and for flags that contradict each other."""
     positive = (
@@ -353,6 +393,11 @@ def _check(args: argparse.Namespace) -> None:
             f"--output_dir {output_dir} is not empty. Continue that run with --resume_from_checkpoint latest, start "
             "anew with --overwrite_output_dir, or choose another folder."
         )
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.hub_model_id or output_dir.resolve().name)
+        except HFValidationError as error:
+            raise ValueError(f"--hub_model_id: {error} Give name, user/name or organisation/name.") from error
 
 
 def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
@@ -373,6 +418,7 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
             "--validation_feature_extractor",
         ),
         ("allow_changed_arguments", not args.resume_from_checkpoint, "--resume_from_checkpoint"),
+        ("hub_model_id hub_private_repo", not args.push_to_hub, "--push_to_hub"),
     ]
     return [
         f"--{name} has no effect here: it goes with {partner}."

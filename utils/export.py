@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student as a plain diffusers pipeline, with its card and every argument it was made with."""
+"""The student as a plain diffusers pipeline, and every argument it was made with."""
 
 import importlib.metadata
 import json
@@ -17,6 +17,11 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     beside = folder / ".pipeline.partial"
     shutil.rmtree(beside, ignore_errors=True)
     pipeline.save_pretrained(beside, safe_serialization=True)
+    for config_file in (beside / "model_index.json", *beside.glob("*/config.json")):
+        config = json.loads(config_file.read_text())
+        if Path(config.get("_name_or_path", "")).is_absolute():  # where a part was loaded from, on this machine
+            del config["_name_or_path"]
+            config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     move_into(beside, folder)
 
 
@@ -41,36 +46,3 @@ def save_arguments(args, script: str, data_fingerprint: str) -> None:
         "data_fingerprint": data_fingerprint,
     }
     (Path(args.output_dir) / "args.json").write_text(json.dumps(content, indent=2) + "\n")
-
-
-def write_card(args, backbone, *, method: str, sizes: str, distances: dict[str, float]) -> None:
-    """The student's model card, in the Hub's form, into `--output_dir`."""
-    teacher, data = args.pretrained_model_name_or_path, args.dataset_name or args.train_data_dir
-    pipeline_class = backbone.pipeline_class.__name__
-    tags = ["diffusers", "distillation", "lift-place"] if teacher else ["diffusers"]
-    made = f"Distilled from `{teacher}` with {method}" if teacher else "Trained from scratch"
-    front = ["library_name: diffusers", "pipeline_tag: unconditional-image-generation", "tags:"]
-    parts = [
-        "\n".join(["---", *front, *(f"- {tag}" for tag in tags), "---"]),
-        f"# {Path(args.output_dir).name}",
-        f"{made} on `{data}`: {args.max_train_steps:,} steps of {args.train_batch_size} images a process.",
-        "![samples](samples.png)",
-        "Above the teacher, below the student, column by column from the same noise." if teacher else "",
-        f"```python\nfrom diffusers import {pipeline_class}\n\n"
-        f'pipeline = {pipeline_class}.from_pretrained("{args.output_dir}")\n```',
-        f"```\n{sizes}\n```",
-    ]
-    if distances:
-        rows = "\n".join(f"| {who} | {distance:.2f} |" for who, distance in distances.items())
-        parts.append(
-            f"Frechet distance of {args.validation_num_samples:,} samples ({args.validation_num_inference_steps} DDIM "
-            f"steps, eta 0, seed {args.seed}) to split `{args.validation_split}`, on the features of "
-            f"`{args.validation_feature_extractor}`. It compares rows of this table only; it is no FID.\n\n"
-            f"| samples of | distance |\n|---|---|\n{rows}"
-        )
-    if teacher:
-        parts.append(
-            "Method: H. Han, S. Yeo, J. Yoo, LIFT and PLACE: A Simple, Stable, and Effective Knowledge Distillation "
-            "Framework for Lightweight Diffusion Models, CVPR 2026, arXiv 2605.19729. All arguments: `args.json`."
-        )
-    (Path(args.output_dir) / "README.md").write_text("\n\n".join(part for part in parts if part) + "\n")

@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The student's model card: one template, for its folder and for the Hub alike.
+
+What the template needs of a run is kept in `card.json`, so that the card can be written again at any time: with the
+repository's name when it is pushed, with metrics when `metrics.json` has come.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+import re
+import shlex
+import warnings
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_download
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from utils.curves import plot_losses
+from utils.equations import equations
+
+# what a pipeline takes -> the Hub's name of its task (it has none for class-conditional images), and a call to show
+TASKS = {
+    "prompt": ("text-to-image", 'pipeline("a photo of a cat")'),
+    "class_labels": ("unconditional-image-generation", "pipeline(class_labels=[0])"),
+}
+UNCONDITIONAL = ("unconditional-image-generation", "pipeline()")
+
+INCEPTION_NAMES = {"frechet_distance": "fid", "kernel_distance": "kid"}  # what the Hub calls them, of Inception alone
+# keys under which the protocol in metrics.json names the real images
+REFERENCES = ("dataset_name", "train_data_dir", "reference_images", "statistics")
+TEMPLATE = Path(__file__).with_name("card_template.md")
+
+
+def write_card(args, backbone, *, method: str, sizes: str, distances: dict[str, float]) -> None:
+    """`card.json`, `losses.png` and the card, `README.md`, in `--output_dir` beside `args.json` and `log.jsonl`."""
+    folder = Path(args.output_dir)
+    teacher = args.pretrained_model_name_or_path
+    takes = inspect.signature(backbone.pipeline_class.__call__).parameters
+    tag, call = next((task for name, task in TASKS.items() if name in takes), UNCONDITIONAL)
+    facts = {
+        "base_model": teacher if _on_hub(teacher) else None,
+        "datasets": [args.dataset_name] if _on_hub(args.dataset_name) else None,
+        "license": _licence(teacher, args.revision) if teacher else {},
+        "pipeline_class": backbone.pipeline_class.__name__,
+        "pipeline_tag": tag,
+        "call": call,
+        "component": backbone.component,
+        "method": method,
+        "sizes": sizes,
+        "distances": distances,
+    }
+    plot_losses(folder / "log.jsonl", folder / "losses.png")
+    _save(folder, facts)
+
+
+def update_card(folder: Path) -> None:
+    """Write `README.md` again, as `metrics.json` may have come; one that was edited by hand stays as it is."""
+    facts = _facts(folder)
+    if facts and not _edited(folder, facts):
+        _save(folder, facts)
+
+
+def card_for_hub(folder: Path, repo_id: str) -> str | None:
+    """The card as it is published: it loads from `repo_id`. One edited by hand is published as it is; None if `folder`
+    has no card at all."""
+    facts = _facts(folder)
+    if facts and not _edited(folder, facts):
+        return render(folder, facts, repo_id)
+    return (folder / "README.md").read_text() if (folder / "README.md").exists() else None
+
+
+def render(folder: Path, facts: dict, name: str) -> str:
+    """The card of the student in `folder`, loading from `name`, a path or Hub id. Nothing in it but `name` is an
+    absolute path: they are cut to their last part."""
+    made_with = json.loads((folder / "args.json").read_text())
+    args = without_paths(made_with["arguments"])
+    teacher, data = args["pretrained_model_name_or_path"], args["dataset_name"] or args["train_data_dir"]
+    title = Path(name).resolve().name
+    measured = folder / "metrics.json"
+    evaluation = _evaluation(without_paths(json.loads(measured.read_text())) if measured.exists() else {})
+    results = _eval_results(evaluation, facts["pipeline_tag"], data)
+    link = f"[{teacher}](https://huggingface.co/{teacher})" if facts["base_model"] else f"`{teacher}`"
+    if args["lambda_kd_output"] or args["lambda_kd_feat"]:
+        made = f"Distilled from {link} with {facts['method']}"
+    else:
+        made = f"A smaller {link}, trained without distillation" if teacher else "Trained from scratch"
+    card_data = ModelCardData(
+        base_model=facts["base_model"],
+        base_model_relation="finetune" if facts["base_model"] else None,  # the Hub has no word for distilled
+        datasets=facts["datasets"],
+        **facts["license"],
+        library_name="diffusers",
+        pipeline_tag=facts["pipeline_tag"],
+        tags=["diffusers", "distillation", "lift-place"] if made.startswith("Distilled") else ["diffusers"],
+        model_name=title if results else None,
+        eval_results=results or None,
+    )
+    lines, total = equations(args)
+    config = json.loads((folder / facts["component"] / "config.json").read_text())
+    return str(
+        ModelCard.from_template(
+            card_data,
+            template_path=TEMPLATE,
+            **{key: facts[key] for key in ("pipeline_class", "call", "sizes", "distances")},
+            title=title,
+            name=name,
+            made=f"{made} on `{data}`",
+            batch=f"{args['train_batch_size']} x {args['gradient_accumulation_steps']}",
+            args=args,
+            teacher=teacher,
+            no_mid_block=config.get("mid_block_type", "") is None,
+            metrics=evaluation["metrics"],
+            protocol=yaml.safe_dump(evaluation["protocol"], sort_keys=False).strip(),
+            equations=lines,
+            total=total,
+            script=made_with["script"],
+            recipe=_recipe(args),
+            licence=_licence_sentence(facts, teacher),
+        )
+    )
+
+
+def _evaluation(content: dict) -> dict[str, dict]:
+    """The finite `metrics` of metrics.json and their `protocol`, without the flags and versions, which stay there."""
+    metrics = content.get("metrics", {}).items()
+    protocol = content.get("protocol", {}).items()
+    return {
+        "metrics": {k: v for k, v in metrics if isinstance(v, int | float) and math.isfinite(v)},
+        "protocol": {k: v for k, v in protocol if k not in ("arguments", "versions") and v is not None},
+    }
+
+
+def _eval_results(evaluation: dict, task: str, data: str) -> list[EvalResult]:
+    """The metrics in the Hub's form; the protocol is their data set's `args`, and so stands there once for all."""
+    protocol = evaluation["protocol"]
+    reference = protocol.get("reference", {})
+    reference = reference if isinstance(reference, dict) else {}
+    name = next((reference[key] for key in REFERENCES if reference.get(key)), data)
+    inception = protocol.get("extractor") and protocol["extractor"].get("name") == "inception"
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=re.sub(r"[^\w./-]", "-", name),
+            dataset_name=name,
+            dataset_split=reference.get("split"),
+            dataset_args=protocol,
+            metric_type=INCEPTION_NAMES.get(metric, metric) if inception else metric,
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in evaluation["metrics"].items()
+    ]
+
+
+def without_paths(value: Any) -> Any:
+    """JSON with every absolute path cut to its last part: what is published names no folders of a machine."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
+
+
+def _save(folder: Path, facts: dict) -> None:
+    text = render(folder, facts, json.loads((folder / "args.json").read_text())["arguments"]["output_dir"])
+    (folder / "README.md").write_text(text)
+    facts = {**facts, "readme_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    (folder / "card.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def _facts(folder: Path) -> dict | None:
+    return json.loads((folder / "card.json").read_text()) if (folder / "card.json").exists() else None
+
+
+def _edited(folder: Path, facts: dict) -> bool:
+    readme = folder / "README.md"
+    return readme.exists() and hashlib.sha256(readme.read_bytes()).hexdigest() != facts["readme_sha256"]
+
+
+def _on_hub(name: str | None) -> bool:
+    """Whether `name` can only be a Hub id: `assets/teacher` looks like one, but is a folder here."""
+    if not name or Path(name).exists():
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _licence(teacher: str, revision: str | None) -> dict[str, str]:
+    """The licence in the front matter of the teacher's card, as that of the student; empty where there is none."""
+    try:
+        readme = Path(teacher) / "README.md"
+        if _on_hub(teacher):
+            readme = hf_hub_download(teacher, "README.md", revision=revision)
+        elif not readme.exists():
+            return {}
+        data = ModelCard.load(readme).data
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        warnings.warn(f"The licence of {teacher} could not be read, so the card names none: {error}", stacklevel=2)
+        return {}
+    licence = {key: data.get(key) for key in ("license", "license_name", "license_link") if data.get(key)}
+    link = licence.get("license_link", "https://")
+    if "://" not in link:  # a file beside the teacher's card
+        if _on_hub(teacher):
+            licence["license_link"] = f"https://huggingface.co/{teacher}/blob/{revision or 'main'}/{link}"
+        else:
+            del licence["license_link"]
+    return licence
+
+
+def _licence_sentence(facts: dict, teacher: str | None) -> str:
+    licence = facts["license"].get("license_name", facts["license"].get("license"))
+    if licence:
+        return f"Its licence is the teacher's, {licence}."
+    if teacher:
+        return "The teacher's card names no licence: find it before you use or publish the student."
+    return "No licence has been chosen yet."
+
+
+def _recipe(args: dict) -> str:
+    """Every flag as a line of a recipe file; those that are off, or have no value, as comments."""
+    lines = []
+    for name, value in args.items():
+        if value is None or value is False:
+            lines.append(f"# --{name}")
+        else:
+            lines.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
+    return "\n".join(lines)
