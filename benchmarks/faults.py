@@ -48,7 +48,7 @@ def kill(process: subprocess.Popen, folder: Path, while_writing: bool, rng: rand
         time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.5))
     while while_writing and process.poll() is None and not any(checkpoints.glob(".step-*.partial")):
-        pass
+        time.sleep(0.0002)
     if while_writing:
         time.sleep(rng.uniform(0, 0.01))
     os.kill(process.pid, signal.SIGKILL)

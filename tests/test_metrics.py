@@ -1,35 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frechet distance against closed forms, streaming statistics against numpy, features against a manual forward."""
-
-from pathlib import Path
+"""Metrics against closed forms and against clean-fid, prdc and torch-fidelity; streaming statistics against numpy."""
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoImageProcessor,
-    AutoModelForImageClassification,
-    BertConfig,
-    BertModel,
-    CLIPConfig,
-    CLIPModel,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTImageProcessor,
-    ViTModel,
+from cleanfid import fid
+from prdc import compute_prdc
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
+
+from utils.metrics import (
+    FeatureStatistics,
+    clip_score,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    rank_warning,
 )
-
-from utils.extractors import FeatureExtractor
-from utils.metrics import FeatureStatistics, frechet_distance
-
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
 def random_covariance(rng: np.random.Generator, dim: int, rank: int | None = None) -> np.ndarray:
     factor = rng.normal(size=(dim, rank or 2 * dim))
     return factor @ factor.T / factor.shape[1]
+
+
+def streamed(features: np.ndarray, sizes: list[int]) -> FeatureStatistics:
+    assert sum(sizes) == len(features)
+    statistics, start = FeatureStatistics(), 0
+    for size in sizes:
+        statistics.update(features[start : start + size])
+        start += size
+    return statistics
+
+
+def moments(statistics: FeatureStatistics) -> tuple[np.ndarray, np.ndarray]:
+    return statistics.mean, statistics.cov
 
 
 # ---------------------------------------------------------------------------------------------- Frechet distance
@@ -92,23 +98,61 @@ def test_frechet_of_rank_deficient_covariances():
     assert frechet_distance(np.zeros(40), 0 * cov, np.zeros(40), cov) == pytest.approx(np.trace(cov), abs=1e-10)
 
 
+@pytest.mark.parametrize("count", [500, 30])  # more and fewer samples than the 48 dimensions
+def test_frechet_agrees_with_clean_fid(count):
+    rng = np.random.default_rng(8)
+    real = rng.normal(size=(600, 48)) @ rng.normal(size=(48, 48))
+    generated = rng.normal(size=(count, 48)) @ rng.normal(size=(48, 48)) + rng.normal(size=48)
+    first, second = streamed(real, [600]), streamed(generated, [count // 2] * 2)
+    ours = frechet_distance(*moments(first), *moments(second))
+    scale = np.trace(first.cov) + np.trace(second.cov)
+    assert ours == pytest.approx(fid.fid_from_feats(real, generated), abs=1e-8 * scale)  # theirs errs when singular
+    # The trace of the root from the samples themselves, without covariances: the sum of singular values of X Y^T.
+    x, y = ((features - features.mean(axis=0)) / np.sqrt(len(features) - 1) for features in (real, generated))
+    root_trace = np.linalg.svd(x @ y.T, compute_uv=False).sum()
+    expected = ((first.mean - second.mean) ** 2).sum() + scale - 2 * root_trace
+    assert ours == pytest.approx(expected, rel=1e-11)
+
+
+@pytest.mark.parametrize("spread", ["flat", "decaying"])
+@pytest.mark.parametrize("count, dim", [(1000, 300), (301, 300), (200, 300)])
+def test_frechet_of_a_set_to_itself(count, dim, spread):
+    rng = np.random.default_rng(9)
+    features = 30 * rng.normal(size=(count, dim)) / (1 if spread == "flat" else 1 + np.arange(dim) ** 2)
+    # The same set in another order: equal up to rounding, as the reference and the samples of an ideal generator.
+    first, second = streamed(features, [count]), streamed(features[::-1], [1, count - 1])
+    limit = 1e-6 if count > dim else 1e-7 * np.trace(first.cov)
+    assert frechet_distance(*moments(first), *moments(second)) < limit
+
+
+def test_frechet_of_500_samples_in_2048_dimensions_to_themselves():
+    features = np.random.default_rng(10).exponential(size=(500, 2048)) * np.linspace(0, 2, 2048)
+    statistics = streamed(features, [500])
+    assert frechet_distance(*moments(statistics), *moments(statistics)) < 1e-7 * np.trace(statistics.cov)
+    # cov and 4 cov commute: the trace of (2 - 1)^2 cov. Not clipped at 0, so it shows an error of either sign.
+    ours = frechet_distance(statistics.mean, statistics.cov, statistics.mean, 4 * statistics.cov)
+    assert ours == pytest.approx(np.trace(statistics.cov), rel=1e-10)
+
+
+def test_a_rank_warning_names_rank_and_dimension():
+    assert rank_warning(2049, 2048) is None and rank_warning(None, 2048) is None
+    text = rank_warning(500, 2048)
+    assert "500 samples" in text and "rank of at most 499 of 2048" in text
+    assert "2047 of 2048" in rank_warning(2048, 2048)
+    rank = np.linalg.matrix_rank(np.cov(np.random.default_rng(11).normal(size=(6, 9)), rowvar=False))
+    assert f"rank of at most {rank} of 9" in rank_warning(6, 9)
+
+
 def test_frechet_refuses_statistics_of_two_extractors():
     with pytest.raises(ValueError, match="same feature extractor"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(4), np.eye(4))
     with pytest.raises(ValueError, match="same feature extractor"):
         frechet_distance(np.zeros(3), np.eye(3), np.zeros(3), np.ones(3))
+    with pytest.raises(ValueError, match="NaN"):
+        frechet_distance(np.zeros(3), np.eye(3), np.zeros(3), np.full((3, 3), np.nan))
 
 
 # ------------------------------------------------------------------------------------------ streaming statistics
-
-
-def streamed(features: np.ndarray, sizes: list[int]) -> FeatureStatistics:
-    assert sum(sizes) == len(features)
-    statistics, start = FeatureStatistics(), 0
-    for size in sizes:
-        statistics.update(features[start : start + size])
-        start += size
-    return statistics
 
 
 @pytest.mark.parametrize("offset, tolerance", [(0.0, 1e-12), (1e6, 1e-8)])
@@ -177,245 +221,222 @@ def test_statistics_saved_and_loaded_go_on_to_the_same_bits(tmp_path):
 def test_loading_something_else_is_refused(tmp_path):
     with pytest.raises(ValueError, match="do not exist"):
         FeatureStatistics.load(tmp_path / "absent.npz")
-    np.savez(tmp_path / "other.npz", mu=np.zeros(3), sigma=np.eye(3))
+    np.savez(tmp_path / "other.npz", weights=np.zeros(3))
+    np.savez(tmp_path / "foreign.npz", mu=np.zeros(3), sigma=np.eye(4))
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
+    np.savez(tmp_path / "protocol.npz", count=3, mean=np.zeros(3), scatter=np.eye(3), protocol="{not json")
     np.savez(tmp_path / "shapes.npz", count=3, mean=np.zeros(3), scatter=np.eye(4))
     np.savez(tmp_path / "pickled.npz", count=3, mean=np.array([object()]), scatter=np.eye(1))
     (tmp_path / "text.npz").write_text("not an archive")
-    for name in ("other", "shapes", "pickled", "text"):
+    for name in ("other", "foreign", "nan", "protocol", "shapes", "pickled", "text"):
         with pytest.raises(ValueError, match="does not hold feature statistics"):
             FeatureStatistics.load(tmp_path / f"{name}.npz")
 
 
-# --------------------------------------------------------------------------------------------- feature extractor
+def test_the_protocol_is_saved_with_the_statistics(tmp_path):
+    protocol = {
+        "extractor": {"name": "inception", "sha256": {"a.pt": "0f"}},
+        "samples": 3,
+        "crop": None,
+        "mean": [0.5],
+    }
+    statistics = streamed(np.eye(3), [3])
+    statistics.protocol = protocol
+    statistics.save(tmp_path / "with.npz")
+    assert FeatureStatistics.load(tmp_path / "with.npz").protocol == protocol
+    np.savez(tmp_path / "old.npz", count=3, mean=statistics.mean, scatter=np.eye(3))  # of before there was a protocol
+    old = FeatureStatistics.load(tmp_path / "old.npz")
+    assert old.protocol is None and old.count == 3
+    with np.load(tmp_path / "with.npz", allow_pickle=False) as arrays:
+        assert all(arrays[name].dtype != object for name in arrays)
 
-MEAN, STD = [0.3, 0.5, 0.6], [0.2, 0.5, 0.4]  # different per channel, so that a swapped or skipped one shows
+
+def test_statistics_of_other_tools_are_read(tmp_path):
+    rng = np.random.default_rng(12)
+    features = rng.normal(size=(40, 5)) + 3
+    np.savez(tmp_path / "theirs.npz", mu=features.mean(axis=0), sigma=np.cov(features, rowvar=False), extra=np.ones(2))
+    theirs, ours = FeatureStatistics.load(tmp_path / "theirs.npz"), streamed(features, [40])
+    assert theirs.count is None and theirs.protocol is None
+    np.testing.assert_allclose(theirs.mean, ours.mean, rtol=1e-14)
+    np.testing.assert_allclose(theirs.cov, ours.cov, rtol=1e-12)
+    with pytest.raises(ValueError, match="count is unknown"):
+        theirs.update(features)
+    with pytest.raises(ValueError, match="count is unknown"):
+        ours.merge(theirs)
+    theirs.protocol = {"extractor": "inception"}
+    theirs.save(tmp_path / "again.npz")
+    again = FeatureStatistics.load(tmp_path / "again.npz")
+    np.testing.assert_array_equal(again.cov, theirs.cov)
+    assert again.count is None and again.protocol == theirs.protocol
 
 
-def save_processor(folder: Path, **changes) -> None:
-    ViTImageProcessor(**{"do_resize": False, "image_mean": MEAN, "image_std": STD, **changes}).save_pretrained(folder)
+@pytest.mark.parametrize("sizes", [[60, 40], [1, 99], [0, 100], [100, 0], [30, 0, 69, 1]])
+def test_merged_parts_equal_the_whole(sizes):
+    features = np.random.default_rng(13).normal(size=(100, 4)) * [1, 2, 3, 4] + 1e3
+    parts = [streamed(part, [len(part)]) for part in np.split(features, np.cumsum(sizes)[:-1])]
+    kept = [(part.count, part.mean.copy()) if part.count else None for part in parts]
+    merged = FeatureStatistics()
+    for part in parts:
+        merged.merge(part)
+    assert merged.count == 100
+    np.testing.assert_allclose(merged.mean, features.mean(axis=0), rtol=1e-14)
+    np.testing.assert_allclose(merged.cov, np.cov(features, rowvar=False), rtol=0, atol=1e-10)
+    assert [(p.count, p.mean.tolist()) if p.count else None for p in parts] == [
+        k and (k[0], k[1].tolist()) for k in kept
+    ]
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (MEAN, STD))
-    return (images.float() / 255 - mean) / std
+def test_merging_refuses_another_protocol_or_dimension():
+    three, four = streamed(np.eye(3), [3]), streamed(np.eye(4), [4])
+    with pytest.raises(ValueError, match="3 and 4 dimensions"):
+        three.merge(four)
+    three.protocol, other = {"resize": "clean"}, streamed(np.eye(3), [3])
+    three.merge(other)
+    other.protocol = {"resize": "legacy_pytorch"}
+    with pytest.raises(ValueError, match="two protocols"):
+        three.merge(other)
+    assert three.count == 6
 
 
-@pytest.fixture(scope="module")
-def resnet_folder(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("resnet")
-    torch.manual_seed(0)
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
-    model = ResNetForImageClassification(config)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # other than the batch's own, so that train mode shows
-            module.running_mean.normal_()
-            module.running_var.uniform_(0.5, 2)
-    model.save_pretrained(folder)
-    save_processor(folder)
-    return folder
+# ----------------------------------------------------------------------------------------------- kernel distance
 
 
 @pytest.fixture
-def images() -> torch.Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(0, 256, (5, 3, 16, 16), generator=generator, dtype=torch.uint8)
+def two_sets() -> tuple[np.ndarray, np.ndarray]:
+    """(90, 12) and (70, 12) float32, with means and spreads of their own."""
+    rng = np.random.default_rng(14)
+    return rng.normal(size=(90, 12)).astype(np.float32), (1.5 * rng.normal(size=(70, 12)) + 0.4).astype(np.float32)
 
 
-def test_features_equal_a_manual_forward(resnet_folder, images):
-    model = ResNetForImageClassification.from_pretrained(resnet_folder).eval()
-    with torch.no_grad():
-        expected = model.resnet(normalise(images)).last_hidden_state.mean(dim=(2, 3))
-    features = FeatureExtractor(str(resnet_folder))(images)
-    assert features.shape == (5, 12) and features.dtype == torch.float32 and not features.requires_grad
-    torch.testing.assert_close(features, expected, rtol=1e-5, atol=1e-5)
+def test_kernel_distance_agrees_with_torch_fidelity(two_sets):
+    real, generated = (torch.from_numpy(features).double() for features in two_sets)
+    theirs = kid_features_to_metric(real, generated, kid_subsets=20, kid_subset_size=50, rng_seed=3, verbose=False)
+    mean, error = kernel_distance(*two_sets, subsets=20, subset_size=50, seed=3)
+    assert mean == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-10)
+    spread = theirs["kernel_inception_distance_std"] * np.sqrt(20 / 19)  # theirs divides by 20
+    assert error == pytest.approx(spread / np.sqrt(20), rel=1e-10)
+    assert kernel_distance(*two_sets, subsets=20, subset_size=50, seed=3) == (mean, error)
+    assert kernel_distance(*two_sets, subsets=20, subset_size=50, seed=4) != (mean, error)
 
 
-def test_features_use_the_models_own_resize(resnet_folder, images, tmp_path):
-    ResNetForImageClassification.from_pretrained(resnet_folder).save_pretrained(tmp_path)
-    save_processor(tmp_path, do_resize=True, size={"height": 24, "width": 24})
-    processor = AutoImageProcessor.from_pretrained(tmp_path)
-    one_by_one = torch.cat([processor(image, return_tensors="pt").pixel_values for image in images])
-    assert one_by_one.shape == (5, 3, 24, 24)
-    model = ResNetForImageClassification.from_pretrained(tmp_path).eval()
-    with torch.no_grad():
-        expected = model.resnet(one_by_one).pooler_output.flatten(1)
-    torch.testing.assert_close(FeatureExtractor(str(tmp_path))(images), expected, rtol=1e-5, atol=1e-5)
+def test_kernel_distance_of_whole_sets_is_the_plain_estimate(two_sets):
+    real, generated = two_sets[0][:70].astype(np.float64), two_sets[1].astype(np.float64)
+    mean, error = kernel_distance(real, generated, subsets=2, subset_size=1000)  # cut to 70: every subset is the set
+    assert mean == pytest.approx(kernel_mmd(real, generated), rel=1e-10)
+    assert error < 1e-12
+    pairs = [(i, j) for i in range(70) for j in range(70) if i != j]
+    kernel = lambda x, y: (x @ y / 12 + 1) ** 3  # noqa: E731
+    within = np.mean([kernel(real[i], real[j]) + kernel(generated[i], generated[j]) for i, j in pairs])
+    across = np.mean([kernel(x, y) for x in real for y in generated])
+    assert mean == pytest.approx(within - 2 * across, rel=1e-10)
 
 
-def test_grayscale_is_repeated_to_three_channels(resnet_folder, images):
-    extractor = FeatureExtractor(str(resnet_folder))
-    gray = images[:, :1]
-    torch.testing.assert_close(extractor(gray), extractor(gray.repeat(1, 3, 1, 1)), rtol=0, atol=0)
+def test_kernel_distance_is_unbiased():
+    rng = np.random.default_rng(15)
+    draws = [kernel_distance(rng.normal(size=(20, 3)), rng.normal(size=(20, 3)), subsets=2)[0] for _ in range(400)]
+    error = np.std(draws) / np.sqrt(len(draws))
+    assert abs(np.mean(draws)) < 3 * error < 0.1  # with the diagonals the mean would be 1.1
+    assert min(draws) < 0
 
 
-def test_features_do_not_depend_on_a_surrounding_autocast(resnet_folder, images):
-    extractor = FeatureExtractor(str(resnet_folder))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inside = extractor(images)
-    torch.testing.assert_close(inside, extractor(images), rtol=0, atol=0)
+# -------------------------------------------------------------------------------------------- precision and recall
 
 
-def test_half_precision_forward_gives_float32_features(resnet_folder, images):
-    features = FeatureExtractor(str(resnet_folder), dtype=torch.bfloat16)(images)
-    exact = FeatureExtractor(str(resnet_folder))(images)
-    assert features.dtype == torch.float32
-    assert not torch.equal(features, exact)  # the forward really ran in bfloat16
-    torch.testing.assert_close(features, exact, rtol=0.1, atol=0.1)
+def mode_dropping() -> tuple[np.ndarray, np.ndarray]:
+    """Real samples of three modes, generated ones of one of them and a few stray ones: float32 (450, 6), (330, 6)."""
+    rng = np.random.default_rng(16)
+    centres = np.array([[0.0] * 6, [8.0] * 6, [-8.0] * 6])
+    real = np.concatenate([centre + rng.normal(size=(150, 6)) for centre in centres])
+    generated = np.concatenate([0.9 * rng.normal(size=(300, 6)), 40 + rng.normal(size=(30, 6))])
+    return real.astype(np.float32), generated.astype(np.float32)
 
 
-def test_images_must_be_uint8_with_one_or_three_channels(resnet_folder, images):
-    extractor = FeatureExtractor(str(resnet_folder))
-    with pytest.raises(AssertionError, match="uint8"):
-        extractor(images.float() / 255)
-    with pytest.raises(AssertionError, match="1 or 3"):
-        extractor(images[:, :2])
+@pytest.mark.parametrize("k", [1, 3, 5])
+@pytest.mark.parametrize("chunk", [7, 512])
+def test_precision_and_recall_agree_with_prdc(k, chunk, capsys):
+    real, generated = mode_dropping()
+    theirs = compute_prdc(real.astype(np.float64), generated.astype(np.float64), nearest_k=k)
+    precision, recall = precision_recall(real, generated, k=k, chunk=chunk)
+    assert precision == pytest.approx(theirs["precision"], abs=1e-12)
+    assert recall == pytest.approx(theirs["recall"], abs=1e-12)
 
 
-def tiny_vit(**changes) -> ViTConfig:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    return ViTConfig(**{**sizes, "image_size": 16, "patch_size": 8, "hidden_dropout_prob": 0.5, **changes})
+def test_precision_is_high_and_recall_low_when_modes_are_dropped():
+    real, generated = mode_dropping()
+    precision, recall = precision_recall(real, generated)
+    assert precision > 0.8 and recall < 0.35
+    assert precision_recall(generated, real) == (recall, precision)
 
 
-def test_a_trained_pooler_is_used(images, tmp_path):
-    model = ViTModel(tiny_vit()).eval()
-    model.save_pretrained(tmp_path)
-    save_processor(tmp_path)
-    with torch.no_grad():
-        expected = model(normalise(images)).pooler_output
-    torch.testing.assert_close(FeatureExtractor(str(tmp_path))(images), expected, rtol=1e-5, atol=1e-5)
+def test_precision_and_recall_of_tight_clusters_far_apart_and_far_from_the_origin(capsys):
+    real, generated = (np.round(features.astype(np.float64) * 256) / 256 for features in mode_dropping())
+    apart = np.where(np.arange(450) % 2, 1000, -1000)[:, None]
+    real, generated = real + apart, generated + apart[:330]
+    theirs = compute_prdc(real, generated, nearest_k=5)
+    expected = (theirs["precision"], theirs["recall"])
+    assert 0.1 < expected[1] < expected[0] < 0.95
+    assert precision_recall(real, generated) == pytest.approx(expected, abs=1e-12)
+    assert precision_recall(real + 2**22, generated + 2**22) == pytest.approx(expected, abs=1e-12)  # exact in float64
 
 
-def test_a_pooler_without_weights_is_replaced_by_the_mean_over_tokens(images, tmp_path):
-    model = ViTForImageClassification(tiny_vit()).eval()  # saves no pooler; AutoModel adds one with random weights
-    model.save_pretrained(tmp_path)
-    save_processor(tmp_path)
-    with torch.no_grad():
-        expected = model.vit(normalise(images)).last_hidden_state.mean(dim=1)
-    for _ in range(2):
-        torch.testing.assert_close(FeatureExtractor(str(tmp_path))(images), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("chunk", [1, 13, 512])  # products of other shapes are rounded otherwise
+def test_copies_are_inside_balls_of_no_size(chunk):
+    samples = np.random.default_rng(18).normal(size=(40, 300))
+    copies = np.repeat(samples[:20], 7, axis=0)  # more of each than k
+    assert precision_recall(copies, copies, chunk=chunk) == (1, 1)
+    assert precision_recall(copies, samples[:20], chunk=chunk) == (1, 1)
+    assert precision_recall(np.repeat(samples, 7, axis=0), samples[:11], chunk=chunk)[0] == 1
+    assert precision_recall(copies, np.concatenate([samples[5:20], samples[20:]]), chunk=chunk)[0] == 15 / 35
+    assert precision_recall(copies + 1e-3, samples[:20], chunk=chunk)[0] == 0
 
 
-def test_clip_gives_its_image_embedding(images, tmp_path):
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    vision = {**sizes, "image_size": 16, "patch_size": 8}
-    model = CLIPModel(CLIPConfig(text_config={**sizes, "vocab_size": 20}, vision_config=vision, projection_dim=6))
-    model.eval().save_pretrained(tmp_path)
-    save_processor(tmp_path)
-    with torch.no_grad():
-        expected = model.visual_projection(model.vision_model(normalise(images)).pooler_output)
-    torch.testing.assert_close(FeatureExtractor(str(tmp_path))(images), expected, rtol=1e-5, atol=1e-5)
+# ------------------------------------------------------------------------------------------------ Inception Score
 
 
-def test_a_processor_of_the_pil_kind_gives_the_same_features(resnet_folder, images):
-    extractor = FeatureExtractor(str(resnet_folder))
-    expected = extractor(images)
-    extractor.processor = AutoImageProcessor.from_pretrained(resnet_folder, backend="pil")
-    assert extractor.processor.backend == "pil"
-    torch.testing.assert_close(extractor(images), expected, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("count, splits", [(400, 10), (103, 7), (12, 1)])
+def test_inception_score_agrees_with_torch_fidelity(count, splits):
+    logits = 2 * torch.randn(count, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(17))
+    theirs = isc_features_to_metric(logits, splits=splits, shuffle=False)
+    mean, spread = inception_score(logits.softmax(dim=1), splits=splits)
+    assert mean == pytest.approx(theirs["inception_score_mean"], rel=1e-10)
+    assert spread == pytest.approx(theirs["inception_score_std"], rel=1e-9, abs=1e-12)
 
 
-def test_a_folder_that_does_not_exist_is_named(tmp_path):
-    with pytest.raises(ValueError, match="--validation_feature_extractor.*absent.*no directory"):
-        FeatureExtractor(str(tmp_path / "absent"))
+def test_inception_score_of_sure_and_of_clueless_classifiers():
+    sure = np.eye(5)[np.arange(100) % 5]  # exact zeros: 0 log 0
+    assert inception_score(sure, splits=4) == pytest.approx((5, 0))
+    assert inception_score(sure[np.argsort(np.arange(100) % 5)], splits=5) == pytest.approx((1, 0))  # sorted by class
+    assert inception_score(np.full((100, 5), 0.2), splits=4) == pytest.approx((1, 0))
 
 
-def test_what_is_no_image_model_is_refused(resnet_folder, tmp_path):
-    flag = "--validation_feature_extractor"
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=f"{flag}.*preprocessor_config.json"):
-        FeatureExtractor(str(tmp_path / "empty"))
-
-    BertModel(BertConfig(vocab_size=20, **sizes)).save_pretrained(tmp_path / "text")
-    with pytest.raises(ValueError, match=f"{flag}.*preprocessor_config.json"):
-        FeatureExtractor(str(tmp_path / "text"))
-    save_processor(tmp_path / "text")
-    with pytest.raises(ValueError, match=f"{flag}.*BertModel.*images"):
-        FeatureExtractor(str(tmp_path / "text"))
-
-    ViTModel(tiny_vit(num_channels=1)).save_pretrained(tmp_path / "gray")
-    save_processor(tmp_path / "gray")
-    with pytest.raises(ValueError, match=f"{flag}.*1 channels"):
-        FeatureExtractor(str(tmp_path / "gray"))
+# ----------------------------------------------------------------------------------------------------- CLIP score
 
 
-def test_missing_weights_and_pickles_are_refused(resnet_folder, tmp_path):
-    flag = "--validation_feature_extractor"
-    model = ResNetForImageClassification.from_pretrained(resnet_folder)
-    state = {name: value for name, value in model.state_dict().items() if "encoder.stages.1" not in name}
-    model.save_pretrained(tmp_path / "part", state_dict=state)
-    save_processor(tmp_path / "part")
-    with pytest.raises(ValueError, match=f"{flag}.*lack.*encoder.stages.1"):
-        FeatureExtractor(str(tmp_path / "part"))
-
-    model.config.save_pretrained(tmp_path / "pickle")
-    torch.save(model.state_dict(), tmp_path / "pickle" / "pytorch_model.bin")
-    save_processor(tmp_path / "pickle")
-    with pytest.raises(ValueError, match=f"{flag}.*could not be loaded"):
-        FeatureExtractor(str(tmp_path / "pickle"))
+def test_clip_score_is_the_mean_cosine_clipped_at_zero():
+    assert clip_score(torch.tensor([0.3, -0.5, 0.1, 0.2])) == pytest.approx(0.15)
 
 
-# ------------------------------------------------------------------------------------------------ bundled assets
+# ------------------------------------------------------------------------------------------------------ bad input
 
 
-@pytest.fixture(scope="module")
-def bundled(tmp_path_factory):
-    from datasets import load_dataset
-
-    return load_dataset(str(ASSETS / "fashion_mnist_16"), cache_dir=str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="module")
-def test_split(bundled) -> tuple[torch.Tensor, torch.Tensor]:
-    """(10000, 1, 16, 16) uint8 images and (10000,) labels."""
-    images = np.stack([np.asarray(image) for image in bundled["test"]["image"]])
-    return torch.from_numpy(images)[:, None], torch.tensor(bundled["test"]["label"])
-
-
-def test_bundled_data_are_16x16_grayscale_with_names(bundled):
-    assert {split: len(rows) for split, rows in bundled.items()} == {"train": 10_000, "test": 10_000}
-    for rows in bundled.values():
-        assert rows.features["label"].names[0] == "T-shirt/top" and rows.features["label"].num_classes == 10
-        assert set(rows["label"]) == set(range(10))
-        for image in rows[:50]["image"]:
-            assert (image.format, image.mode, image.size) == ("PNG", "L", (16, 16))
-    assert "Copyright (c) 2017 Zalando SE" in (ASSETS / "fashion_mnist_16" / "LICENSE").read_text()
-
-
-def test_bundled_splits_share_almost_no_image(bundled):
-    train, test = ({np.asarray(image).tobytes() for image in rows["image"]} for rows in bundled.values())
-    assert len(train) > 9_900 and len(test) > 9_900
-    assert len(train & test) < 10
-
-
-def test_bundled_classifier_knows_its_images(test_split):
-    images, labels = test_split
-    model = AutoModelForImageClassification.from_pretrained(ASSETS / "classifier", use_safetensors=True).eval()
-    processor = AutoImageProcessor.from_pretrained(ASSETS / "classifier")
-    assert model.config.id2label[9] == "Ankle boot"
-    correct = 0
-    with torch.inference_mode():
-        for batch, label in zip(images.split(500), labels.split(500), strict=True):
-            pixels = processor(batch.repeat(1, 3, 1, 1), return_tensors="pt", disable_grouping=False).pixel_values
-            correct += (model(pixels).logits.argmax(dim=1) == label).sum().item()
-    assert correct / len(labels) > 0.88
-
-
-def test_bundled_features_have_full_rank_and_tell_noise_from_clothes(test_split):
-    images, _ = test_split
-    extractor = FeatureExtractor(str(ASSETS / "classifier"))
-    halves, noise = (FeatureStatistics(), FeatureStatistics()), FeatureStatistics()
-    for index, batch in enumerate(images.split(500)):
-        halves[index % 2].update(extractor(batch))
-    eigenvalues = np.linalg.eigvalsh(halves[0].cov)
-    assert eigenvalues.size == 64
-    assert eigenvalues[0] / eigenvalues[-1] > 1e-6
-    assert np.diag(halves[0].cov).min() > 1e-2  # no dead feature
-
-    generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
-        noise.update(extractor(torch.randint(0, 256, (500, 1, 16, 16), generator=generator, dtype=torch.uint8)))
-    same = frechet_distance(halves[0].mean, halves[0].cov, halves[1].mean, halves[1].cov)
-    other = frechet_distance(halves[0].mean, halves[0].cov, noise.mean, noise.cov)
-    assert same < 0.5 < 20 < other
+def test_what_cannot_be_measured_is_refused():
+    few, many = np.zeros((5, 3)), np.zeros((9, 3))
+    for metric in (kernel_distance, precision_recall):
+        with pytest.raises(ValueError, match="same feature extractor"):
+            metric(many, np.zeros((9, 4)))
+        with pytest.raises(ValueError, match="NaN"):
+            metric(many, np.full((9, 3), np.nan))
+    with pytest.raises(ValueError, match="more than 5 generated samples: 5"):
+        precision_recall(many, few)
+    with pytest.raises(ValueError, match="more than 5 real samples: 5"):
+        precision_recall(few, many)
+    with pytest.raises(ValueError, match="at least 2 samples.*found 1"):
+        kernel_distance(many, few[:1])
+    with pytest.raises(ValueError, match="at least 2 subsets"):
+        kernel_distance(many, many, subsets=1)
+    with pytest.raises(ValueError, match="5 samples, 10 splits"):
+        inception_score(np.full((5, 4), 0.25))
+    with pytest.raises(ValueError, match="probabilities"):
+        inception_score(np.ones((20, 4)))
+    with pytest.raises(ValueError, match="found \\(0,\\)"):
+        clip_score(np.zeros(0))

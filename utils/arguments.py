@@ -363,7 +363,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="publish the student at the end; its repository is created, and the token checked, before training",
     )
-    group.add_argument("--hub_model_id", help="name, user/name or organisation/name; default: --output_dir's name")
+    group.add_argument("--hub_model_id", help="name, user/name or organisation/name; default: the student's folder")
     group.add_argument(
         "--hub_private_repo",
         action="store_true",

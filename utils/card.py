@@ -20,6 +20,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, hf_hub_downloa
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from utils.curves import plot_losses
+from utils.equations import equations
 
 # what a pipeline takes -> the Hub's name of its task (it has none for class-conditional images), and a call to show
 TASKS = {
@@ -28,29 +29,9 @@ TASKS = {
 }
 UNCONDITIONAL = ("unconditional-image-generation", "pipeline()")
 
-COARSE = {"l1": "mean |b1 - 1| + mean |b0|", "l2": "mean (b1 - 1)^2 + mean b0^2"}
-FINE_WEIGHT = {
-    "adaptive": "1 - min(1, mean |b1 - 1| + mean |b0|)",
-    "constant": "1",
-    "linear": "step / steps",
-    "cosine": "(1 - cos(pi * step / steps)) / 2",
-}
 INCEPTION_NAMES = {"frechet_distance": "fid", "kernel_distance": "kid"}  # what the Hub calls them, of Inception alone
-REFERENCES = (
-    "dataset_name",
-    "train_data_dir",
-    "reference_images",
-    "statistics",
-)  # where metrics.json names real images
-CONVENTIONAL = {"mse": "mean (e_S - e_T)^2", "l1": "mean |e_S - e_T|", "huber": "mean huber(e_S - e_T)"}
-LINES = {  # elements that share a line b0 + b1 * e_S
-    "error": "every {group_size} elements of a channel with similar |e_S - e_T|",
-    "signed": "every {group_size} elements of a channel with similar e_S - e_T",
-    "patch": "every square of {group_size} elements of a channel",
-    "channel": "every channel of every sample",
-    "sample": "every sample",
-}
-
+# keys under which the protocol in metrics.json names the real images
+REFERENCES = ("dataset_name", "train_data_dir", "reference_images", "statistics")
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -98,7 +79,7 @@ def render(folder: Path, facts: dict, name: str) -> str:
     made_with = json.loads((folder / "args.json").read_text())
     args = without_paths(made_with["arguments"])
     teacher, data = args["pretrained_model_name_or_path"], args["dataset_name"] or args["train_data_dir"]
-    title = Path(name).name
+    title = Path(name).resolve().name
     measured = folder / "metrics.json"
     evaluation = _evaluation(without_paths(json.loads(measured.read_text())) if measured.exists() else {})
     results = _eval_results(evaluation, facts["pipeline_tag"], data)
@@ -118,7 +99,7 @@ def render(folder: Path, facts: dict, name: str) -> str:
         model_name=title if results else None,
         eval_results=results or None,
     )
-    equations, total = _equations(args)
+    lines, total = equations(args)
     config = json.loads((folder / facts["component"] / "config.json").read_text())
     return str(
         ModelCard.from_template(
@@ -134,7 +115,7 @@ def render(folder: Path, facts: dict, name: str) -> str:
             no_mid_block=config.get("mid_block_type", "") is None,
             metrics=evaluation["metrics"],
             protocol=yaml.safe_dump(evaluation["protocol"], sort_keys=False).strip(),
-            equations=equations,
+            equations=lines,
             total=total,
             script=made_with["script"],
             recipe=_recipe(args),
@@ -240,27 +221,6 @@ def _licence_sentence(facts: dict, teacher: str | None) -> str:
     if teacher:
         return "The teacher's card names no licence: find it before you use or publish the student."
     return "No licence has been chosen yet."
-
-
-def _equations(args: dict) -> tuple[list[str], str]:
-    """What the loss was, line by line, and the weighted sum."""
-    weights = {"diffusion": "lambda_task", "output": "lambda_kd_output", "feature": "lambda_kd_feat"}
-    total = "loss   = " + " + ".join(f"{args[flag]:g} * {term}" for term, flag in weights.items() if args[flag])
-    if not args["lambda_kd_output"]:
-        return [], total
-    if args.get("output_loss", "lift") != "lift":
-        return [f"output = {CONVENTIONAL[args['output_loss']]}"], total
-    elements = LINES[args.get("grouping") or args["coefficients"]].format(**args)
-    scale = "" if args["coarse_scale"] == 1 else f"{args['coarse_scale']:g} * "
-    lines = [
-        f"e_T ~ b0 + b1 * e_S by least squares, one line for {elements}",
-        "b1     = cov(e_S, e_T) / var(e_S),  b0 = mean(e_T) - b1 * mean(e_S)",
-        f"coarse = {COARSE[args['coarse_norm']]}  (gradient through b0 and b1)",
-        "fine   = mean (b0 + b1 * e_S - e_T)^2  (b0 and b1 detached)",
-        f"w      = {FINE_WEIGHT[args['weighting']]}",
-        f"output = {scale}coarse + w * fine",
-    ]
-    return lines, total
 
 
 def _recipe(args: dict) -> str:

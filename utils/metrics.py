@@ -1,17 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Features to statistics, statistics to the Frechet distance.
+"""Features to numbers: Frechet and kernel distance, precision and recall, Inception Score, CLIP score.
 
-    extractor = FeatureExtractor("assets/classifier")
+    extractor = load_extractor("assets/classifier")
     real, generated = FeatureStatistics(), FeatureStatistics()
     for images in real_batches:                     # (B, 1 or 3, H, W) uint8
         real.update(extractor(images))
     ...
     frechet_distance(real.mean, real.cov, generated.mean, generated.cov)
 
-With Inception features this number is FID. With any other extractor it is a Frechet distance of that extractor, and
-can be compared only with numbers of the same extractor, reference and counts: fewer samples give a larger value.
+With Inception features these numbers are FID, KID and so on. With any other extractor they are distances of that
+extractor, and can be compared only with numbers of the same extractor, reference and counts: fewer samples give a
+larger Frechet distance. The Frechet distance needs means and covariances only, so its memory does not grow with the
+number of samples; kernel distance and precision and recall need all features (N, D).
 """
 
+import json
 import os
 from pathlib import Path
 
@@ -19,15 +22,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+Features = Tensor | np.ndarray  # (N, D), in any float type; a tensor is worked on where it is
+
 
 def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
     """Squared Frechet (2-Wasserstein) distance of two Gaussians, as FID defines it: Heusel et al. 2017, eq. 6.
 
     |mean1 - mean2|^2 + tr(cov1) + tr(cov2) - 2 tr((cov1 cov2)^1/2), in float64, in squared units of the features.
-    The last trace is the sum of square roots of the eigenvalues of cov1^1/2 cov2 cov1^1/2: that matrix is symmetric,
-    where cov1 cov2 is not, so a singular covariance needs no offset on its diagonal and no complex root appears.
+    With cov1 = A A^T and cov2 = B B^T the last trace is the sum of the singular values of A^T B. Unlike a root of the
+    product, this needs no offset on a singular covariance, and rounding enters it linearly, not as a square root:
+    with fewer samples than dimensions the distance of a set to itself is still zero.
 
-    Means are (D,), covariances (D, D) symmetric. Raises ValueError when the shapes do not fit each other.
+    Means are (D,), covariances (D, D) symmetric. Raises ValueError when the shapes do not fit each other or a value
+    is NaN or infinite.
     """
     mean1, cov1, mean2, cov2 = (np.asarray(array, dtype=np.float64) for array in (mean1, cov1, mean2, cov2))
     dim = mean1.size
@@ -36,12 +43,32 @@ def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov
             f"Cannot compare statistics of shapes {mean1.shape}, {cov1.shape} and {mean2.shape}, {cov2.shape}: "
             "both must come from the same feature extractor."
         )
-    eigenvalues, eigenvectors = np.linalg.eigh(cov1)
-    # Zero eigenvalues come out as +-1e-16 of the largest one; a negative one would turn the root into NaN.
-    root1 = (eigenvectors * np.sqrt(eigenvalues.clip(min=0))) @ eigenvectors.T
-    overlap = np.sqrt(np.linalg.eigvalsh(root1 @ cov2 @ root1).clip(min=0)).sum()
+    if not all(np.isfinite(array).all() for array in (mean1, cov1, mean2, cov2)):
+        raise ValueError("Cannot compare statistics that hold NaN or infinity.")
+    overlap = np.linalg.svd(_factor(cov1).T @ _factor(cov2), compute_uv=False).sum()
     distance = np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * overlap
     return max(float(distance), 0.0)  # equal statistics may end at -1e-12
+
+
+def _factor(cov: np.ndarray) -> np.ndarray:
+    """A (D, rank) with A A^T = cov (D, D), without the directions that float64 cannot tell from none."""
+    eigenvalues, eigenvectors = np.linalg.eigh(cov)
+    kept = eigenvalues > eigenvalues[-1] * len(cov) * np.finfo(np.float64).eps
+    return eigenvectors[:, kept] * np.sqrt(eigenvalues[kept])
+
+
+def rank_warning(count: int | None, dim: int) -> str | None:
+    """What to tell a reader of a Frechet distance from `count` samples in `dim` dimensions; None if all is well.
+
+    A covariance of n samples has a rank of n - 1 at most. `count` None (statistics that do not say) gives None.
+    """
+    if count is None or count > dim:
+        return None
+    return (
+        f"{count} samples in {dim} feature dimensions: their covariance has a rank of at most {max(count - 1, 0)} of "
+        f"{dim}, so the Frechet distance is far above that of many samples. Compare it with numbers of the same "
+        f"count only, or use more than {dim} samples."
+    )
 
 
 class FeatureStatistics:
@@ -49,73 +76,250 @@ class FeatureStatistics:
 
     Batches are merged by their own means and scatters (Chan, Golub, LeVeque 1979) in float64: sums of x and x^2 would
     lose the covariance to cancellation when the mean is large beside the spread.
+
+    Attributes:
+        count: samples so far; None for a mean and covariance of another tool, which says no count.
+        protocol: what the features are (extractor, resize, dataset ...), of JSON's types; kept by `save` and `load`.
     """
 
-    def __init__(self) -> None:
-        self.count = 0
+    def __init__(self, protocol: dict | None = None) -> None:
+        self.count: int | None = 0
+        self.protocol = protocol
         self._mean: np.ndarray | None = None  # (D,)
-        self._scatter: np.ndarray | None = None  # (D, D), sum of (x - mean)(x - mean)^T
+        self._scatter: np.ndarray | None = None  # (D, D), sum of (x - mean)(x - mean)^T; the covariance if no count
 
-    def update(self, features: Tensor | np.ndarray) -> None:
+    def update(self, features: Features) -> None:
         """Add a batch (B, D), from any device, in any float type. B may differ from call to call, and may be 0.
 
-        Raises ValueError when the shape does not fit the earlier batches, or a feature is NaN or infinite.
+        Raises ValueError when the shape does not fit the earlier batches, a feature is NaN or infinite, or the count
+        of the earlier ones is unknown.
         """
         if isinstance(features, Tensor):
             features = features.detach().to("cpu", torch.float64).numpy()
         features = np.asarray(features, dtype=np.float64)
-        if features.ndim != 2 or (self.count > 0 and features.shape[1] != self._mean.size):
-            wanted = "(B, D)" if self.count == 0 else f"(B, {self._mean.size})"
+        if features.ndim != 2 or (self._mean is not None and features.shape[1] != self._mean.size):
+            wanted = "(B, D)" if self._mean is None else f"(B, {self._mean.size})"
             raise ValueError(f"Features must be {wanted}, found {features.shape}.")
         if not np.isfinite(features).all():
             raise ValueError("Features contain NaN or infinity; if the extractor runs in half precision, use float32.")
-        added = len(features)
-        if added == 0:
-            return
+        if len(features) > 0:
+            mean = features.mean(axis=0)
+            centred = features - mean
+            self._add(len(features), mean, centred.T @ centred)
 
-        batch_mean = features.mean(axis=0)
-        centred = features - batch_mean
-        batch_scatter = centred.T @ centred
+    def merge(self, other: "FeatureStatistics") -> None:
+        """Add all samples of `other`, which is left as it is: as if this had seen them (to rounding).
+
+        Raises ValueError when dimensions or protocols differ, or a count is unknown.
+        """
+        if self.protocol is not None and other.protocol is not None and self.protocol != other.protocol:
+            raise ValueError(f"Cannot merge statistics of two protocols, {self.protocol} and {other.protocol}.")
+        if other.count == 0:
+            return
+        if self._mean is not None and self._mean.shape != other.mean.shape:
+            raise ValueError(f"Cannot merge statistics of {self._mean.size} and {other.mean.size} dimensions.")
+        self._add(other.count, other.mean, other._scatter)
+
+    def _add(self, added: int | None, mean: np.ndarray, scatter: np.ndarray) -> None:
+        if self.count is None or added is None:
+            raise ValueError("Cannot add samples to a mean and covariance whose count is unknown.")
         if self.count == 0:
-            self.count, self._mean, self._scatter = added, batch_mean, batch_scatter
+            self.count, self._mean, self._scatter = added, mean, scatter
             return
         total = self.count + added
-        shift = batch_mean - self._mean
-        self._scatter = self._scatter + batch_scatter + np.outer(shift, shift) * (self.count * added / total)
+        shift = mean - self._mean
+        self._scatter = self._scatter + scatter + np.outer(shift, shift) * (self.count * added / total)
         self._mean = self._mean + shift * (added / total)
         self.count = total
 
     @property
     def mean(self) -> np.ndarray:
         """(D,) float64. Raises ValueError before the first sample."""
-        if self.count == 0:
+        if self._mean is None:
             raise ValueError("No features were added: there is no mean.")
         return self._mean
 
     @property
     def cov(self) -> np.ndarray:
         """(D, D) float64, divided by count - 1 as np.cov does. Raises ValueError with fewer than two samples."""
+        if self.count is None:
+            return self._scatter
         if self.count < 2:
             raise ValueError(f"A covariance needs at least 2 samples, found {self.count}.")
         return self._scatter / (self.count - 1)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write an .npz file of three arrays: count, mean, scatter. `load` gives back the same bits."""
+        """Write an .npz file of count, mean, scatter and protocol. `load` gives back the same bits."""
+        if self.count is None:
+            arrays = {"mu": self.mean, "sigma": self.cov}
+        else:
+            arrays = {"count": self.count, "mean": self.mean, "scatter": self._scatter}
         with open(path, "wb") as file:  # np.savez would append .npz to a path of its own
-            np.savez(file, count=self.count, mean=self.mean, scatter=self._scatter)
+            np.savez(file, **arrays, protocol=json.dumps(self.protocol, sort_keys=True))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "FeatureStatistics":
-        """Read what `save` wrote; more batches may be added. Raises ValueError when the file is absent or another."""
+        """Read what `save` wrote; more batches may be added. Also reads the `mu` and `sigma` of clean-fid and
+        pytorch-fid, as statistics without a count and a protocol.
+
+        Raises ValueError when the file is absent, or holds something else, or NaN.
+        """
         if not Path(path).is_file():
             raise ValueError(f"Feature statistics {path} do not exist.")
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                count, mean, scatter = (arrays[name] for name in ("count", "mean", "scatter"))
+                ours = "mu" not in arrays
+                names = ("mean", "scatter") if ours else ("mu", "sigma")
+                mean, scatter = (np.asarray(arrays[name], dtype=np.float64) for name in names)
+                count = int(arrays["count"]) if ours else None
+                protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else None
         except Exception as error:  # zip, zlib, header and key errors of a foreign or cut file have no common class
             raise ValueError(f"{path} does not hold feature statistics: {error}") from error
         if mean.ndim != 1 or scatter.shape != mean.shape * 2:
-            raise ValueError(f"{path} does not hold feature statistics: mean {mean.shape}, scatter {scatter.shape}.")
-        statistics = cls()
-        statistics.count, statistics._mean, statistics._scatter = int(count), mean, scatter
+            raise ValueError(
+                f"{path} does not hold feature statistics: {names[0]} {mean.shape}, {names[1]} {scatter.shape}."
+            )
+        if not (np.isfinite(mean).all() and np.isfinite(scatter).all()):
+            raise ValueError(f"{path} does not hold feature statistics: it contains NaN or infinity.")
+        statistics = cls(protocol)
+        statistics.count, statistics._mean, statistics._scatter = count, mean, scatter
         return statistics
+
+
+def kernel_distance(
+    real: Features, generated: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
+) -> tuple[float, float]:
+    """KID and its standard error: Binkowski et al. 2018, section 4. Unbiased, so it may be negative.
+
+    The mean over random subsets of the unbiased MMD^2 (Gretton et al. 2012, eq. 3) with the kernel (x.y / D + 1)^3, in
+    float64. The error is that of the mean over subsets: it tells how much the draw of subsets matters, not how much
+    the samples do, and is about 0 when the subsets are the whole sets.
+
+    Args:
+        real, generated: (N, D) and (M, D) features.
+        subset_size: samples of each set in a subset, drawn without repetition; cut to the smaller set.
+        seed: of the subsets, which are those of torch-fidelity for the same numbers.
+
+    Raises:
+        ValueError: fewer than two samples or subsets, or features that do not fit each other.
+    """
+    real, generated = _pair(real, generated)
+    if subsets < 2:
+        raise ValueError(f"The kernel distance needs at least 2 subsets for a standard error, found {subsets}.")
+    size = min(subset_size, len(real), len(generated))
+    if size < 2:
+        raise ValueError(f"The kernel distance needs at least 2 samples of each set in a subset, found {size}.")
+    draw = np.random.RandomState(seed)  # the one generator whose stream NumPy promises to keep
+    values = []
+    for _ in range(subsets):
+        x = real[torch.from_numpy(draw.choice(len(real), size, replace=False)).to(real.device)]
+        y = generated[torch.from_numpy(draw.choice(len(generated), size, replace=False)).to(real.device)]
+        within = sum((kernel.sum() - kernel.trace()) / (size * (size - 1)) for kernel in (_cubic(x, x), _cubic(y, y)))
+        values.append(float(within - 2 * _cubic(x, y).mean()))
+    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(subsets))
+
+
+def _cubic(x: Tensor, y: Tensor) -> Tensor:
+    """(N, D), (M, D) -> (N, M)."""
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def precision_recall(real: Features, generated: Features, *, k: int = 5, chunk: int = 512) -> tuple[float, float]:
+    """Improved precision and recall: Kynkaanniemi et al. 2019, eq. 1 and 2.
+
+    A set's manifold is the union of balls around its samples, each reaching to the sample's k-th nearest neighbour
+    other than itself. Precision is the share of generated samples inside the real manifold (are they realistic?),
+    recall the share of real samples inside the generated one (is everything there?). Both grow as samples get fewer.
+
+    Args:
+        real, generated: (N, D) and (M, D) features.
+        chunk: rows of a distance matrix held at once; memory is O(chunk * (N + M)).
+
+    Raises:
+        ValueError: not more than k samples in a set, or features that do not fit each other.
+    """
+    real, generated = _pair(real, generated)
+    for name, features in (("real", real), ("generated", generated)):
+        if len(features) <= k:
+            raise ValueError(f"Precision and recall with k = {k} need more than {k} {name} samples: {len(features)}.")
+    centre = real.mean(dim=0)  # distances stay, and the products they are computed from get small
+    real, generated = real - centre, generated - centre
+    real_radii = _squared_radii(real, k, chunk)
+    generated_radii = _squared_radii(generated, k, chunk)
+    is_realistic = torch.zeros(len(generated), dtype=torch.bool, device=real.device)
+    covered = 0
+    for rows, radii in zip(real.split(chunk), real_radii.split(chunk), strict=True):
+        distances = _squared_distances(rows, generated)  # (chunk, M)
+        is_realistic |= (distances <= radii[:, None]).any(dim=0)
+        covered += (distances <= generated_radii).any(dim=1).sum().item()
+    return is_realistic.double().mean().item(), covered / len(real)
+
+
+def _squared_radii(features: Tensor, k: int, chunk: int) -> Tensor:
+    """(N, D) -> (N,): squared distance of each sample to its k-th nearest other one."""
+    radii = []
+    for first in range(0, len(features), chunk):
+        distances = _squared_distances(features[first : first + chunk], features)
+        distances.diagonal(offset=first).fill_(torch.inf)  # itself
+        radii.append(distances.topk(k, largest=False).values[:, -1])  # many times faster than kthvalue
+    return torch.cat(radii)
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """(N, D), (M, D) -> (N, M), with copies at exactly 0."""
+    norms = (x**2).sum(dim=1)[:, None] + (y**2).sum(dim=1)
+    distances = torch.addmm(norms, x, y.T, alpha=-2)
+    return distances.masked_fill_(distances < 1e-13 * norms, 0)  # below is the rounding of the product
+
+
+def inception_score(probabilities: Features, *, splits: int = 10) -> tuple[float, float]:
+    """Inception Score, Salimans et al. 2016: mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))).
+
+    Sample order matters: split i is samples i * N // splits to (i + 1) * N // splits of the order given, unshuffled,
+    as in the original, and p(y) is the mean of its split. So every split must hold a fair mixture of classes: samples
+    sorted by class score too low.
+
+    Args:
+        probabilities: (N, classes), rows sum to 1.
+
+    Raises:
+        ValueError: fewer samples than splits, or rows that are no probabilities.
+    """
+    probabilities = torch.as_tensor(probabilities).to(torch.float64)
+    if probabilities.ndim != 2 or not torch.allclose(probabilities.sum(dim=1), torch.ones(()).double(), atol=1e-3):
+        raise ValueError(f"Inception Score needs (N, classes) probabilities, found {tuple(probabilities.shape)}.")
+    count = len(probabilities)
+    if not 1 <= splits <= count:
+        raise ValueError(f"Inception Score needs at least one sample per split: {count} samples, {splits} splits.")
+    scores = []
+    for i in range(splits):
+        part = probabilities[i * count // splits : (i + 1) * count // splits]
+        divergence = torch.xlogy(part, part) - torch.xlogy(part, part.mean(dim=0))  # 0 log 0 is 0
+        scores.append(divergence.sum(dim=1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def clip_score(similarities: Features) -> float:
+    """Mean of max(cos, 0) over pairs of image and prompt: CLIP score as diffusion papers report it (.30 and the like).
+
+    CLIPScore as Hessel et al. 2021 define it is 2.5 times this, torchmetrics' is 100 times this.
+    `similarities` are the (N,) cosines of `ClipScorer`. Raises ValueError without any.
+    """
+    similarities = torch.as_tensor(similarities).to(torch.float64)
+    if similarities.ndim != 1 or len(similarities) == 0:
+        raise ValueError(f"CLIP score needs (N,) cosine similarities, found {tuple(similarities.shape)}.")
+    return similarities.clamp(min=0).mean().item()
+
+
+def _pair(real: Features, generated: Features) -> tuple[Tensor, Tensor]:
+    """Both as float64 on the device of `real`."""
+    real = torch.as_tensor(real).to(torch.float64)
+    generated = torch.as_tensor(generated).to(real.device, torch.float64)
+    if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
+        raise ValueError(
+            f"Cannot compare features of shapes {tuple(real.shape)} and {tuple(generated.shape)}: both must be (N, D) "
+            "and come from the same feature extractor."
+        )
+    if not (real.isfinite().all() and generated.isfinite().all()):
+        raise ValueError("Features contain NaN or infinity; if the extractor runs in half precision, use float32.")
+    return real, generated

@@ -5,7 +5,7 @@ tensors in it second.
 A U-Net of n stages has in each of them `layers_per_block` layers (a resnet and perhaps an attention) on the way down,
 one more on the way up, and its mid block below the innermost. Presets follow BK-SDM (Kim et al., 2024) for Stable
 Diffusion 1.x and 2.x, and KOALA (Lee et al., 2024), which shortens the transformers too, for XL. The first two of
-BK-SDM's fit XL as well, which no paper has tried.
+BK-SDM's fit XL as well; those sizes are our own, in neither paper.
 """
 
 import math

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure any diffusers pipeline, or a folder of images, against any set of images.
+
+    python evaluate_fid.py --pretrained_model_name_or_path student --num_samples 5000 --num_inference_steps 25 \\
+        --scheduler DDIMScheduler --dataset_name assets/fashion_mnist_16 --split test \\
+        --feature_extractor assets/classifier --compare_to assets/teacher
+    python evaluate_fid.py --images samples/ --reference_images photos/              # two folders, FID by clean-fid
+    accelerate launch --multi_gpu evaluate_fid.py --pretrained_model_name_or_path faces-50 --dataset_name your/faces \\
+        --num_samples 50000 --compare_to google/ddpm-celebahq-256                    # several processes, same numbers
+
+FID, KID, precision and recall, Inception Score and CLIP score; parameters, multiply-adds, time and memory beside them.
+The protocol is written with the numbers, into metrics.json: without it they compare with nothing. A sample is a
+function of (seed, index), whatever the number of processes; a run that was stopped goes on with the same command.
+"""
+
+import shutil
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from tqdm.auto import tqdm
+
+from utils.checkpoint import check_output_dir
+from utils.cost import Meter, cost, free, measure, pipeline_files
+from utils.evaluation_arguments import METRICS, PR_NEIGHBOURS, parse_args
+from utils.extractors import ClipScorer, load_extractor
+from utils.image_sets import ImageSet, SampleFolder, check_processes, image_files
+from utils.inception import sha256, versions
+from utils.metrics import (
+    clip_score,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+    rank_warning,
+)
+from utils.reference import Measured, measure_images, measure_reference, open_reference
+from utils.report import COSTS, cost_table, metrics_table, update_model_card, write_json
+from utils.sampling import Sampler, load_pipeline, pipeline_folder, read_prompts, use_scheduler
+from utils.speed import DTYPES, use_cpu_threads
+from utils.validation import image_grid
+
+PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
+OUTPUTS = ("metrics.json", "samples.png", "images", "sampling")
+GRID_IMAGES = 32
+
+
+def open_sampler(args, name: str, flag: str, prompts: list[str] | None, device) -> tuple[Sampler, dict[str, Path]]:
+    """The pipeline `name`, set up as the flags say, and its files by their path in it. Raises ValueError."""
+    first = flag == "--pretrained_model_name_or_path"
+    revision, variant = (args.revision, args.variant) if first else (None, None)
+    folder = pipeline_folder(name, flag, revision=revision, variant=variant, pickled=args.allow_pickle_weights)
+    pipeline = load_pipeline(
+        folder, flag, dtype=DTYPES[args.dtype], device=device, variant=variant, pickled=args.allow_pickle_weights
+    )
+    if args.scheduler:
+        use_scheduler(pipeline, args.scheduler)
+    names = "seed num_inference_steps eta guidance_scale height width class_labels".split()
+    sampler = Sampler(pipeline, prompts=prompts, **{name: getattr(args, name) for name in names})
+    return sampler, {str(path.relative_to(folder)): path for path in pipeline_files(folder, pipeline, variant)}
+
+
+def draw_missing(samples: SampleFolder, meter: Meter, accelerator: Accelerator) -> None:
+    """Draw the blocks that are not on disk yet; the missing ones are dealt to the processes in turn."""
+    missing = [samples.missing() if accelerator.is_main_process else None]
+    broadcast_object_list(missing)
+    own = missing[0][accelerator.process_index :: accelerator.num_processes]
+    done = samples.num_samples - sum(len(block) for block in missing[0])
+    progress = tqdm(
+        total=samples.num_samples,
+        initial=done,
+        desc="sampling",
+        unit="image",
+        disable=not accelerator.is_local_main_process,
+    )
+    for number, block in enumerate(own):
+        images, record = meter(block)
+        samples.write(block, images, record)
+        together = missing[0][number * accelerator.num_processes : (number + 1) * accelerator.num_processes]
+        progress.update(sum(len(other) for other in together))
+    progress.close()
+    accelerator.wait_for_everyone()
+
+
+def compute_metrics(args, real: Measured, generated: Measured, device) -> dict[str, float]:
+    """The numbers that `--metrics` asks for."""
+    metrics = {}
+    if "fid" in args.metrics:
+        metrics["frechet_distance"] = frechet_distance(
+            real.statistics.mean, real.statistics.cov, generated.statistics.mean, generated.statistics.cov
+        )
+    if {"kid", "pr"} & set(args.metrics):
+        features = [torch.from_numpy(each.features).to(device) for each in (real, generated)]
+        if "kid" in args.metrics:
+            metrics["kernel_distance"], metrics["kernel_distance_stderr"] = kernel_distance(
+                *features, subsets=args.kid_subsets, subset_size=args.kid_subset_size, seed=args.seed
+            )
+        if "pr" in args.metrics:
+            metrics["precision"], metrics["recall"] = precision_recall(*features, k=PR_NEIGHBOURS)
+    if "is" in args.metrics:
+        metrics["inception_score"], metrics["inception_score_std"] = inception_score(generated.probabilities)
+    if "clip" in args.metrics:
+        metrics["clip_score"] = clip_score(generated.similarities)
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Check, measure the reference, sample, measure the samples, report: in the order of the lines."""
+    args = parse_args(__doc__, argv)
+    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process hashes a large reference
+    accelerator = Accelerator(kwargs_handlers=[waiting])
+    check_processes(accelerator)
+    use_cpu_threads(args, accelerator)
+    quiet = not accelerator.is_local_main_process
+    check_output_dir(args)
+
+    # What measures, and what is measured against
+    with accelerator.main_process_first():  # it downloads, the others find it
+        extractor = load_extractor(
+            args.feature_extractor,
+            device=accelerator.device,
+            fid_mode=args.fid_mode,
+            inception_path=args.inception_path,
+            with_probabilities="is" in args.metrics,
+        )
+        clip = ClipScorer(args.clip_model, device=accelerator.device) if "clip" in args.metrics else None
+        reference = open_reference(args, extractor)
+        prompts = read_prompts(args, reference)
+
+    # What is measured
+    if args.images:
+        images = ImageSet.from_files(image_files(args.images, "--images", args.num_samples), "--images")
+        height, width = (args.resolution,) * 2 if args.resolution else images.keep_size(quiet=quiet)
+        side, count, sampler = height if height == width else None, len(images), None
+    else:
+        with accelerator.main_process_first():
+            if args.compare_to:  # what it would refuse, now and not hours later
+                open_sampler(args, args.compare_to, "--compare_to", prompts, "cpu")
+            sampler, files = open_sampler(
+                args,
+                args.pretrained_model_name_or_path,
+                "--pretrained_model_name_or_path",
+                prompts,
+                accelerator.device,
+            )
+        side, count = sampler.side(), args.num_samples
+    if isinstance(reference, ImageSet):
+        if args.resolution or not args.reference_images:
+            if (args.resolution or side) is None:
+                raise ValueError("--resolution: the samples are not square; say to what the reference is brought.")
+            reference.resize_to(args.resolution or side)
+        else:
+            reference.keep_size(quiet=quiet)
+    for name in args.metrics:
+        compared = [count, len(reference)] if name in ("kid", "pr") else [count]
+        if min(compared) < METRICS[name]:
+            raise ValueError(
+                f"--metrics {name} needs at least {METRICS[name]} samples, and as many reference images where it "
+                f"compares them; there are {' and '.join(map(str, compared))}. Give more, or leave it out."
+            )
+
+    # Where the samples go, and where an earlier run left off
+    if accelerator.is_main_process and args.overwrite_output_dir:
+        for path in (Path(args.output_dir) / name for name in OUTPUTS):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if sampler:
+        samples = SampleFolder(args.output_dir, count, args.batch_size)
+        if accelerator.is_main_process:
+            how = sampler.protocol | {
+                "batch_size": args.batch_size,  # decides the last bits
+                "model_files": {name: sha256(path) for name, path in files.items()},
+                "versions": versions("torch", "diffusers"),
+            }
+            if done := samples.open(how):
+                print(f"{done:,} of {count:,} samples are in {samples.images} already")
+    accelerator.wait_for_everyone()
+
+    # Reference, then samples
+    keep_features = bool({"kid", "pr"} & set(args.metrics))
+    real, reference_protocol = measure_reference(reference, extractor, accelerator, args, keep_features=keep_features)
+    if accelerator.is_main_process and args.save_stats:
+        real.statistics.save(args.save_stats)
+    if sampler:
+        draw_missing(samples, Meter(sampler, accelerator.device), accelerator)
+        images = ImageSet.from_files(samples.paths(), "samples")
+        if not args.resolution:
+            images.keep_size(quiet=quiet)
+    if args.resolution:
+        images.resize_to(args.resolution)
+    generated = measure_images(
+        images,
+        extractor,
+        accelerator,
+        args,
+        "features",
+        keep_features=keep_features,
+        probabilities="is" in args.metrics,
+        clip=clip,
+        prompts=prompts,
+    )
+
+    # Cost of the pipeline, and of the one it is compared to
+    costs = {}
+    if sampler:
+        records = samples.block_records()
+        costs["cost"] = cost(sampler.pipeline, records, list(files.values()), accelerator.num_processes)
+        if args.compare_to:
+            free(sampler.pipeline)
+            other, other_files = open_sampler(args, args.compare_to, "--compare_to", prompts, accelerator.device)
+            number = args.compare_num_samples or 2 * args.batch_size * accelerator.num_processes
+            records = measure(
+                Meter(other, accelerator.device), accelerator, number, args.batch_size, "sampling --compare_to"
+            )
+            costs["compare_to"] = cost(other.pipeline, records, list(other_files.values()), accelerator.num_processes)
+            costs["ratios"] = {key: costs["cost"][key] / costs["compare_to"][key] for key in COSTS}
+
+    # Metrics and the report
+    if accelerator.is_main_process:
+        metrics = compute_metrics(args, real, generated, accelerator.device)
+        dim = extractor.protocol["dimensions"]
+        warned = (
+            [rank_warning(each.statistics.count, dim) for each in (generated, real)] if "fid" in args.metrics else []
+        )
+        source = how | {"name": args.pretrained_model_name_or_path} if sampler else {"images": args.images}
+        if not sampler:
+            source["sha256"] = images.content_hash(quiet=quiet)
+        content = {
+            "metrics": metrics,
+            **costs,
+            "warnings": [text for text in dict.fromkeys(warned) if text],
+            "protocol": {
+                "samples": {**source, "count": count, "resolution": args.resolution},
+                "reference": reference_protocol,
+                "extractor": extractor.protocol,
+                "clip_model": clip and clip.protocol,
+                "seed": args.seed,
+                "kid_subsets": args.kid_subsets,
+                "kid_subset_size": args.kid_subset_size,
+                "precision_recall_k": PR_NEIGHBOURS,
+                "batch_size": args.batch_size,
+                "processes": accelerator.num_processes,
+                "threads_per_process": torch.get_num_threads(),
+                "device": accelerator.device.type,
+                "versions": versions(*PACKAGES, "clean-fid"),
+                "arguments": vars(args),
+            },
+        }
+        folder = Path(args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "metrics.json", content)
+        image_grid([images.__getitems__(range(min(GRID_IMAGES, count)))]).save(folder / "samples.png")
+        if sampler and not args.keep_images:
+            for path in (samples.images, samples.records):
+                shutil.rmtree(path)
+        print(f"\n{count:,} samples, {reference_protocol['count'] or 'an unknown number of'} reference images")
+        print(metrics_table(metrics, extractor.protocol))
+        if costs:
+            names = (args.pretrained_model_name_or_path, args.compare_to)
+            print(f"\n{cost_table(names[0], costs['cost'], names[1], costs.get('compare_to'))}")
+        for text in content["warnings"]:
+            print(f"Warning: {text}")
+        print(f"Saved: {folder / 'metrics.json'}, with the protocol; samples: {folder / 'samples.png'}")
+        if args.update_model_card:
+            print(f"Updated: {update_model_card(Path(args.pretrained_model_name_or_path), content)}")
+        print("Next: python analyze_error.py --help, for where a student's error lies")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,540 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The diagnosis: coarse and fine error, groups, corrected sampling, and the script on tiny models."""
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import build_unet, save_images
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
+
+import analyze_error
+from utils.analysis import (
+    CorrectedDenoiser,
+    ErrorStatistics,
+    group_map,
+    group_sizes,
+    least_squares_line,
+    split_error,
+    split_groups,
+    summarize,
+)
+from utils.backbones import choose_backbone
+from utils.extractors import FeatureExtractor
+from utils.losses import place_loss
+from utils.metrics import FeatureStatistics, frechet_distance
+from utils.plots import FIGURES
+from utils.randomness import seed_from, shuffled
+from utils.validation import VALIDATION_STREAM
+
+CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "classifier"
+SMALL = {
+    "--num_samples": 6,
+    "--num_timesteps": 4,
+    "--batch_size": 4,
+    "--validation_images": 3,
+    "--num_inference_steps": 3,
+    "--num_cpu_threads": 1,
+}
+
+
+def predictions(shape=(5, 3, 6, 7), scale=1.0, offset=0.0, seed=0) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 student and teacher, correlated and not equal."""
+    generator = torch.Generator().manual_seed(seed)
+    student = torch.randn(shape, generator=generator)
+    teacher = 0.7 * student + 0.5 * torch.randn(shape, generator=generator) + 0.3
+    return student * scale + offset, teacher * scale + offset
+
+
+def affine_image(unet: UNet2DModel, scale=(0.6,), shift=(0.2,)) -> UNet2DModel:
+    """A U-Net that predicts scale * (what `unet` predicts) + shift, channel by channel."""
+    other = UNet2DModel.from_config(unet.config)
+    other.load_state_dict(unet.state_dict())
+    scale, shift = torch.tensor(scale), torch.tensor(shift)
+    with torch.no_grad():
+        other.conv_out.weight.mul_(scale.view(-1, 1, 1, 1))
+        other.conv_out.bias.mul_(scale).add_(shift)
+    return other
+
+
+@pytest.fixture
+def save(tmp_path):
+    """`save(unet)` saves a student and returns its folder."""
+
+    def save_unet(unet: UNet2DModel, name: str = "saved") -> str:
+        unet.save_pretrained(tmp_path / name)
+        return str(tmp_path / name)
+
+    return save_unet
+
+
+@pytest.fixture
+def flags(teacher_dir, data_dir):
+    """`flags(student, "--flag", value)`: a small analysis; flags named in the call win."""
+
+    def make_flags(student, *changes) -> list[str]:
+        given = {"--pretrained_model_name_or_path": teacher_dir, "--dataset_name": data_dir, **SMALL}
+        if student is not None:
+            given["--student_model_name_or_path"] = student
+        return [str(word) for pair in given.items() for word in pair] + [str(word) for word in changes]
+
+    return make_flags
+
+
+@pytest.fixture
+def analyze(run, flags):
+    """`analyze(student, "--flag", value, output="name")` runs the script and returns analysis.json and its folder."""
+
+    def run_analysis(student, *changes, output="analysis") -> tuple[dict, Path]:
+        folder = run("analyze_error", *flags(student, *changes), output=output, defaults=False)
+        return json.loads((folder / "analysis.json").read_text()), folder
+
+    return run_analysis
+
+
+# The split
+
+
+@pytest.mark.parametrize("scale, offset", [(1, 0), (1e-4, 0), (1e3, 0), (1, 50)])
+@pytest.mark.parametrize("group_size", [2, 5, 16, 42])
+def test_coarse_and_fine_add_up(scale, offset, group_size):
+    """Pythagoras on every single line, by channel and by group; small scales show an eps, large ones float32."""
+    student, teacher = predictions(scale=scale, offset=offset)
+    for split in (split_error(student.flatten(2), teacher.flatten(2)), split_groups(student, teacher, group_size)):
+        assert split.total.dtype == torch.float64
+        assert torch.allclose(split.coarse + split.fine, split.total, rtol=1e-6, atol=0)
+        assert (split.coarse >= 0).all() and (split.fine >= 0).all()
+
+
+def numpy_line(student: np.ndarray, teacher: np.ndarray) -> tuple:
+    """(slope, intercept, total, coarse, fine) of one line by numpy's least squares; coarse from the fitted values."""
+    basis = np.stack([student, np.ones_like(student)], axis=1)
+    (slope, intercept), *_ = np.linalg.lstsq(basis, teacher, rcond=None)
+    fitted = basis @ (slope, intercept)
+    return slope, intercept, *(np.mean(d**2) for d in (student - teacher, student - fitted, fitted - teacher))
+
+
+@pytest.mark.parametrize("group_size", [2, 5, 16, 42])
+def test_lines_are_numpys_least_squares(group_size):
+    student, teacher = predictions()
+    by_channel, by_group = (
+        split_error(student.flatten(2), teacher.flatten(2)),
+        split_groups(student, teacher, group_size),
+    )
+    groups = 42 // group_size
+    assert by_group.slope.shape == (5, 3, groups)
+    for b in range(5):
+        for c in range(3):
+            s, t = (pred[b, c].flatten().double().numpy() for pred in (student, teacher))
+            assert np.allclose([entry[b, c] for entry in by_channel], numpy_line(s, t), rtol=1e-9)
+            order = np.argsort(np.abs(t - s), kind="stable")
+            for g in range(groups):
+                own = order[g * group_size :] if g == groups - 1 else order[g * group_size : (g + 1) * group_size]
+                found = [entry[b, c, g] for entry in by_group]
+                # two elements: nothing is left, where rounding is all that a relative tolerance could compare
+                assert np.allclose(found, numpy_line(s[own], t[own]), rtol=1e-6, atol=1e-18)
+
+
+def test_groups_are_those_of_the_place_loss():
+    student, teacher = predictions(shape=(4, 2, 8, 8))
+    for group_size in (2, 16, 20, 64):
+        loss = place_loss(student.double(), teacher.double(), group_size=group_size, eps=0)
+        split = split_groups(student, teacher, group_size)
+        assert torch.allclose(split.slope, loss.slope, rtol=1e-6, atol=1e-9)
+        assert torch.allclose(split.intercept, loss.intercept, rtol=1e-6, atol=1e-9)
+        sizes = torch.tensor(group_sizes(64, group_size)).double()
+        assert torch.allclose((split.fine * sizes).sum(-1).mean() / 64, loss.fine)
+
+
+def test_a_constant_student_is_corrected_in_its_mean_alone():
+    student, teacher = torch.full((2, 1, 10), 0.1), predictions((2, 1, 10))[1]
+    slope, intercept = least_squares_line(student, teacher)
+    assert torch.equal(slope, torch.ones(2, 1))
+    assert torch.allclose(intercept, (teacher - student).mean(-1))
+    split = split_error(student, teacher)
+    assert torch.allclose(split.coarse, (teacher.double().mean(-1) - student.double().mean(-1)).square())
+    assert torch.allclose(split.fine, teacher.double().var(-1, correction=0))
+
+
+def test_an_error_that_knows_nothing_of_the_student_has_the_chance_share():
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn((400, 1, 8, 8), generator=generator)
+    statistics = ErrorStatistics(group_size=20)
+    statistics.update(student, student + 0.1 * torch.randn(student.shape, generator=generator))
+    analysis = summarize([statistics], [0])
+    chance = analysis["chance"]
+    assert chance == {"coarse_share": 2 / 64, "place": {"coarse_share": 2 * 3 / 64}}
+    assert analysis["mean"]["coarse_share"] == pytest.approx(chance["coarse_share"], rel=0.1)
+    place = analysis["mean"]["place"]["ranks"]
+    shares = np.array(place["coarse"]) / np.array(place["total"])
+    assert np.allclose(shares, [2 / 20, 2 / 20, 2 / 24], rtol=0.2)
+
+
+# Groups
+
+
+@pytest.mark.parametrize("group_size, groups", [(2, 21), (5, 8), (16, 2), (41, 1), (42, 1)])
+def test_errors_grow_with_the_rank(group_size, groups):
+    student, teacher = predictions()
+    ranks, error = group_map(student, teacher, group_size), (teacher - student).abs()
+    assert ranks.shape == student.shape and ranks.dtype == torch.int64
+    split = split_groups(student, teacher, group_size)
+    for b in range(5):
+        for c in range(3):
+            own = [error[b, c][ranks[b, c] == g] for g in range(groups)]
+            assert [len(group) for group in own] == group_sizes(42, group_size)
+            assert all(lower.max() <= upper.min() for lower, upper in zip(own, own[1:], strict=False))
+            totals = [group.double().square().mean().item() for group in own]
+            assert split.total[b, c].tolist() == pytest.approx(totals, rel=1e-5)
+
+
+def test_one_group_is_a_constant_map():
+    student, teacher = predictions()
+    assert torch.equal(group_map(student, teacher, 42), torch.zeros(5, 3, 6, 7, dtype=torch.int64))
+    whole, channel = split_groups(student, teacher, 42), split_error(student.flatten(2), teacher.flatten(2))
+    for ours, theirs in zip(whole, channel, strict=True):
+        assert torch.allclose(ours.squeeze(-1), theirs)
+
+
+@pytest.mark.parametrize("group_size", [0, 1, 43])
+def test_groups_that_cannot_be(group_size):
+    for function in (group_map, split_groups):
+        with pytest.raises(ValueError, match="from 2 to 42"):
+            function(*predictions(), group_size)
+
+
+# Statistics
+
+
+def test_batches_add_up_to_the_whole():
+    student, teacher = predictions()
+    whole, parts = ErrorStatistics(16), ErrorStatistics(16)
+    whole.update(student, teacher)
+    for rows in ([0, 1], [2, 3], [4]):
+        parts.update(student[rows], teacher[rows])
+    assert _close(whole.summary(), parts.summary())
+    expected = (teacher - student).double().abs()
+    for statistics in (whole, parts):
+        assert torch.allclose(statistics.error_map(), expected.mean((0, 1)), rtol=1e-6)
+        assert torch.allclose(statistics.first_error, expected[0, 0], rtol=1e-6)
+        assert torch.equal(statistics.first_ranks, group_map(student, teacher, 16)[0, 0])
+
+
+def test_channels_are_kept_apart():
+    student, teacher = predictions()
+    teacher[:, 1] = 2 * student[:, 1] + 1
+    teacher[:, 2] = student[:, 2]
+    statistics = ErrorStatistics(16)
+    statistics.update(student, teacher)
+    first, second, third = statistics.summary()["channels"]
+    assert 0 < first["coarse_share"] < 1
+    assert second["coarse_share"] == pytest.approx(1)
+    assert second["slope"]["median"] == pytest.approx(2) and second["intercept"]["q75"] == pytest.approx(1)
+    assert third["total"] == 0 and third["coarse_share"] is None
+
+
+def test_predictions_that_are_not_finite():
+    student, teacher = predictions()
+    student[3, 1, 2, 2] = torch.nan
+    with pytest.raises(ValueError, match="student predicts NaN"):
+        ErrorStatistics(16).update(student, teacher)
+
+
+def test_noise_is_a_function_of_seed_and_index():
+    whole = analyze_error.image_noise((5, 1, 8, 8), seed=3, first=0)
+    assert torch.equal(analyze_error.image_noise((3, 1, 8, 8), seed=3, first=2), whole[2:])
+    assert len({image.sum().item() for image in whole}) == 5
+    assert not torch.equal(analyze_error.image_noise((5, 1, 8, 8), seed=4, first=0), whole)
+
+
+def test_timesteps_are_midpoints_of_the_schedule():
+    assert analyze_error.spread_timesteps(4, 1000) == [125, 375, 625, 875]
+    assert analyze_error.spread_timesteps(1, 1000) == [500]
+    assert analyze_error.spread_timesteps(1000, 1000) == list(range(1000))
+
+
+# Corrected sampling
+
+
+def test_a_line_for_every_sample_and_channel():
+    teacher = build_unet(in_channels=3, out_channels=3).eval()
+    student = affine_image(teacher, scale=(0.5, -2.0, 1.5), shift=(0.3, 0.0, -1.0)).eval()
+    x_t = torch.randn((4, 3, 8, 8), generator=torch.Generator().manual_seed(0))
+    timestep = torch.tensor([3, 400, 700, 999])
+    corrected = CorrectedDenoiser(student, teacher)
+    with torch.no_grad():
+        target, found = teacher(x_t, timestep).sample, corrected(x_t, timestep).sample
+        assert torch.allclose(found, target, atol=1e-5)
+        assert not torch.allclose(student(x_t, timestep).sample, target, atol=0.1)
+        assert torch.equal(corrected(x_t, timestep, return_dict=False)[0], found)
+
+
+def sampled(args, student: UNet2DModel) -> dict[str, torch.Tensor]:
+    backbone = choose_backbone(args).load(args)
+    denoisers = {
+        "student": student.eval(),
+        "corrected": CorrectedDenoiser(student.eval(), backbone.teacher),
+        "teacher": backbone.teacher,
+    }
+    return {who: backbone.sample(denoiser, range(4), 10).int() for who, denoiser in denoisers.items()}
+
+
+def test_correcting_an_affine_student_recovers_the_teachers_samples(tmp_path, flags, save, teacher_dir):
+    teacher = UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")
+    args = analyze_error.parse_args([*flags(save(teacher)), "--output_dir", str(tmp_path / "out")])
+    images = sampled(args, affine_image(teacher))
+    assert (images["student"] - images["teacher"]).abs().float().mean() > 10
+    assert (images["corrected"] - images["teacher"]).abs().max() <= 1
+    assert images["teacher"].float().std() > 10
+
+
+def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teacher_dir):
+    folder = save(affine_image(UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")))
+    args = analyze_error.parse_args([*flags(folder, "--batch_size", 2), "--output_dir", str(tmp_path / "out")])
+    backbone, student = choose_backbone(args).load(args), UNet2DModel.from_pretrained(folder)
+    numbers, shown = analyze_error.measure_samples(args, backbone, student, None, None)
+    seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(3)]
+    denoisers = {"student": student, "corrected": CorrectedDenoiser(student, backbone.teacher)}
+    drawn = {}
+    for who, denoiser in {**denoisers, "teacher": backbone.teacher}.items():
+        drawn[who] = torch.cat([backbone.sample(denoiser, part, 3) for part in (seeds[:2], seeds[2:])]).int()
+        assert np.array_equal(shown[who], drawn[who].permute(0, 2, 3, 1).numpy())
+        gap = (drawn[who] - backbone.sample(backbone.teacher, seeds, 3).int()).abs().double().mean().item()
+        assert numbers["pixel_difference_to_teacher"][who] == pytest.approx(gap, abs=0.02)
+    assert list(shown) == ["student", "corrected", "teacher"]
+
+
+def test_correcting_another_student_does_not(tmp_path, flags, save):
+    student = build_unet(seed=1)
+    args = analyze_error.parse_args([*flags(save(student)), "--output_dir", str(tmp_path / "out")])
+    images = sampled(args, student)
+    assert (images["corrected"] - images["teacher"]).abs().max() > 20
+    assert not torch.equal(images["corrected"], images["student"])
+
+
+# The script
+
+
+def test_a_run_on_a_trained_student(run, analyze, data_dir):
+    """Everything is written, the numbers agree with each other, and the distance is the training script's own."""
+    student = run(
+        "train_place",
+        *("--max_train_steps", 2, "--validation_steps", 2, "--validation_feature_extractor", CLASSIFIER),
+        *("--validation_num_samples", 8, "--validation_batch_size", 8, "--validation_num_inference_steps", 3),
+    )
+    analysis, folder = analyze(
+        student,
+        *("--feature_extractor", CLASSIFIER, "--validation_num_samples", 8, "--batch_size", 8, "--group_size", 20),
+    )
+    assert {path.name for path in folder.iterdir()} == {"analysis.json", "error_maps.npz", *FIGURES}
+    for name in FIGURES:
+        with Image.open(folder / name) as picture:
+            assert picture.info["dpi"][0] > 150 and min(picture.size) > 300
+            assert np.asarray(picture.convert("L")).std() > 10
+
+    rows, mean = analysis["timesteps"], analysis["mean"]
+    assert [row["timestep"] for row in rows] == [125, 375, 625, 875]
+    for row in (*rows, mean):
+        assert row["coarse"] + row["fine"] == pytest.approx(row["total"], rel=1e-9)
+        assert row["coarse_share"] == pytest.approx(row["coarse"] / row["total"])
+        place, ranks = row["place"], row["place"]["ranks"]
+        assert place["coarse"] + place["fine"] == pytest.approx(place["total"], rel=1e-9)
+        assert place["total"] == pytest.approx(row["total"], rel=1e-5)  # grouped or not, it is the same error
+        assert place["fine"] < row["fine"]
+        assert ranks["total"] == sorted(ranks["total"]) and len(ranks["total"]) == 3
+        for part in ("total", "coarse", "fine"):
+            weighted = np.dot(ranks[part], [20, 20, 24]) / 64
+            assert place[part] == pytest.approx(weighted)
+    for row in rows:
+        assert row["place"]["ranks"]["elements"] == [20, 20, 24]
+        assert row["slope"]["q25"] <= row["slope"]["median"] <= row["slope"]["q75"]
+        assert row["channels"][0]["fine"] == pytest.approx(row["fine"])  # there is one
+    assert mean["total"] == pytest.approx(np.mean([row["total"] for row in rows]))
+    assert mean["place"]["ranks"]["fine"][2] == pytest.approx(
+        np.mean([row["place"]["ranks"]["fine"][2] for row in rows])
+    )
+
+    samples, protocol = analysis["samples"], analysis["protocol"]
+    trained = json.loads((student / "best" / "distance.json").read_text())["frechet_distance"]
+    # this run measures to split train, as the training script's default does
+    assert samples["frechet_distance"]["student"] == pytest.approx(trained, rel=1e-6)
+    assert samples["num_samples"] == 8 and samples["num_real_images"] == 24
+    assert "8 samples in 64 feature dimensions" in samples["warning"]
+    assert samples["pixel_difference_to_teacher"]["teacher"] == 0 < samples["pixel_difference_to_teacher"]["student"]
+    assert protocol["arguments"]["dataset_name"] == data_dir and protocol["num_rows"] == 24
+    assert torch.__version__.startswith(protocol["versions"]["torch"]) and protocol["data_fingerprint"]
+    assert samples["extractor"]["sha256"]["model.safetensors"]
+
+    with np.load(folder / "error_maps.npz", allow_pickle=False) as maps:
+        assert maps["timestep"].tolist() == [125, 375, 625, 875]
+        assert all(maps[name].shape == (4, 8, 8) for name in ("image", "image_error", "group_rank", "mean_error"))
+        for t, row in enumerate(rows):
+            assert np.square(maps["mean_error"][t]).mean() <= row["total"]  # the square of a mean
+            order = np.argsort(maps["image_error"][t].ravel(), kind="stable")
+            assert maps["group_rank"][t].ravel()[order].tolist() == [0] * 20 + [1] * 20 + [2] * 24
+
+
+def test_the_numbers_are_those_of_a_plain_loop(analyze, save, teacher_dir, data_dir):
+    """Here in one batch, in the script in two: the noise of an image does not depend on it."""
+    folder = save(build_unet(seed=1, block_out_channels=(8, 16)))
+    analysis, _ = analyze(folder, "--validation_split", "test", "--seed", 5)
+
+    rows = datasets.load_dataset(data_dir, split="test")
+    chosen = [rows[int(row)]["image"] for row in shuffled(5, 0, len(rows))[:6]]
+    clean = torch.stack([torch.from_numpy(np.array(image)) for image in chosen])[:, None].float() / 127.5 - 1
+    noise = analyze_error.image_noise(clean.shape, seed=5, first=0)
+    teacher = UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")
+    student, scheduler = UNet2DModel.from_pretrained(folder), DDPMScheduler()
+    for row in analysis["timesteps"]:
+        t = torch.full((6,), row["timestep"])
+        x_t = scheduler.add_noise(clean, noise, t)
+        with torch.no_grad():
+            predicted = [model(x_t, t).sample.double().flatten(1).numpy() for model in (student, teacher)]
+        lines = np.array([numpy_line(s, t) for s, t in zip(*predicted, strict=True)])  # (6, 5)
+        assert [row[part] for part in ("total", "coarse", "fine")] == pytest.approx(lines[:, 2:].mean(0), rel=1e-4)
+        for name, values in (("slope", lines[:, 0]), ("intercept", lines[:, 1])):
+            expected = {"mean": values.mean(), "std": values.std()}
+            expected |= dict(zip(("q25", "median", "q75"), np.quantile(values, (0.25, 0.5, 0.75)), strict=True))
+            assert row[name] == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        groups = [np.argsort(np.abs(t - s), kind="stable").reshape(4, 16) for s, t in zip(*predicted, strict=True)]
+        by_rank = np.array(
+            [[numpy_line(s[own], t[own]) for own in g] for s, t, g in zip(*predicted, groups, strict=True)]
+        )  # (6, 4, 5)
+        for i, part in enumerate(("total", "coarse", "fine"), start=2):
+            assert row["place"]["ranks"][part] == pytest.approx(by_rank[..., i].mean(0), rel=1e-3)
+
+
+def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir, flags):
+    """Corrected, an affine student is as good as its teacher; and the teacher's distance computed anew."""
+    folder = save(affine_image(UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")))
+    extra = ("--feature_extractor", CLASSIFIER, "--validation_num_samples", 12, "--validation_split", "test")
+    analysis, output = analyze(folder, *extra)
+    distances, gaps = (analysis["samples"][k] for k in ("frechet_distance", "pixel_difference_to_teacher"))
+    assert analysis["mean"]["coarse_share"] == pytest.approx(1, abs=1e-6)
+    assert all(row["slope"]["std"] < 1e-4 for row in analysis["timesteps"])
+    assert analysis["mean"]["fine"] < 1e-10
+    assert distances["corrected"] == pytest.approx(distances["teacher"], rel=0.02)
+    assert distances["student"] != pytest.approx(distances["teacher"], rel=0.1)
+    assert gaps["corrected"] < 0.1 < 10 < gaps["student"]
+    assert all(row["slope"]["median"] == pytest.approx(1 / 0.6, rel=1e-4) for row in analysis["timesteps"])
+
+    args = analyze_error.parse_args([*flags(folder), "--output_dir", str(output / "unused")])
+    backbone, extractor = choose_backbone(args).load(args), FeatureExtractor(str(CLASSIFIER))
+    real, drawn = FeatureStatistics(), FeatureStatistics()
+    seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(12)]
+    for first in range(0, 12, 4):
+        drawn.update(extractor(backbone.sample(backbone.teacher, seeds[first : first + 4], 3)))
+    images = [np.array(row["image"]) for row in datasets.load_dataset(data_dir, split="test")]
+    real.update(extractor(torch.from_numpy(np.stack(images))[:, None]))
+    assert distances["teacher"] == pytest.approx(
+        frechet_distance(real.mean, real.cov, drawn.mean, drawn.cov), rel=1e-4
+    )
+
+
+def test_a_perfect_student_has_no_shares(analyze, teacher_dir):
+    analysis, folder = analyze(teacher_dir)
+    assert analysis["mean"]["total"] == 0 and analysis["mean"]["coarse_share"] is None
+    assert set(analysis["samples"]["pixel_difference_to_teacher"].values()) == {0.0}
+    assert (folder / "coarse_fine.png").exists()
+
+
+def test_three_channels(analyze, save, tmp_path):
+    colour = {"in_channels": 3, "out_channels": 3}
+    DDPMPipeline(build_unet(**colour), DDPMScheduler()).save_pretrained(tmp_path / "teacher3")
+    data = save_images(tmp_path / "data3", mode="RGB")
+    extra = ("--pretrained_model_name_or_path", tmp_path / "teacher3", "--dataset_name", data, "--group_size", 64)
+    analysis, folder = analyze(save(build_unet(seed=1, **colour)), *extra)
+    for row in analysis["timesteps"]:
+        assert len({channel["total"] for channel in row["channels"]}) == 3
+        for part in ("total", "coarse", "fine"):
+            assert row[part] == pytest.approx(np.mean([channel[part] for channel in row["channels"]]))
+            assert row[part] == pytest.approx(row["place"][part])  # a group is a whole channel
+    with np.load(folder / "error_maps.npz", allow_pickle=False) as maps:
+        assert not maps["group_rank"].any()
+
+
+def test_a_run_follows_from_its_seed_and_replaces_only_its_own_files(analyze, save):
+    folder = save(build_unet(seed=1))
+    first, output = analyze(folder)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    with pytest.raises(ValueError, match="--output_dir .* is not empty"):
+        analyze(folder, "--seed", 1)
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+    (output / "notes.txt").write_text("mine")
+    again, _ = analyze(folder, "--overwrite_output_dir")  # with another global random state
+    assert {name: again[name] for name in again if name != "protocol"} == {
+        n: first[n] for n in first if n != "protocol"
+    }
+    assert all((output / name).read_bytes() == before[name] for name in before if name != "analysis.json")
+    other, _ = analyze(folder, "--overwrite_output_dir", "--seed", 1)
+    assert other["timesteps"] != first["timesteps"] and other["samples"] != first["samples"]
+    assert (output / "notes.txt").read_text() == "mine"
+
+
+def _close(ours, theirs, rel=1e-9) -> bool:
+    """Equal in structure, and in numbers to a relative (and 1e-9 absolute) tolerance."""
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(_close(ours[k], theirs[k], rel) for k in ours)
+    if isinstance(ours, list):
+        return len(ours) == len(theirs) and all(_close(a, b, rel) for a, b in zip(ours, theirs, strict=True))
+    return ours == pytest.approx(theirs, rel=rel, abs=1e-9)
+
+
+# What is refused, before anything is measured or written
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (("--group_size", 1), "--group_size is 1"),
+        (("--group_size", 65), "--group_size 65: a channel of 8x8 has only 64"),
+        (("--num_timesteps", 0), "--num_timesteps is 0"),
+        (("--num_timesteps", 1001), "--num_timesteps is 1001; the teacher's schedule has 1000"),
+        (("--num_samples", 25), "--num_samples is 25; split 'train' has 24 images"),
+        (("--num_samples", 0), "--num_samples is 0"),
+        (("--batch_size", -1), "--batch_size is -1"),
+        (("--seed", -1), "--seed is -1"),
+        (("--resolution", 7), "--resolution 7"),
+        (("--validation_split", "dev"), "--validation_split: .* no split 'dev'"),
+        (("--train_data_dir", "images"), "one of --dataset_name and --train_data_dir; found both"),
+        (("--dataset_name", ""), "one of --dataset_name and --train_data_dir; found neither"),
+        (("--dataset_name", "no/such/folder/here"), "--dataset_name no/such/folder/here"),
+        (("--pretrained_model_name_or_path", ""), "--pretrained_model_name_or_path is missing"),
+        (("--pretrained_model_name_or_path", "no/such/folder/here"), "--pretrained_model_name_or_path no/such"),
+        (("--student_model_name_or_path", ""), "--student_model_name_or_path is missing"),
+        (("--student_model_name_or_path", "no/such/folder/here"), "--student_model_name_or_path no/such"),
+        (("--feature_extractor", "no/such/folder/here"), "--feature_extractor: 'no/such/folder/here'"),
+        (("--feature_extractor", CLASSIFIER, "--validation_num_samples", 1), "at least 2 samples"),
+        (("--feature_extractor", CLASSIFIER, "--validation_num_samples", 2), "--validation_images 3"),
+        (("--num_timestep", 3), "did you mean --num_timesteps"),
+    ],
+)
+def test_bad_input(analyze, save, tmp_path, monkeypatch, changes, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(analyze_error, "measure_error", lambda *_: pytest.fail("measured before it was refused"))
+    with pytest.raises(ValueError, match=message):
+        analyze(save(build_unet(seed=1)), *changes)
+    assert not (tmp_path / "analysis").exists()
+
+
+def test_a_student_of_another_shape(analyze, save):
+    with pytest.raises(ValueError, match="--student_model_name_or_path: the student has in_channels 3, the teacher 1"):
+        analyze(save(build_unet(in_channels=3, out_channels=3)))
+
+
+def test_an_output_folder_that_is_a_file(analyze, save, tmp_path):
+    (tmp_path / "analysis").write_text("")
+    with pytest.raises(ValueError, match="--output_dir .* is a file"):
+        analyze(save(build_unet()))
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit):
+        analyze_error.main(["--help"])
+    text = capsys.readouterr().out
+    assert "python analyze_error.py --pretrained_model_name_or_path" in text and "How to read it" in text

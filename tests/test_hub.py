@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pushes to a Hub on this machine, by the scripts as users run them, and what comes back from it."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from conftest import build_unet
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from hub_server import TOKEN, USER, HubServer
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+import train_place
+from utils.arguments import parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER_CARD = "---\nlicense: other\nlicense_name: teacher-licence\nlicense_link: LICENSE.md\n---\n# Teacher\n"
+PUBLISHED = {
+    *("README.md", "args.json", "log.jsonl", "losses.png", "samples.png", "model_index.json"),
+    *("scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """A Hub with a teacher on it."""
+    folder = tmp_path_factory.mktemp("hub_teacher")
+    DDIMPipeline(build_unet(), DDIMScheduler()).save_pretrained(folder)  # samples in 50 steps
+    (folder / "README.md").write_text(TEACHER_CARD)
+    with HubServer() as server:
+        server.publish("teacher", folder)
+        yield server
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """The caches of the children, shared: the teacher is downloaded once."""
+    return tmp_path_factory.mktemp("home")
+
+
+def child(server: HubServer, home: Path, *words, token: str | None = TOKEN, cwd=ROOT) -> subprocess.CompletedProcess:
+    """Python with these arguments, for which `server` is the Hub."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **server.environment(home, token)}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture(scope="module")
+def train(home, data_dir):
+    """`train(server, output, *flags)` runs train_place.py for two steps."""
+
+    def run(server: HubServer, output: Path, *flags, token: str | None = TOKEN) -> subprocess.CompletedProcess:
+        tiny = "--max_train_steps 2 --train_batch_size 4 --logging_steps 1 --validation_images 2 --pruning_ratio 0.5 "
+        tiny += "--validation_num_inference_steps 2 --student_init magnitude --num_cpu_threads 1"
+        data = ["--dataset_name", data_dir, "--output_dir", output]
+        return child(server, home, "train_place.py", *tiny.split(), *data, *flags, token=token)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, train, tmp_path_factory):
+    """A private student of the Hub's teacher, pushed at the end of its training; `.folder` is where it was made."""
+    folder = tmp_path_factory.mktemp("pushed") / "student"
+    flags = ["--pretrained_model_name_or_path", f"{USER}/teacher", "--push_to_hub", "--hub_model_id", "tiny"]
+    done = train(hub, folder, *flags, "--hub_private_repo", "--hub_token", TOKEN, token=None)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return SimpleNamespace(folder=folder, done=done, repository=hub.repositories[f"{USER}/tiny"])
+
+
+BACK = """
+import sys, torch
+ours, count = type(pipeline).from_pretrained(sys.argv[1]), 0
+for name, part in ours.components.items():
+    if isinstance(part, torch.nn.Module):
+        theirs = getattr(pipeline, name).state_dict()
+        assert theirs.keys() == part.state_dict().keys()
+        assert all(torch.equal(theirs[key], tensor) for key, tensor in part.state_dict().items())
+        count += len(theirs)
+assert not any(name.split(".")[0] in ("utils", "train_place") for name in sys.modules)
+print(type(pipeline).__name__, count, image.size)
+"""
+
+
+def comes_back(hub: HubServer, home: Path, name: str, folder: Path) -> list[str]:
+    """Runs the lines that the published card prints, in a process without this repository, and compares every tensor
+    with the pipeline in `folder`: its class, how many tensors, and the size of the image that the card draws."""
+    card = hub.repositories[f"{USER}/{name}"].files["README.md"][0].decode()
+    loading = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
+    assert f'from_pretrained("{USER}/{name}")' in loading
+    done = child(hub, home, "-c", loading + BACK, folder, cwd=home)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split(maxsplit=2)
+
+
+def test_push_and_from_pretrained(hub, home, pushed):
+    assert f"Pushed to {hub.url}/{USER}/tiny" in pushed.done.stdout
+    assert pushed.repository.private
+    assert len(pushed.repository.commits) == 2  # the repository's own, and one with everything
+    assert set(pushed.repository.files) == {".gitattributes", *PUBLISHED}
+    tensors = load_file(pushed.folder / "unet" / "diffusion_pytorch_model.safetensors")
+    assert comes_back(hub, home, "tiny", pushed.folder) == ["DDIMPipeline", str(len(tensors)), "(8, 8)\n"]
+
+
+def test_the_published_card(pushed):
+    card = ModelCard(pushed.repository.files["README.md"][0].decode())
+    assert card.data.base_model == f"{USER}/teacher" and card.data.base_model_relation == "finetune"
+    assert card.data.license == "other" and card.data.license_name == "teacher-licence"
+    assert card.data.license_link == f"https://huggingface.co/{USER}/teacher/blob/main/LICENSE.md"
+    assert card.data.datasets is None  # a folder, no dataset of the Hub
+    for name, (content, lfs) in pushed.repository.files.items():
+        assert lfs == name.endswith(".safetensors")
+        assert str(pushed.folder.parent).encode() not in content, name
+    arguments = json.loads(pushed.repository.files["args.json"][0])["arguments"]
+    assert arguments["output_dir"] == "student" and arguments["pretrained_model_name_or_path"] == f"{USER}/teacher"
+    # the folder's own copies are as they were: its card loads from the folder
+    assert json.loads((pushed.folder / "args.json").read_text())["arguments"]["output_dir"] == str(pushed.folder)
+    assert f'from_pretrained("{pushed.folder}")' in (pushed.folder / "README.md").read_text()
+
+
+def test_the_token_is_written_nowhere(pushed, home):
+    written = [path for place in (pushed.folder, home) for path in place.rglob("*") if path.is_file()]
+    names = {path.name for path in written}
+    assert {"state.json", "args.json", "card.json", "README.md", "log.jsonl"} <= names
+    assert any(name.startswith("events.out.tfevents") for name in names)  # a tracker
+    holding = [path for path in written if TOKEN.encode() in path.read_bytes()]
+    assert holding == []
+    assert TOKEN not in pushed.done.stdout + pushed.done.stderr
+    assert not any(TOKEN.encode() in content for content, _ in pushed.repository.files.values())
+    assert "hub_token" not in (pushed.folder / "args.json").read_text()
+
+
+def test_a_refused_token_stops_before_training(hub, train, tmp_path, teacher_dir):
+    flags = ["--pretrained_model_name_or_path", teacher_dir, "--push_to_hub", "--hub_model_id", "never"]
+    done = train(hub, tmp_path / "student", *flags, token="hf_wrong")
+    assert done.returncode != 0
+    assert re.search(r"ValueError: --push_to_hub: .*--hub_token", done.stderr)
+    assert "hf_wrong" not in done.stdout + done.stderr
+    assert not (tmp_path / "student").exists() and f"{USER}/never" not in hub.repositories
+    assert "parameters" not in done.stdout  # not even the plan
+
+
+def test_refusals_before_training(hub, home):
+    """Each by name, before hours are spent; asked of the function, in one process."""
+    hub.publish("public", ROOT / "tests" / "nothing")
+    hub.publish("frozen", ROOT / "tests" / "nothing")
+    hub.repositories[f"{USER}/frozen"].read_only = True
+    script = (
+        "from utils.hub import create_repository\n"
+        "for name, private in (('public', True), ('frozen', False), ('other/theirs', False), ('a b', False)):\n"
+        "    try: print('made', create_repository(name, private))\n"
+        "    except ValueError as error: print(*str(error).split())\n"
+        "print('made', create_repository('public', False))\n"
+        "print('dry', create_repository('imagined', False, dry_run=True))\n"
+    )
+    done = child(hub, home, "-c", script)
+    lines = done.stdout.splitlines()
+    refusals = [line for line in lines if line.startswith("--")]
+    assert refusals[0].startswith(f"--hub_private_repo: {USER}/public exists and is public.")
+    assert re.match(r"--push_to_hub: the Hub refused frozen, .*You may not write here", refusals[1])
+    assert re.match(r"--push_to_hub: the Hub refused other/theirs", refusals[2])
+    assert re.match(r"--push_to_hub: the Hub refused a b, .*HFValidationError", refusals[3])
+    assert [line for line in lines if not line.startswith("-")][-2:] == [f"made {USER}/public", "dry imagined"]
+    assert f"{USER}/imagined" not in hub.repositories
+
+
+def test_offline_is_refused_in_the_process(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(ValueError, match="--push_to_hub: .*OfflineModeIsEnabled") as caught:
+        run("train_lift", "--push_to_hub", "--dry_run")
+    assert TOKEN not in str(caught.value) and not (tmp_path / "student").exists()
+
+
+def test_a_server_that_dies_in_the_upload(hub, home, train, tmp_path, teacher_dir):
+    folder = tmp_path / "student"
+    with HubServer() as dying:
+        dying.dies_in_upload = True
+        flags = ["--pretrained_model_name_or_path", teacher_dir, "--push_to_hub", "--hub_model_id", "survivor"]
+        done = train(dying, folder, *flags, "--report_to", "none")
+        assert any(request.startswith("PUT") for request in dying.requests)
+    assert done.returncode != 0
+    lines = done.stderr.splitlines()
+    (last,) = [i for i, line in enumerate(lines) if line.startswith("    python -m utils.hub")]
+    where, command = lines[last - 1 : last + 1]
+    assert f"The push to {USER}/survivor failed" in where and str(folder) in where
+    assert "Saved:" in done.stdout and "Pushed" not in done.stdout
+    assert DDPMPipeline.from_pretrained(folder).unet.config.block_out_channels == [8, 16]
+
+    _python, *words = shlex.split(command)
+    again = child(hub, home, *words)
+    assert again.returncode == 0, again.stderr[-3000:]
+    assert set(hub.repositories[f"{USER}/survivor"].files) == {".gitattributes", *PUBLISHED}
+
+
+def test_a_student_trained_without_the_flag(hub, home, train, tmp_path, teacher_dir):
+    folder = tmp_path / "student"
+    before = list(hub.requests)
+    done = train(hub, folder, "--pretrained_model_name_or_path", teacher_dir, "--report_to", "none")
+    assert done.returncode == 0 and "Pushed" not in done.stdout
+    assert hub.requests == before  # nobody asked the Hub anything
+
+    # into a repository that exists and holds something else
+    hub.publish("later", ROOT / "tests" / "nothing")
+    repository = hub.repositories[f"{USER}/later"]
+    repository.files["notes.txt"] = (b"mine", False)
+    push = ["-m", "utils.hub", folder, "--hub_model_id", f"{USER}/later"]
+    assert child(hub, home, *push).returncode == 0
+    assert set(repository.files) == {".gitattributes", "notes.txt", *PUBLISHED}
+    assert len(repository.commits) == 2
+
+    # the same again: no error, no commit
+    again = child(hub, home, *push)
+    assert again.returncode == 0 and "Pushed" in again.stdout
+    assert len(repository.commits) == 2
+
+    # measured and described by hand since: both are published
+    (folder / "metrics.json").write_text(json.dumps({"metrics": {"fid": 9.5}, "protocol": {"images": str(folder)}}))
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# By hand\n")
+    assert child(hub, home, *push).returncode == 0
+    assert repository.files["README.md"][0].endswith(b"# By hand\n")
+    assert json.loads(repository.files["metrics.json"][0])["protocol"] == {"images": "student"}
+    assert len(repository.commits) == 3
+
+
+def test_only_a_pipeline_is_pushed(hub, home, tmp_path):
+    done = child(hub, home, "-m", "utils.hub", tmp_path, "--hub_model_id", "empty")
+    assert done.returncode != 0 and "no model_index.json" in done.stderr
+    assert f"{USER}/empty" not in hub.repositories
+
+
+@pytest.fixture
+def parse(monkeypatch, tmp_path):
+    """`parse(*flags)` -> the parsed arguments; HF_TOKEN and sys.argv are put back."""
+    monkeypatch.setenv("HF_TOKEN", "")
+
+    def parse_flags(*flags):
+        argv = ["--pretrained_model_name_or_path", "t", "--dataset_name", "d", "--pruning_ratio", "0.5"]
+        argv += ["--output_dir", str(tmp_path / "out"), *flags]
+        monkeypatch.setattr(sys, "argv", ["train_place.py", *argv])
+        return parse_args("", train_place.add_method_arguments, argv)
+
+    return parse_flags
+
+
+@pytest.mark.parametrize("flags", [["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]])
+def test_the_token_leaves_the_arguments(parse, flags):
+    args = parse("--push_to_hub", *flags)
+    assert os.environ["HF_TOKEN"] == "hf_secret"
+    assert "hf_secret" not in str(vars(args)) and not hasattr(args, "hub_token")
+    assert "hf_secret" not in " ".join(sys.argv) and "***" in sys.argv[-1]
+
+
+def test_an_empty_token_is_none(parse):
+    parse("--push_to_hub", "--hub_token", "")
+    assert os.environ["HF_TOKEN"] == "" and "***" not in "".join(sys.argv)
+
+
+def test_a_misspelt_flag_does_not_show_the_token(parse):
+    with pytest.raises(ValueError, match="--hub_tokn hf_[*]{3} .did you mean --hub_token") as caught:
+        parse("--hub_tokn", "hf_secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_hub_flags_are_checked(parse):
+    with pytest.raises(ValueError, match="--hub_model_id: .*a/b/c"):
+        parse("--push_to_hub", "--hub_model_id", "a/b/c")
+    with pytest.raises(ValueError, match="--hub_model_id: .*my student"):
+        parse("--push_to_hub", "--output_dir", "my student")
+    with pytest.warns(UserWarning, match="--hub_private_repo has no effect here: it goes with --push_to_hub"):
+        parse("--hub_private_repo")
+    with warnings.catch_warnings(action="error"):
+        parse("--push_to_hub", "--hub_model_id", "somebody/x", "--hub_private_repo")

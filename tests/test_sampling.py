@@ -1,0 +1,330 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real tiny pipelines of several families as functions of (seed, index), and what they cost."""
+
+import json
+
+import pytest
+import torch
+from conftest import build_unet
+from diffusers import (
+    AutoencoderKL,
+    DDIMPipeline,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from utils.backbones.ddpm import DDPM
+from utils.cost import Meter, cost, pipeline_files
+from utils.randomness import seed_from
+from utils.sampling import STREAM, Sampler, denoiser_of, load_pipeline, pipeline_folder, use_scheduler
+from utils.students.sizes import model_size
+
+
+def seeded(function):
+    """Random weights that do not depend on the tests before."""
+
+    def build(*args, **kwargs):
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            pipeline = function(*args, **kwargs)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
+
+    return build
+
+
+@seeded
+def tiny_ddpm(scheduler=None) -> DDPMPipeline:
+    return DDPMPipeline(build_unet().eval(), scheduler or DDPMScheduler())
+
+
+def tiny_vae(channels: int = 4) -> AutoencoderKL:
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=channels, shift_factor=0.0, **blocks
+    ).eval()
+
+
+@seeded
+def tiny_dit(scheduler=None) -> DiTPipeline:
+    """16x16, 1000 classes (DiTPipeline's null class is 1000), learned variance."""
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8}
+    model = DiTTransformer2DModel(in_channels=4, out_channels=8, norm_type="ada_norm_zero", **sizes).eval()
+    for parameter in model.parameters():  # some start at 0, and would make all classes one
+        torch.nn.init.normal_(parameter, std=0.1)
+    return DiTPipeline(model, tiny_vae(), scheduler or DDIMScheduler())
+
+
+def tiny_text(model_class=CLIPTextModel) -> dict:
+    vocab = {token: i for i, token in enumerate(["<|startoftext|>", "<|endoftext|>", "a</w>", "b</w>", "c</w>"])}
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    config = CLIPTextConfig(vocab_size=5, max_position_embeddings=77, projection_dim=8, **sizes)
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = 0, 1, 1
+    return {
+        "text_encoder": model_class(config).eval(),
+        "tokenizer": CLIPTokenizer(vocab=vocab, merges=[], model_max_length=77),
+    }
+
+
+@seeded
+def tiny_stable_diffusion() -> StableDiffusionPipeline:
+    """16x16."""
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=8,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    extras = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    scheduler = PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    return StableDiffusionPipeline(vae=tiny_vae(), unet=unet.eval(), scheduler=scheduler, **tiny_text(), **extras)
+
+
+@seeded
+def tiny_sd3() -> StableDiffusion3Pipeline:
+    """16x16, flow matching, without T5."""
+    sizes = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 8, "sample_size": 8, "patch_size": 1}
+    widths = {"joint_attention_dim": 32, "caption_projection_dim": 16, "pooled_projection_dim": 16}
+    model = SD3Transformer2DModel(in_channels=4, out_channels=4, pos_embed_max_size=16, **sizes, **widths).eval()
+    first, second = tiny_text(CLIPTextModelWithProjection), tiny_text(CLIPTextModelWithProjection)
+    return StableDiffusion3Pipeline(
+        transformer=model,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=tiny_vae(),
+        **first,
+        **{f"{name}_2": part for name, part in second.items()},
+        text_encoder_3=None,
+        tokenizer_3=None,
+    )
+
+
+def same_but_rounding(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Batches of other sizes sum in another order: at most a grey level apart."""
+    return (a.int() - b.int()).abs().max().item() <= 1
+
+
+def test_it_is_ddim_as_validation_samples_it():
+    pipeline, seeds = tiny_ddpm(DDIMScheduler()), [seed_from(7, STREAM, index) for index in range(5)]
+    backbone = DDPM(None, None, DDPMScheduler(), DDPMPipeline, 1, 8)
+    expected = backbone.sample(pipeline.unet, seeds, 4)
+    assert torch.equal(Sampler(pipeline, seed=7, num_inference_steps=4)(range(5)), expected)
+
+
+FAMILIES = {
+    "ddpm": (tiny_ddpm, {}),
+    "ddim with eta": (lambda: tiny_ddpm(DDIMScheduler()), {"eta": 1.0}),
+    "dit": (tiny_dit, {"guidance_scale": 3.0}),
+    "dit, stochastic": (lambda: tiny_dit(DDPMScheduler()), {"guidance_scale": 3.0}),
+    "stable diffusion": (tiny_stable_diffusion, {"prompts": ["a b", "c", "b"], "guidance_scale": 5.0}),
+    "sd3": (tiny_sd3, {"prompts": ["a b", "c", "b"]}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sample_is_a_function_of_seed_and_index(family):
+    build, flags = FAMILIES[family]
+    sampler = Sampler(build(), seed=3, num_inference_steps=3, **flags)
+    whole = sampler(range(6))
+    assert whole.dtype == torch.uint8 and whole.shape[0] == 6 and whole.shape[-1] == sampler.side()
+    torch.manual_seed(99)  # nothing ambient matters
+    assert torch.equal(sampler(range(6)), whole)
+    assert same_but_rounding(sampler(range(2, 5)), whole[2:5])
+    assert same_but_rounding(sampler([4]), whole[4:5])
+    assert not same_but_rounding(whole[:1], whole[1:2])
+    assert not same_but_rounding(Sampler(build(), seed=4, num_inference_steps=3, **flags)(range(6)), whole)
+
+
+def test_labels_and_prompts_go_by_index():
+    build = tiny_dit
+    balanced = Sampler(build(), num_inference_steps=2)
+    listed = Sampler(build(), num_inference_steps=2, class_labels=[5, 1])
+    assert balanced.class_labels == range(1000)
+    seen = []
+    balanced.pipeline.transformer.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    balanced([998, 999, 1000, 1001])
+    assert seen[0] == [998, 999, 0, 1, 1000, 1000, 1000, 1000]
+    seen.clear()
+    listed.pipeline.transformer.register_forward_pre_hook(
+        lambda _m, _a, kwargs: seen.append(kwargs["class_labels"].tolist()), with_kwargs=True
+    )
+    listed([3, 4, 5])
+    assert seen[0][:3] == [1, 5, 1]
+
+    sampler = Sampler(tiny_stable_diffusion(), prompts=["a", "b c"], num_inference_steps=2)
+    seen.clear()
+    sampler.pipeline.text_encoder.register_forward_pre_hook(
+        lambda _m, args, kwargs: seen.append((args[0] if args else kwargs["input_ids"])[:, 1:3].tolist()),
+        with_kwargs=True,
+    )
+    sampler([1, 2, 3])
+    assert seen[0] == [[3, 4], [2, 1], [3, 4]]  # "b c", "a" and its end, "b c"
+
+
+def test_eta_reaches_the_scheduler_of_any_pipeline():
+    generators = [torch.Generator().manual_seed(seed_from(0, STREAM, i)) for i in range(4)]
+    stock = DDIMPipeline(build_unet().eval(), DDIMScheduler())
+    stock.set_progress_bar_config(disable=True)
+    pixels = stock(4, generators, eta=1.0, num_inference_steps=5, output_type="np").images
+    expected = torch.from_numpy((pixels * 255).round().astype("uint8")).permute(0, 3, 1, 2)
+    for pipeline in (tiny_ddpm(DDIMScheduler()), stock):  # DDPMPipeline knows no eta
+        assert torch.equal(Sampler(pipeline, eta=1.0, num_inference_steps=5)(range(4)), expected)
+        assert not same_but_rounding(Sampler(pipeline, eta=0.0, num_inference_steps=5)(range(4)), expected)
+    with pytest.raises(ValueError, match="--eta has no effect: a DDPMScheduler.*--scheduler DDIMScheduler"):
+        Sampler(tiny_ddpm(), eta=1.0)
+
+
+def test_every_compatible_scheduler_samples_or_is_refused():
+    ran, refused = set(), set()
+    for cls in DDPMScheduler().compatibles:
+        pipeline = tiny_ddpm()
+        try:
+            use_scheduler(pipeline, cls.__name__)
+            sampler = Sampler(pipeline, num_inference_steps=6)
+        except ValueError as error:
+            refused.add(cls.__name__)
+            assert "scale" in str(error) or "requires the torchsde" in str(error)
+            continue
+        assert torch.equal(sampler(range(3)), sampler(range(3)))  # no step remembers the block before
+        ran.add(cls.__name__)
+    assert {"DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler", "DPMSolverMultistepScheduler"} <= ran
+    assert {"EulerDiscreteScheduler", "HeunDiscreteScheduler", "EDMEulerScheduler"} <= refused
+    pipeline = tiny_stable_diffusion()  # scales its noise, so may have it
+    use_scheduler(pipeline, "EulerDiscreteScheduler")
+    assert Sampler(pipeline, prompts=["a"], num_inference_steps=2)(range(2)).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("build", "name", "message"),
+    [
+        (tiny_ddpm, "DreamScheduler", "is no scheduler of diffusers.*DDIMScheduler"),
+        (tiny_ddpm, "FlowMatchEulerDiscreteScheduler", "is for another kind of model"),
+        (tiny_ddpm, "UNet2DModel", "is for another kind of model"),
+        (tiny_sd3, "DDIMScheduler", "is for another kind of model.*FlowMatchHeunDiscreteScheduler"),
+    ],
+)
+def test_a_scheduler_that_does_not_fit_is_refused(build, name, message):
+    with pytest.raises(ValueError, match=f"--scheduler {name} {message}"):
+        use_scheduler(build(), name)
+
+
+@pytest.mark.parametrize(
+    ("build", "flags", "message"),
+    [
+        (tiny_ddpm, {"guidance_scale": 2.0}, "--guidance_scale has no effect: a DDPMPipeline"),
+        (tiny_ddpm, {"height": 16}, "--height has no effect"),
+        (tiny_ddpm, {"class_labels": [1]}, "--class_labels has no effect"),
+        (tiny_ddpm, {"prompts": ["a"]}, "--prompts has no effect"),
+        (tiny_ddpm, {"num_inference_steps": 1001}, "--num_inference_steps 1001"),
+        (tiny_dit, {"class_labels": [1000]}, "--class_labels: .* 0 to 999"),
+        (tiny_stable_diffusion, {}, "give --prompts FILE"),
+    ],
+)
+def test_arguments_without_effect_or_missing_are_refused(build, flags, message):
+    with pytest.raises(ValueError, match=message):
+        Sampler(build(), **flags)
+
+
+def test_the_side_is_what_is_drawn():
+    assert Sampler(tiny_ddpm()).side() == 8 and Sampler(tiny_dit()).side() == 16
+    sampler = Sampler(tiny_stable_diffusion(), prompts=["a"], num_inference_steps=2, height=24, width=24)
+    assert sampler.side() == 24 and sampler(range(2)).shape == (2, 3, 24, 24)
+    assert Sampler(tiny_stable_diffusion(), prompts=["a"], height=24).side() is None  # not square
+
+
+def test_samples_that_are_not_finite_stop_the_run():
+    pipeline = tiny_ddpm(DDIMScheduler(clip_sample=False))
+    pipeline.unet.conv_out.bias.data.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="samples 5 to 7 are not finite"):
+        Sampler(pipeline, num_inference_steps=2)([5, 6, 7])
+
+
+def test_pickled_weights_only_when_asked(tmp_path):
+    tiny_ddpm().save_pretrained(tmp_path, safe_serialization=False)
+    flags = {"dtype": torch.float32, "device": "cpu"}
+    with pytest.raises(ValueError, match="--x .* does not load.*--allow_pickle_weights"):
+        load_pipeline(tmp_path, "--x", **flags)
+    assert isinstance(load_pipeline(tmp_path, "--x", pickled=True, **flags), DDPMPipeline)
+    with pytest.raises(ValueError, match="--x .*no model_index.json"):
+        pipeline_folder(str(tmp_path / "unet"), "--x")
+
+
+def test_the_cost_is_counted(tmp_path):
+    sampler = Sampler(tiny_ddpm(DDIMScheduler()), num_inference_steps=5)
+    plain = sampler(range(4))
+    meter = Meter(sampler, torch.device("cpu"))
+    images, first = meter(range(4))
+    assert torch.equal(images, plain)  # counting leaves the samples alone
+    second = meter(range(4, 6))[1]
+    assert (first["passed"], second["passed"]) == (20, 10) and (first["warmed_up"], second["warmed_up"]) == (
+        False,
+        True,
+    )
+    size = model_size(sampler.pipeline.unet.config)  # counted on the meta device, without running
+    assert first["macs"] == size.macs
+    first["seconds"], second["seconds"] = 100.0, 3.0
+    sampler.pipeline.save_pretrained(tmp_path)
+    files = pipeline_files(tmp_path, sampler.pipeline, None)
+    found = cost(sampler.pipeline, [first, second], files, num_processes=2)
+    assert found["parameters"] == size.parameters and found["macs_per_image"] == 5 * size.macs
+    assert found["seconds_per_image"] == 1.5 and found["images_per_second"] == 2 / 1.5  # the warm-up is left out
+    assert found["size_on_disk_bytes"] == sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    assert cost(sampler.pipeline, [first], files, num_processes=1)["seconds_per_image"] == 25  # there is no other
+    assert found["peak_memory_bytes"] > 2**20
+
+
+def test_guidance_costs_two_forwards():
+    flags = {"prompts": ["a"], "num_inference_steps": 2}
+    passed = [
+        Meter(Sampler(tiny_stable_diffusion(), guidance_scale=scale, **flags), torch.device("cpu"))(range(3))[1][
+            "passed"
+        ]
+        for scale in (1.0, 4.0)
+    ]
+    assert passed[1] == 2 * passed[0]
+
+
+def test_the_files_of_a_pipeline_are_one_set_of_weights(tmp_path):
+    pipeline = tiny_ddpm()
+    pipeline.save_pretrained(tmp_path)
+    pipeline.save_pretrained(tmp_path, variant="fp16")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "student.safetensors").write_bytes(b"x" * 100)
+
+    def weights(variant):
+        names = [path.name for path in pipeline_files(tmp_path, pipeline, variant)]
+        assert "model_index.json" in names and "config.json" in names and "scheduler_config.json" in names
+        return [name for name in names if name.endswith("safetensors")]
+
+    assert weights(None) == ["diffusion_pytorch_model.safetensors"]
+    assert weights("fp16") == ["diffusion_pytorch_model.fp16.safetensors"]
+
+
+def test_the_protocol_names_what_decides_the_samples():
+    sampler = Sampler(tiny_ddpm(DDIMScheduler()), num_inference_steps=5, seed=2)
+    protocol = json.loads(json.dumps(sampler.protocol))
+    wanted = {
+        "pipeline": "DDPMPipeline",
+        "scheduler": "DDIMScheduler",
+        "num_inference_steps": 5,
+        "eta": 0.0,
+        "seed": 2,
+    }
+    assert wanted.items() <= protocol.items() and protocol["scheduler_config"]["num_train_timesteps"] == 1000
+    assert Sampler(tiny_ddpm()).protocol["num_inference_steps"] == 1000  # the pipeline's own
+    assert denoiser_of(tiny_dit()).__class__ is DiTTransformer2DModel

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of an evaluation for people, for programs, and for the Hub."""
+
+import json
+import os
+from pathlib import Path
+
+from huggingface_hub import EvalResult, ModelCard
+
+from utils.card import update_card
+
+LABELS = {  # key in metrics.json -> (with Inception features, with others), each with what is better
+    "frechet_distance": ("FID, lower is better", "Frechet distance, lower is better"),
+    "kernel_distance": ("KID, lower is better", "kernel distance, lower is better"),
+    "kernel_distance_stderr": ("  its standard error over subsets",) * 2,
+    "precision": ("precision, of 1", "precision, of 1"),
+    "recall": ("recall, of 1", "recall, of 1"),
+    "inception_score": ("Inception Score, higher is better", "Inception Score of this classifier, higher is better"),
+    "inception_score_std": ("  its standard deviation over splits",) * 2,
+    "clip_score": ("CLIP score, higher is better",) * 2,
+}
+TYPES = {"frechet_distance": "fid", "kernel_distance": "kid"}  # what the Hub calls them, of Inception features alone
+COSTS = {  # key in metrics.json -> (label, factor, unit)
+    "parameters": ("parameters of the denoiser", 1, ""),
+    "parameters_of_pipeline": ("parameters of the pipeline", 1, ""),
+    "size_on_disk_bytes": ("size on disk", 2**-20, "MiB"),
+    "macs_per_forward": ("multiply-adds a forward", 1e-6, "M"),
+    "forwards_per_image": ("forwards an image", 1, ""),
+    "macs_per_image": ("multiply-adds an image", 1e-6, "M"),
+    "seconds_per_image": ("seconds an image, a process", 1, "s"),
+    "images_per_second": ("images a second, all processes", 1, ""),
+    "peak_memory_bytes": ("peak memory", 2**-20, "MiB"),
+}
+
+
+def metrics_table(metrics: dict[str, float], extractor: dict) -> str:
+    """One line a metric."""
+    inception = extractor["name"] == "inception"
+    lines = [f"features of {extractor['name']} ({extractor['dimensions']} dimensions, {extractor['resize']})"]
+    lines += [f"  {LABELS[key][not inception]:<52}{value:>14.6g}" for key, value in metrics.items()]
+    return "\n".join(lines)
+
+
+def cost_table(name: str, own: dict, other_name: str | None = None, other: dict | None = None) -> str:
+    """One line a quantity; with another pipeline's, both and the ratio of the first to the second."""
+    header = [name] if other is None else [name, other_name, "ratio"]
+    lines = [f"  {'':<32}" + "".join(f"{_end(text, 20):>22}" for text in header)]
+    for key, (label, factor, unit) in COSTS.items():
+        cells = [_number(costs[key] * factor, unit) for costs in (own, other) if costs is not None]
+        if other is not None:
+            cells.append(f"{own[key] / other[key]:.4g}")
+        lines.append(f"  {label:<32}" + "".join(f"{cell:>22}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _number(value: float, unit: str) -> str:
+    text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if value < 1000 else f"{value:,.1f}"
+    return f"{text} {unit}".strip()
+
+
+def _end(text: str, length: int) -> str:
+    return text if len(text) <= length else "..." + text[3 - length :]
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Written beside and renamed."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    beside.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    beside.replace(path)
+
+
+def update_model_card(folder: Path, content: dict) -> Path:
+    """Put the metrics of `content`, that of metrics.json, into the model card in `folder`, and metrics.json beside it.
+
+    A card of the training scripts is written again by them, as long as nobody edited it. In any other card the numbers
+    join the `model-index` of the front matter, where equal measurements are replaced; text and other entries stay.
+    """
+    path = folder / "README.md"
+    write_json(folder / "metrics.json", content)
+    if (folder / "card.json").exists():
+        update_card(folder)
+    card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: diffusers\n---\n")
+    present = list(card.data.eval_results or [])
+    values = {(result.metric_type, result.metric_value) for result in present}
+    for result in _results(card, content):
+        names = {result.metric_type, *(key for key, kind in TYPES.items() if kind == result.metric_type)}
+        if values & {(name, result.metric_value) for name in names}:  # the training scripts' card says it already
+            continue
+        present = [old for old in present if not result.is_equal_except_value(old)] + [result]
+    card.data.eval_results = present
+    card.data.model_name = card.data.model_name or folder.resolve().name
+    beside = path.with_name(".README.md.partial")
+    card.save(beside)
+    beside.replace(path)
+    return path
+
+
+def _results(card: ModelCard, content: dict) -> list[EvalResult]:
+    """The metrics as the Hub writes them, each with what it may be compared with."""
+    protocol = content["protocol"]
+    samples, reference, extractor = (protocol[name] for name in ("samples", "reference", "extractor"))
+    sources = ("dataset_name", "train_data_dir", "reference_images", "statistics")
+    source = next(reference[name] for name in sources if name in reference)
+    name = Path(source).name if Path(source).exists() else source  # a folder's last part, or all of a Hub id
+    conditions = {
+        "num_samples": samples["count"],
+        **{key: samples.get(key) for key in ("num_inference_steps", "scheduler", "eta", "guidance_scale", "seed")},
+        "num_reference_images": reference["count"],
+        "reference_resolution": reference.get("resolution"),
+        "feature_extractor": f"{extractor['name']}, {extractor['kind']}, {extractor['resize']}",
+    }
+    prompted = "text-to-image" if samples.get("prompts") else "unconditional-image-generation"
+    inception = extractor["name"] == "inception"
+    return [
+        EvalResult(
+            task_type=card.data.get("pipeline_tag") or prompted,
+            dataset_type=name,
+            dataset_name=name,
+            dataset_config=reference.get("dataset_config_name"),
+            dataset_split=reference.get("split"),
+            metric_type=TYPES.get(key, key) if inception else key,
+            metric_name=LABELS[key][not inception].split(",")[0].strip(),
+            metric_value=value,
+            metric_args={key: value for key, value in conditions.items() if value is not None},
+        )
+        for key, value in content["metrics"].items()
+    ]

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any diffusers pipeline as a function from (seed, index) to an image.
+
+What a pipeline takes is read off its `__call__`, so there is no list of families. Every sample has a generator of its
+own, seeded from (seed, index): its noise depends on no batch, device or number of processes. Its last bits do depend
+on the batch it is drawn in, as convolutions sum in another order; so samples are drawn in fixed blocks of indices.
+"""
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from utils.randomness import seed_from
+from utils.validation import VALIDATION_STREAM
+
+# the noise of a run's own validation, so that the same seed, steps and batch size measure the very same samples
+STREAM = VALIDATION_STREAM
+
+
+def pipeline_folder(name_or_path: str, flag: str, *, revision=None, variant=None, pickled: bool = False) -> Path:
+    """The local folder of a pipeline; a Hub id is downloaded.
+
+    Raises:
+        ValueError: there is no diffusers pipeline of that name.
+    """
+    if Path(name_or_path).is_dir():
+        if not (Path(name_or_path) / "model_index.json").is_file():
+            raise ValueError(
+                f"{flag} {name_or_path}: that folder has no model_index.json. Give the folder of a whole pipeline, as "
+                "its save_pretrained and the training scripts write it."
+            )
+        return Path(name_or_path)
+    safe = None if pickled else True
+    try:
+        return Path(DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=safe))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{flag} {name_or_path}: no such folder here, and no diffusers pipeline of that name could be had from "
+            f"the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
+        ) from error
+
+
+def load_pipeline(
+    folder: Path, flag: str, *, dtype: torch.dtype, device, variant=None, pickled: bool = False
+) -> DiffusionPipeline:
+    """The pipeline on its device, without what would touch its images afterwards: safety checker and watermark.
+
+    Raises:
+        ValueError: it does not load; safetensors alone are read unless `pickled`.
+    """
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, variant=variant, dtype=dtype, use_safetensors=None if pickled else True
+        )
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{flag} {folder} does not load: {error} If its weights are pickled (.bin), --allow_pickle_weights loads "
+            "them, weights only."
+        ) from error
+    for name in ("safety_checker", "watermark"):
+        if getattr(pipeline, name, None) is not None:
+            setattr(pipeline, name, None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
+    """The U-Net or transformer; in a pipeline that has neither by name, the component with the most parameters."""
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    largest = max(models, key=lambda name: sum(p.numel() for p in models[name].parameters()))
+    return models.get("unet", models.get("transformer", models[largest]))
+
+
+def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
+    """Give the pipeline the diffusers scheduler of that class name, with the settings of its own.
+
+    Raises:
+        ValueError: no scheduler of diffusers, none for this kind of model, or one that this pipeline would misuse.
+    """
+    own = pipeline.scheduler
+    compatible = {cls.__name__ for cls in own.compatibles}
+    if type(own).__name__.startswith("FlowMatch"):  # diffusers lists none of these as compatible with another
+        compatible |= {name for name in dir(diffusers) if name.startswith("FlowMatch") and name.endswith("Scheduler")}
+    if name not in compatible:
+        known = "is no scheduler of diffusers" if not hasattr(diffusers, name) else "is for another kind of model"
+        raise ValueError(
+            f"--scheduler {name} {known}. In place of the {type(own).__name__} of this pipeline can come: "
+            f"{', '.join(sorted(compatible))}."
+        )
+    try:
+        scheduler = getattr(diffusers, name).from_config(own.config)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"--scheduler {name} cannot be made from the pipeline's settings: {error}") from error
+    source = "".join(inspect.getsource(cls) for cls in type(pipeline).__mro__ if "diffusers" in cls.__module__)
+    if getattr(scheduler, "init_noise_sigma", 1) != 1 and "init_noise_sigma" not in source:
+        raise ValueError(
+            f"--scheduler {name} starts from noise of another scale (init_noise_sigma), which a "
+            f"{type(pipeline).__name__} does not give it: the samples would be wrong. DDIMScheduler, "
+            "DPMSolverMultistepScheduler, PNDMScheduler and UniPCMultistepScheduler start from unit noise."
+        )
+    pipeline.scheduler = scheduler
+
+
+class Sampler:
+    """Draws the samples of a list of indices."""
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        *,
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        eta: float | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        class_labels: Sequence[int] | None = None,
+        prompts: Sequence[str] | None = None,
+    ):
+        """What is None is left to the pipeline. Sample i gets label or prompt i % their number.
+
+        Raises:
+            ValueError: an argument that pipeline or scheduler do not take, or one missing that they need.
+        """
+        self.pipeline, self.seed, self.eta = pipeline, seed, eta
+        self.name = type(pipeline).__name__
+        self.takes = inspect.signature(pipeline.__call__).parameters
+        self.class_labels, self.prompts = class_labels, prompts
+        given = {
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "height": height,
+            "width": width,
+        }
+        self.options = {name: value for name, value in given.items() if value is not None}
+        self._check()
+
+    def _check(self) -> None:
+        for name in self.options:
+            if name not in self.takes:
+                raise ValueError(f"--{name} has no effect: a {self.name} does not take it. Leave it out.")
+        for name, values in (("class_labels", self.class_labels), ("prompt", self.prompts)):
+            if values is not None and name not in self.takes:
+                raise ValueError(f"--{name.replace('prompt', 'prompts')} has no effect: a {self.name} takes none.")
+        if "prompt" in self.takes and not self.prompts:
+            raise ValueError(
+                f"a {self.name} draws what a prompt says: give --prompts FILE, one a line, or --prompt_column, a "
+                "column of --dataset_name."
+            )
+        if "class_labels" in self.takes:
+            self._check_labels()
+        filled = {"batch_size", "prompt", "class_labels"}
+        needed = [p.name for p in self.takes.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+        if unknown := [name for name in needed if name not in filled]:
+            raise ValueError(f"a {self.name} needs {', '.join(unknown)}, which this script cannot give it.")
+        if self.eta is not None and "eta" not in inspect.signature(self.pipeline.scheduler.step).parameters:
+            raise ValueError(
+                f"--eta has no effect: a {type(self.pipeline.scheduler).__name__} does not take it. Leave it out, or "
+                "add --scheduler DDIMScheduler."
+            )
+        try:
+            self._scheduler([]).set_timesteps(self._default("num_inference_steps"))
+        except (ValueError, IndexError) as error:
+            raise ValueError(f"--num_inference_steps {self._default('num_inference_steps')}: {error}") from error
+
+    def _check_labels(self) -> None:
+        config = denoiser_of(self.pipeline).config
+        count = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+        if self.class_labels is None:
+            if count is None:
+                raise ValueError(
+                    f"--class_labels: this {self.name} does not say how many classes it knows; list them."
+                )
+            self.class_labels = range(count)
+        if count is not None and not all(0 <= label < count for label in self.class_labels):
+            raise ValueError(f"--class_labels: this {self.name} knows the labels 0 to {count - 1}.")
+
+    def _default(self, name: str):
+        return self.options.get(name, self.takes[name].default if name in self.takes else None)
+
+    @property
+    def protocol(self) -> dict:
+        """Everything but the weights that decides the samples."""
+        scheduler, labels = self.pipeline.scheduler, self.class_labels
+        step_takes = inspect.signature(scheduler.step).parameters
+        return {
+            "pipeline": self.name,
+            "scheduler": type(scheduler).__name__,
+            "scheduler_config": {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")},
+            **{name: self._default(name) for name in ("num_inference_steps", "guidance_scale", "height", "width")},
+            "eta": step_takes["eta"].default if self.eta is None and "eta" in step_takes else self.eta,
+            "class_labels": f"0 to {labels.stop - 1}" if isinstance(labels, range) else labels,
+            "prompts": self.prompts
+            and {
+                "count": len(self.prompts),
+                "sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
+            },
+            "seed": self.seed,
+            "dtype": str(denoiser_of(self.pipeline).dtype).removeprefix("torch."),
+            "device": self.pipeline.device.type,
+        }
+
+    def side(self) -> int | None:
+        """Pixels a side of a sample, as the pipelines themselves work it out; None if not square, or not said."""
+        config, vae = denoiser_of(self.pipeline).config, getattr(self.pipeline, "vae", None)
+        factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
+        size = config.get("sample_size")
+        own = size * factor if isinstance(size, int) else None
+        height, width = (self.options.get(name, own) for name in ("height", "width"))
+        return height if height == width else None
+
+    @torch.no_grad()
+    def __call__(self, indices: Sequence[int]) -> torch.Tensor:
+        """Uint8 (B, C, H, W) on the CPU, C 1 or 3.
+
+        Raises:
+            ValueError: the pipeline gives no images.
+            FloatingPointError: a sample is not finite.
+        """
+        generators = [torch.Generator().manual_seed(seed_from(self.seed, STREAM, index)) for index in indices]
+        torch.manual_seed(seed_from(self.seed, STREAM + 1, indices[0]))  # of noise drawn without a generator
+        conditions = {
+            "batch_size": len(indices),
+            "class_labels": self.class_labels and [self.class_labels[i % len(self.class_labels)] for i in indices],
+            "prompt": self.prompts and [self.prompts[i % len(self.prompts)] for i in indices],
+        }
+        conditions = {name: value for name, value in conditions.items() if name in self.takes}
+        own, self.pipeline.scheduler = self.pipeline.scheduler, self._scheduler(generators)
+        try:
+            images = self.pipeline(generator=generators, output_type="pt", **conditions, **self.options).images
+        finally:
+            self.pipeline.scheduler = own
+        if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
+            found = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
+            raise ValueError(f"a {self.name} gives {found}; only images of 1 or 3 channels can be measured.")
+        if not images.isfinite().all():
+            raise FloatingPointError(
+                f"samples {indices[0]} to {indices[-1]} are not finite: in half precision some models overflow (the "
+                "VAE of SDXL in fp16); try --dtype bf16 or fp32."
+            )
+        return (images.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def _scheduler(self, generators: list[torch.Generator]):
+        """A fresh scheduler, which remembers no earlier block. From any pipeline its step gets eta and the samples'
+        generators (DDPMPipeline knows no eta, DiTPipeline passes no generator) and nothing that it does not take."""
+        scheduler = type(self.pipeline.scheduler).from_config(self.pipeline.scheduler.config)
+        step, takes = scheduler.step, inspect.signature(scheduler.step).parameters
+
+        @functools.wraps(step)
+        def step_of_samples(model_output, timestep, sample, **options):
+            if self.eta is not None:
+                options["eta"] = self.eta
+            # under guidance DiTPipeline steps conditional and unconditional half together and drops the second
+            options["generator"] = generators * (len(sample) // len(generators))
+            return step(model_output, timestep, sample, **{k: v for k, v in options.items() if k in takes})
+
+        scheduler.step = step_of_samples
+        return scheduler
+
+
+def read_prompts(args, reference) -> list[str] | None:
+    """The lines of `--prompts`, or the `--prompt_column` of the reference's rows; None without either flag.
+
+    Raises:
+        ValueError: no such file or column, or nothing in it.
+    """
+    if args.prompt_column:
+        if args.prompt_column not in reference.rows.column_names:
+            raise ValueError(
+                f"--prompt_column {args.prompt_column}: the dataset has no such column, only "
+                f"{', '.join(reference.rows.column_names)}."
+            )
+        values = reference.rows[args.prompt_column]
+        prompts = [value if isinstance(value, str) else value[0] for value in values]  # of several captions, the first
+    elif args.prompts:
+        try:
+            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--prompts {args.prompts} cannot be read as a text file: {error}") from error
+        prompts = [line.strip() for line in lines if line.strip()]
+    else:
+        return None
+    if not prompts:
+        raise ValueError("--prompts: there is no prompt in it.")
+    return prompts
