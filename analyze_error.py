@@ -59,6 +59,7 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--student_model_name_or_path", help="the student: its denoiser's or pipeline's folder")
     group.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
     group.add_argument("--variant", help="weight file variant of the teacher, such as fp16")
+    group.add_argument("--pretrained_vae_model_name_or_path", help="another VAE of the same latent space")
     group.add_argument(
         "--allow_pickle_weights", action="store_true", help="load a teacher whose weights are .bin files"
     )
@@ -71,6 +72,7 @@ def parse_args(argv: list[str] | None = None):
     group.add_argument("--image_column", default="image", help="column of the images (default: image)")
     group.add_argument("--resolution", type=int, help="pixels a side; default: the teacher's sample_size")
     group.add_argument("--skip_bad_images", action="store_true", help="put the next good row where one is damaged")
+    group.add_argument("--caption_column", help="column of the captions of a text-to-image teacher (default: text)")
 
     group = parser.add_argument_group("error")
     group.add_argument(
@@ -92,6 +94,8 @@ def parse_args(argv: list[str] | None = None):
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
     group.add_argument("--validation_images", type=int, default=8, help="columns of samples.png (default: 8)")
+    group.add_argument("--validation_prompts", nargs="+", help="of the samples; default: the first images' captions")
+    group.add_argument("--validation_guidance_scale", type=float, help="classifier-free guidance (default: 7.5)")
     group.add_argument(
         "--feature_extractor",
         help="inception, or a transformers image model, folder or Hub id; measures the Frechet distance from the "
@@ -115,6 +119,12 @@ def parse_args(argv: list[str] | None = None):
         random_flip=False,
         max_train_samples=None,
         snr_gamma=None,
+        student_preset=None,
+        lora_rank=None,
+        cache_dir=None,
+        cache_variants=None,
+        noise_offset=0.0,
+        proportion_empty_prompts=0.0,
     )
     args = parser.parse_args(argv)
     _check(args)
@@ -203,9 +213,12 @@ def measure_error(args, backbone, student: nn.Module, images: ImageRows, timeste
     return statistics, first_inputs
 
 
-def measure_samples(args, backbone, student: nn.Module, extractor, real: ImageRows | None) -> tuple[dict, dict]:
-    """Samples of student, corrected student and teacher from the same noise: numbers, and the first few as arrays
-    (B, H, W, C). With an extractor also the Frechet distance of each to the `real` images."""
+def measure_samples(
+    args, backbone, student: nn.Module, images: ImageRows, extractor, real: ImageRows | None
+) -> tuple[dict, dict]:
+    """Samples of student, corrected student and teacher from the same noise, and of the same prompts where there are
+    any: numbers, and the first few as arrays (B, H, W, C). With an extractor also the Frechet distance of each to the
+    `real` images."""
     corrected = CorrectedDenoiser(student, backbone.teacher)
     denoisers = {"student": student, "corrected": corrected, "teacher": backbone.teacher}
     count = args.validation_num_samples if extractor else args.validation_images
@@ -215,16 +228,17 @@ def measure_samples(args, backbone, student: nn.Module, extractor, real: ImageRo
     for first in range(0, count, args.batch_size):
         numbers = range(first, min(first + args.batch_size, count))
         seeds = [seed_from(args.seed, VALIDATION_STREAM, i) for i in numbers]  # those of the training scripts
+        conditions = backbone.conditions(images, first, len(seeds))
         samples = {}
         for who, denoiser in denoisers.items():
-            samples[who] = backbone.sample(denoiser, seeds, args.num_inference_steps)
+            samples[who] = backbone.sample(denoiser, seeds, args.num_inference_steps, conditions)
             progress.update(len(seeds))
-        for who, images in samples.items():
-            gap = (images.double() - samples["teacher"].double()).abs()
+        for who, drawn in samples.items():
+            gap = (drawn.double() - samples["teacher"].double()).abs()
             gaps[who] += gap.flatten(1).mean(1).sum().item() / count
-            shown[who] += list(images[: max(0, args.validation_images - first)].permute(0, 2, 3, 1).numpy())
+            shown[who] += list(drawn[: max(0, args.validation_images - first)].permute(0, 2, 3, 1).numpy())
             if extractor:
-                features[who].update(extractor(images.to(extractor.device)))
+                features[who].update(extractor(drawn.to(extractor.device)))
     progress.close()
     measured = {"num_samples": count, "pixel_difference_to_teacher": gaps}
     if extractor:
@@ -285,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     backbone.teacher.to(accelerator.device)
 
     statistics, first_inputs = measure_error(args, backbone, student, images, timesteps)
-    measured, pictures = measure_samples(args, backbone, student, extractor, real)
+    measured, pictures = measure_samples(args, backbone, student, images, extractor, real)
 
     # The numbers first, then the figures
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}

@@ -19,10 +19,11 @@ from diffusers.training_utils import EMAModel
 
 from utils.arguments import parse_args
 from utils.backbones import choose_backbone
+from utils.cache import encoded_once, open_dataset
 from utils.card import write_card
 from utils.checkpoint import Checkpoints, check_output_dir, prepare_output_dir
-from utils.data import ImageRows, fingerprint, load_rows, sample_batch, training_batches
-from utils.export import save_arguments, save_pipeline
+from utils.data import sample_batch, training_batches
+from utils.export import save_arguments
 from utils.features import feature_loss, tap_pair
 from utils.hub import prepare_push, push
 from utils.logs import RunLog, error_per_sample, summary, tracker_names
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     ema = EMAModel(weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
-    validation = Validation(args, accelerator, backbone, denoiser)
+    validation = Validation(args, accelerator, backbone, denoiser, dataset)
     repo_id = prepare_push(args) if accelerator.is_main_process else None  # None without --push_to_hub, too
     accelerator.print(plan(args, accelerator, dataset, student, teacher, backbone.example(), sizes))
     if args.dry_run:

@@ -21,6 +21,8 @@ from latent_pipelines import SD_BETAS, save_captioned, save_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import analyze_error
+import evaluate_fid
 import train_place
 from utils.arguments import parse_args
 from utils.backbones import choose_backbone
@@ -507,3 +509,32 @@ def test_cached_rows_are_picklable(train, teachers, tmp_path):
     rows = CachedRows(tmp_path / "cache", load(teachers["sd1"]))
     first = rows.__getitems__([(0, 3)])
     assert torch.equal(pickle.loads(pickle.dumps(rows)).__getitems__([(7, 3)])["latent_mean"], first["latent_mean"])
+
+
+# The other scripts
+
+
+def test_analyze_error(train, teachers, pictures, tmp_path):
+    student = train("xl", "--student_preset", "bk_base", "--learning_rate", "1e-2")
+    argv = ["--pretrained_model_name_or_path", teachers["xl"], "--student_model_name_or_path", student]
+    argv += ["--train_data_dir", pictures, "--num_timesteps", "3", "--num_samples", "4", "--num_inference_steps", "2"]
+    argv += ["--validation_images", "3", "--output_dir", tmp_path / "analysis", "--num_cpu_threads", "1"]
+    analyze_error.main([str(word) for word in argv])
+    analysis = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
+    mean = analysis["mean"]
+    assert mean["total"] > 0 and mean["coarse"] + mean["fine"] == pytest.approx(mean["total"], rel=1e-6)
+    gaps = analysis["samples"]["pixel_difference_to_teacher"]
+    assert gaps["teacher"] == 0 < gaps["student"]
+    assert (tmp_path / "analysis" / "samples.png").exists()
+
+
+def test_evaluate_fid(train, teachers, pictures, tmp_path):
+    student = train("sd1")
+    argv = ["--pretrained_model_name_or_path", student, "--train_data_dir", pictures, "--prompt_column", "text"]
+    argv += ["--num_samples", "6", "--batch_size", "3", "--num_inference_steps", "2", "--guidance_scale", "3"]
+    argv += ["--feature_extractor", "assets/classifier", "--metrics", "fid", "--output_dir", tmp_path / "evaluation"]
+    argv += ["--cache_dir", tmp_path / "statistics", "--compare_to", teachers["sd1"], "--compare_num_samples", "3"]
+    evaluate_fid.main([str(word) for word in argv])
+    metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert metrics["metrics"]
+    assert Image.open(tmp_path / "evaluation" / "samples.png").size[0] > 64

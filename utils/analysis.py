@@ -185,6 +185,12 @@ class CorrectedDenoiser(nn.Module):
         self.student, self.teacher = student, teacher
         self.config, self.dtype, self.device = student.config, student.dtype, student.device
 
+    def __getattr__(self, name: str):  # pipelines look at their denoiser's parts
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("student"), name)
+
     def forward(self, *inputs, return_dict: bool = True, **condition):
         """As the student's own forward, and in its output class."""
         output = self.student(*inputs, **condition)

@@ -24,11 +24,12 @@ logger = get_logger(__name__)
 # may change between a checkpoint and its continuation; all else would make it another run
 HARMLESS_ARGUMENTS = frozenset(
     (
-        "allow_changed_arguments allow_tf32 checkpointing_steps checkpoints_total_limit dataloader_num_workers "
-        "dry_run hub_model_id hub_private_repo logging_steps max_train_minutes max_train_steps num_cpu_threads "
-        "output_dir overwrite_output_dir push_to_hub report_to resume_from_checkpoint tracker_project_name "
-        "validation_batch_size validation_feature_extractor validation_images validation_num_inference_steps "
-        "validation_num_samples validation_split validation_steps"
+        "allow_changed_arguments allow_tf32 cache_dir checkpointing_steps checkpoints_total_limit "
+        "dataloader_num_workers dry_run hub_model_id hub_private_repo logging_steps max_train_minutes "
+        "max_train_steps num_cpu_threads output_dir overwrite_output_dir push_to_hub report_to "
+        "resume_from_checkpoint tracker_project_name validation_batch_size validation_feature_extractor "
+        "validation_guidance_scale validation_images validation_num_inference_steps validation_num_samples "
+        "validation_prompts validation_split validation_steps"
     ).split()
 )
 

@@ -229,22 +229,7 @@ class DDPM:
 
     def noise_at(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> Noised:
         """`add_noise` with the noise (B, C, H, W) and the timesteps (B,) given: 0 the cleanest, T - 1 the noisiest."""
-        x_t = self.scheduler.add_noise(clean, noise, timestep)
-        kind = self.scheduler.config.prediction_type
-        target = {
-            "epsilon": lambda: noise,
-            "v_prediction": lambda: self.scheduler.get_velocity(clean, noise, timestep),
-            "sample": lambda: clean,
-        }[kind]()
-        weight = None
-        if self.args.snr_gamma is not None:  # min-SNR (Hang et al. 2023), divided by what the target already carries
-            snr = compute_snr(self.scheduler, timestep)
-            weight = {
-                "epsilon": lambda: (self.args.snr_gamma / snr).clamp(max=1),  # 1 where the SNR is 0
-                "v_prediction": lambda: snr.clamp(max=self.args.snr_gamma) / (snr + 1),
-                "sample": lambda: snr.clamp(max=self.args.snr_gamma),
-            }[kind]()
-        return Noised(x_t, timestep, clean, target, weight)
+        return noise_at(self.scheduler, clean, noise, timestep, self.args.snr_gamma)
 
     def predict(self, model: Tapped, noised: Noised, condition: dict) -> Prediction:
         """The model's prediction in float32; the input is cast to the dtype the weights are in."""

@@ -79,7 +79,12 @@ def model_size(config: Mapping[str, Any], model_class: type[ModelMixin] | None =
     `model_class`: whose config it is; None is the diffusers class it names in `_class_name`, or `UNet2DModel`.
     """
     model_class = model_class or getattr(diffusers, config.get("_class_name", "UNet2DModel"))
-    config = full_config(config, model_class)
+    return _counted(json.dumps(full_config(config, model_class)), model_class)
+
+
+@functools.cache
+def _counted(config_json: str, model_class: type[ModelMixin]) -> ModelSize:
+    config = json.loads(config_json)
     with torch.device("meta"):
         model, macs = model_class(**config), None
         if config["sample_size"] is not None:
