@@ -214,7 +214,7 @@ def measure_error(args, backbone, student: nn.Module, images: ImageRows, timeste
 
 
 def measure_samples(
-    args, backbone, student: nn.Module, images: ImageRows, extractor, real: ImageRows | None
+    args, backbone, student: nn.Module, images: ImageRows | None, extractor, real: ImageRows | None
 ) -> tuple[dict, dict]:
     """Samples of student, corrected student and teacher from the same noise, and of the same prompts where there are
     any: numbers, and the first few as arrays (B, H, W, C). With an extractor also the Frechet distance of each to the

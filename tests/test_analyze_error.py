@@ -296,7 +296,7 @@ def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teache
     folder = save(affine_image(UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")))
     args = analyze_error.parse_args([*flags(folder, "--batch_size", 2), "--output_dir", str(tmp_path / "out")])
     backbone, student = choose_backbone(args).load(args), UNet2DModel.from_pretrained(folder)
-    numbers, shown = analyze_error.measure_samples(args, backbone, student, None, None)
+    numbers, shown = analyze_error.measure_samples(args, backbone, student, None, None, None)
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(3)]
     denoisers = {"student": student, "corrected": CorrectedDenoiser(student, backbone.teacher)}
     drawn = {}

@@ -59,11 +59,12 @@ def test_defaults_parse(parse):
 POSITIVE = (
     "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
     "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit validation_steps "
-    "validation_images validation_num_inference_steps validation_num_samples validation_batch_size max_train_minutes"
+    "validation_num_inference_steps validation_num_samples validation_batch_size validation_guidance_scale "
+    "max_train_minutes lora_rank cache_variants"
 ).split()
 NOT_NEGATIVE = (
     "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-    "coarse_scale"
+    "coarse_scale noise_offset validation_images"
 ).split()
 FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay"]
 
@@ -103,7 +104,7 @@ def test_a_line_needs_two_elements(parse, size):
 CONFIG, EXISTING = ["--student_config", "c"], ["--student_model_name_or_path", "s"]
 SCRATCH = ["--lambda_kd_output", "0"]
 CONTRADICTIONS = [
-    ([*TEACHER, *DATA], "Give one of --pruning_ratio, --student_config.*found none"),
+    ([*TEACHER, *DATA], "Give one of --pruning_ratio, --student_preset, --student_config.*found none"),
     ([*TEACHER, *DATA, *STUDENT, *CONFIG], "found --pruning_ratio and --student_config"),
     ([*TEACHER, *DATA, *STUDENT, *EXISTING], "found --pruning_ratio and --student_model_name_or_path"),
     ([*TEACHER, *DATA, *CONFIG, *EXISTING], "found --student_config and --student_model_name_or_path"),
@@ -279,6 +280,7 @@ def test_an_empty_command_line_is_the_embedded_default(tmp_path, monkeypatch, ca
     "flags, script, partner",
     [
         ("--ema_decay 0.5", "train_place", "--use_ema"),
+        ("--fuse_lora", "train_place", "--lora_rank"),
         ("--lr_warmup_steps 5", "train_place", "--lr_scheduler"),
         ("--lambda_kd_output 0 --lambda_kd_feat 1 --group_size 4", "train_place", "--lambda_kd_output above 0"),
         ("--lambda_kd_output 0 --output_loss mse", "train_lift", "--lambda_kd_output above 0"),

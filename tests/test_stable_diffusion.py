@@ -538,3 +538,15 @@ def test_evaluate_fid(train, teachers, pictures, tmp_path):
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics["metrics"]
     assert Image.open(tmp_path / "evaluation" / "samples.png").size[0] > 64
+
+
+def test_the_exported_student_is_tuned_on_other_pictures(train, tmp_path):
+    student = train("sd1", "--student_preset", "bk_tiny", output="distilled")
+    others = save_captioned(tmp_path / "others", seed=5)
+    flags = ["--pretrained_model_name_or_path", student, "--student_model_name_or_path", student]
+    flags += ["--lambda_kd_output", "0", "--train_data_dir", others, "--learning_rate", "1e-3"]
+    tuned = train("sd1", *flags, script="train_lift", output="tuned")
+    assert "output" not in read_log(tuned)[0]
+    before, after = unet_tensors(student), unet_tensors(tuned)
+    assert max((after[name] - before[name]).abs().max() for name in before) > 1e-4
+    assert StableDiffusionPipeline.from_pretrained(tuned).unet.mid_block is None
