@@ -176,7 +176,7 @@ def test_no_teacher_there(load, tmp_path):
     refused(load, "--pretrained_model_name_or_path", teacher=tmp_path / "empty")
 
 
-@pytest.mark.parametrize("name", ["StableDiffusionPipeline", "UNet2DConditionModel"])
+@pytest.mark.parametrize("name", ["FluxPipeline", "UNet2DConditionModel"])
 def test_unsupported_teachers(load, save, name):
     index = save() / "model_index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "_class_name": name}))

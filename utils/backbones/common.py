@@ -3,47 +3,54 @@
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, ModelMixin
+from diffusers import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.training_utils import compute_snr
 
 from utils.backbones.types import Noised, Prediction, to_dtype
+from utils.features import Tapped
+from utils.randomness import StepRandom
 
 
-def noise_at(
-    scheduler: DDPMScheduler,
-    clean: torch.Tensor,
-    noise: torch.Tensor,
-    timestep: torch.Tensor,
-    snr_gamma: float | None = None,
-) -> Noised:
-    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4) and the target of the scheduler's prediction
-    type. `clean` and `noise` (B, C, H, W), `timestep` (B,), 0 the cleanest. `snr_gamma`: min-SNR weights (Hang et al.
-    2023), divided by what the target already carries."""
-    x_t = scheduler.add_noise(clean, noise, timestep)
-    kind = scheduler.config.prediction_type
-    target = {
-        "epsilon": lambda: noise,
-        "v_prediction": lambda: scheduler.get_velocity(clean, noise, timestep),
-        "sample": lambda: clean,
-    }[kind]()
-    weight = None
-    if snr_gamma is not None:
-        snr = compute_snr(scheduler, timestep)
-        weight = {
-            "epsilon": lambda: (snr_gamma / snr).clamp(max=1),  # 1 where the SNR is 0
-            "v_prediction": lambda: snr.clamp(max=snr_gamma) / (snr + 1),
-            "sample": lambda: snr.clamp(max=snr_gamma),
+class UNetBackbone:
+    """What is the same for every U-Net with a diffusion scheduler. `args` and `scheduler` are the subclass's."""
+
+    def noise_at(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> Noised:
+        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4) and the target of the scheduler's
+        prediction type. `clean` and `noise` (B, C, H, W), `timestep` (B,): 0 the cleanest, T - 1 the noisiest."""
+        x_t = self.scheduler.add_noise(clean, noise, timestep)
+        kind, gamma = self.scheduler.config.prediction_type, self.args.snr_gamma
+        target = {
+            "epsilon": lambda: noise,
+            "v_prediction": lambda: self.scheduler.get_velocity(clean, noise, timestep),
+            "sample": lambda: clean,
         }[kind]()
-    return Noised(x_t, timestep, clean, target, weight)
+        weight = None
+        if gamma is not None:  # min-SNR (Hang et al. 2023), divided by what the target already carries
+            snr = compute_snr(self.scheduler, timestep)
+            weight = {
+                "epsilon": lambda: (gamma / snr).clamp(max=1),  # 1 where the SNR is 0
+                "v_prediction": lambda: snr.clamp(max=gamma) / (snr + 1),
+                "sample": lambda: snr.clamp(max=gamma),
+            }[kind]()
+        return Noised(x_t, timestep, clean, target, weight)
 
+    def random_timesteps(self, batch_size: int, rng: StepRandom) -> torch.Tensor:
+        """(B,) int64, uniform over the schedule, or in antithetic pairs."""
+        count = self.scheduler.config.num_train_timesteps
+        return rng.integers(count, batch_size, antithetic=self.args.antithetic_timesteps)
 
-def weighted_mse(prediction: Prediction, noised: Noised) -> torch.Tensor:
-    """Mean squared error to the target, weighted per sample: a scalar."""
-    if noised.weight is None:
-        return F.mse_loss(prediction.output, noised.target)
-    error = (prediction.output - noised.target).square().flatten(1).mean(dim=1)
-    return (noised.weight * error).mean()
+    def predict(self, model: Tapped, noised: Noised, condition: dict) -> Prediction:
+        """The model's prediction in float32; input and condition are cast to the dtype the weights are in."""
+        output, features = model(noised.x_t, noised.timestep, **condition)
+        return Prediction(output.float(), features)
+
+    def task_loss(self, prediction: Prediction, noised: Noised) -> torch.Tensor:
+        """Mean squared error to the target, weighted per sample by `--snr_gamma`."""
+        if noised.weight is None:
+            return F.mse_loss(prediction.output, noised.target)
+        error = (prediction.output - noised.target).square().flatten(1).mean(dim=1)
+        return (noised.weight * error).mean()
 
 
 class InFloat32(torch.nn.Module):

@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
-from utils.backbones.common import InFloat32, noise_at, weighted_mse
+from utils.backbones.common import InFloat32, UNetBackbone
 from utils.backbones.loading import component_config, load_component, read_json_config
-from utils.backbones.types import Noised, Prediction
+from utils.backbones.types import Noised
 from utils.export import save_pipeline
-from utils.features import Tapped
 from utils.images import ImageTransform
 from utils.randomness import StepRandom
 from utils.students.sizes import model_size, model_table
@@ -30,7 +29,7 @@ TEXT_FLAGS = (
 ).split()
 
 
-class DDPM:
+class DDPM(UNetBackbone):
     """Denoises pixels in [-1, 1] with a `UNet2DModel`."""
 
     component = "unet"
@@ -223,22 +222,8 @@ class DDPM:
 
     def add_noise(self, clean: torch.Tensor, rng: StepRandom) -> Noised:
         """Noise at random timesteps, one per sample."""
-        count = self.scheduler.config.num_train_timesteps
-        timestep = rng.integers(count, clean.shape[0], antithetic=self.args.antithetic_timesteps)
+        timestep = self.random_timesteps(clean.shape[0], rng)
         return self.noise_at(clean, rng.normal(clean.shape), timestep)
-
-    def noise_at(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> Noised:
-        """`add_noise` with the noise (B, C, H, W) and the timesteps (B,) given: 0 the cleanest, T - 1 the noisiest."""
-        return noise_at(self.scheduler, clean, noise, timestep, self.args.snr_gamma)
-
-    def predict(self, model: Tapped, noised: Noised, condition: dict) -> Prediction:
-        """The model's prediction in float32; the input is cast to the dtype the weights are in."""
-        output, features = model(noised.x_t, noised.timestep, **condition)
-        return Prediction(output.float(), features)
-
-    def task_loss(self, prediction: Prediction, noised: Noised) -> torch.Tensor:
-        """Mean squared error to the target, weighted per sample by `--snr_gamma`."""
-        return weighted_mse(prediction, noised)
 
     def conditions(self, dataset, first: int, count: int) -> list[None]:
         """What the samples `first` and on are of: nothing is asked for."""

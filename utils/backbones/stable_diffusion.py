@@ -13,13 +13,12 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
-from utils.backbones.common import InFloat32, noise_at, weighted_mse
+from utils.backbones.common import InFloat32, UNetBackbone
 from utils.backbones.loading import component_config, load_component, read_json_config
-from utils.backbones.types import Noised, Prediction
+from utils.backbones.types import Noised
 from utils.captions import CaptionedTransform
 from utils.encoders import Encoders
 from utils.export import save_student
-from utils.features import Tapped
 from utils.lora import add_lora, save_lora, without_lora
 from utils.randomness import StepRandom
 from utils.students import blocks
@@ -28,7 +27,7 @@ from utils.students.sizes import model_size, model_table
 TEACHER = "--pretrained_model_name_or_path"
 
 
-class StableDiffusion:
+class StableDiffusion(UNetBackbone):
     """Denoises latents with a `UNet2DConditionModel`, told what to draw by a prompt."""
 
     component = "unet"
@@ -216,25 +215,11 @@ class StableDiffusion:
 
     def add_noise(self, clean: torch.Tensor, rng: StepRandom) -> Noised:
         """Noise at random timesteps, one per sample, with `--noise_offset` a little of it alike in a channel."""
-        count = self.scheduler.config.num_train_timesteps
-        timestep = rng.integers(count, clean.shape[0], antithetic=self.args.antithetic_timesteps)
+        timestep = self.random_timesteps(clean.shape[0], rng)
         noise = rng.normal(clean.shape)
         if self.args.noise_offset:
             noise = noise + self.args.noise_offset * rng.normal((*clean.shape[:2], 1, 1))
         return self.noise_at(clean, noise, timestep)
-
-    def noise_at(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> Noised:
-        """`add_noise` with the noise (B, C, h, w) and the timesteps (B,) given: 0 the cleanest, T - 1 the noisiest."""
-        return noise_at(self.scheduler, clean, noise, timestep, self.args.snr_gamma)
-
-    def predict(self, model: Tapped, noised: Noised, condition: dict) -> Prediction:
-        """The model's prediction in float32; input and condition are cast to the dtype the weights are in."""
-        output, features = model(noised.x_t, noised.timestep, **condition)
-        return Prediction(output.float(), features)
-
-    def task_loss(self, prediction: Prediction, noised: Noised) -> torch.Tensor:
-        """Mean squared error to the target, weighted per sample by `--snr_gamma`."""
-        return weighted_mse(prediction, noised)
 
     def conditions(self, dataset, first: int, count: int) -> list[str]:
         """The prompts of samples `first` and on: `--validation_prompts`, else captions of the data's first rows."""
