@@ -53,7 +53,9 @@ def make_teacher(folder: Path) -> None:
         CLIPTextModel(CLIPTextConfig(vocab_size=49408, bos_token_id=0, eos_token_id=1, pad_token_id=1, **TEXT)),
         tokenizer,
         UNet2DConditionModel(**UNET),
-        PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True),
+        PNDMScheduler(
+            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, steps_offset=1
+        ),
         None,
         None,
         None,
