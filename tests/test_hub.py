@@ -115,8 +115,8 @@ def test_push_of_a_latent_student(hub, home, tmp_path):
     """All the pipeline's parts go, the teacher's as they are, and come back."""
     teacher = latent_pipelines.save_pipeline(tmp_path / "sd1")
     data = latent_pipelines.save_captioned(tmp_path / "captioned", count=4)
-    flags = "--student_preset bk_small --max_train_steps 1 --train_batch_size 2 --validation_images 2 --num_cpu_threads 1 "
-    flags += "--validation_num_inference_steps 2 --report_to none --push_to_hub --hub_model_id latent"
+    flags = "--student_preset bk_small --max_train_steps 1 --train_batch_size 2 --validation_images 2 --report_to none"
+    flags += " --validation_num_inference_steps 2 --num_cpu_threads 1 --push_to_hub --hub_model_id latent"
     folder = tmp_path / "student"
     paths = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--output_dir", folder]
     done = child(hub, home, "train_place.py", *flags.split(), *paths)
