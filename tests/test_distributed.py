@@ -256,6 +256,11 @@ def test_the_recipes_are_accelerates(tmp_path):
     assert several.num_machines == 2 and several.main_process_ip and several.main_process_port
 
 
+def test_readme_shows_how_to_launch_them():
+    shown = set(re.findall(r"--config_file (recipes/accelerate/[\w.]+)", (ROOT / "README.md").read_text()))
+    assert shown == {str(path.relative_to(ROOT)) for path in RECIPES.iterdir()}
+
+
 @pytest.fixture
 def launched(tmp_path, teacher_dir, data_dir):
     """The single-machine recipe on two CPU processes, by `accelerate launch`, in the midst of a long run."""
