@@ -38,7 +38,7 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-LIMIT = 120  # seconds, then a process that waits for another is killed
+LIMIT = 600  # seconds, then a process that waits for another is killed
 
 
 def record(job: dict, seen: dict) -> None:
