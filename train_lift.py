@@ -26,6 +26,7 @@ from utils.cache import encoded_once, open_dataset
 from utils.card import write_card
 from utils.checkpoint import Checkpoints, check_output_dir, prepare_output_dir
 from utils.data import sample_batch, training_batches
+from utils.distributed import long_timeout, on_main_process
 from utils.export import save_arguments
 from utils.features import feature_loss, tap_pair
 from utils.hub import prepare_push, push
@@ -69,9 +70,10 @@ def main(argv: list[str] | None = None) -> None:
         mixed_precision=args.mixed_precision,
         log_with=tracker_names(args.report_to),
         project_dir=args.output_dir,
+        kwargs_handlers=[long_timeout()],
     )
     use_cpu_threads(args, accelerator)
-    check_output_dir(args)
+    on_main_process(accelerator, check_output_dir, args)
 
     # Teacher: frozen, in eval mode, never prepared
     backbone = choose_backbone(args).load(args)
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser, dataset)
-    repo_id = prepare_push(args) if accelerator.is_main_process else None  # None without --push_to_hub, too
+    repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
     accelerator.print(plan(args, accelerator, dataset, student, teacher, backbone.example(), sizes))
     if args.dry_run:
         return
@@ -126,7 +128,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset, args, accelerator, first=step * micro_steps, last=args.max_train_steps * micro_steps
     )
 
-    stop = Stop(args.max_train_minutes)
+    stop = Stop(args.max_train_minutes, accelerator)
     log.start(step)
     for batch, rng in batches:
         with accelerator.accumulate(student):
@@ -177,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
             with log.paused():
                 checkpoints.save(step)
         stop.exit_if_asked(checkpoints, step)
+    stop.restore_handlers()
 
     # Export: the weights first, then what takes time or may fail
     if accelerator.is_main_process:

@@ -176,6 +176,19 @@ def test_the_time_limit_stops_like_a_signal(run, capsys, tmp_path):
     assert (folder / "unet").is_dir()
 
 
+def test_after_the_loop_signals_do_what_they_did(run, monkeypatch):
+    handlers, card = [], train_place.write_card
+
+    def spy(*args, **kwargs):
+        handlers.append([signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)])
+        return card(*args, **kwargs)
+
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
+    monkeypatch.setattr(train_place, "write_card", spy)
+    run("train_place", "--max_train_steps", "1")
+    assert handlers == [before]
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(dropout_teacher, data_dir, tmp_path):
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "out")
     # room for everything up to step 2; then the limit falls below a checkpoint's files

@@ -11,6 +11,7 @@ import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
+import latent_pipelines
 import pytest
 from conftest import build_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
@@ -108,6 +109,28 @@ def test_push_and_from_pretrained(hub, home, pushed):
     assert set(pushed.repository.files) == {".gitattributes", *PUBLISHED}
     tensors = load_file(pushed.folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert comes_back(hub, home, "tiny", pushed.folder) == ["DDIMPipeline", str(len(tensors)), "(8, 8)\n"]
+
+
+def test_push_of_a_latent_student(hub, home, tmp_path):
+    """All the pipeline's parts go, the teacher's as they are, and come back."""
+    teacher = latent_pipelines.save_pipeline(tmp_path / "sd1")
+    data = latent_pipelines.save_captioned(tmp_path / "captioned", count=4)
+    flags = "--student_preset bk_small --max_train_steps 1 --train_batch_size 2 --validation_images 2 --report_to none"
+    flags += " --validation_num_inference_steps 2 --num_cpu_threads 1 --push_to_hub --hub_model_id latent"
+    folder = tmp_path / "student"
+    paths = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--output_dir", folder]
+    done = child(hub, home, "train_place.py", *flags.split(), *paths)
+    assert done.returncode == 0, done.stderr[-3000:]
+    repository = hub.repositories[f"{USER}/latent"]
+    for part in ("vae", "text_encoder", "unet"):
+        (name,) = [name for name in repository.files if name.startswith(f"{part}/") and name.endswith(".safetensors")]
+        local = (folder if part == "unet" else teacher) / name
+        assert repository.files[name] == (local.read_bytes(), True)
+    assert all(name in repository.files for name in ("tokenizer/tokenizer_config.json", "samples.png", "README.md"))
+    tensors = [load_file(path) for path in folder.glob("*/*.safetensors")]
+    kind, count, size = comes_back(hub, home, "latent", folder)
+    assert (kind, size) == ("StableDiffusionPipeline", "(32, 32)\n")
+    assert int(count) == sum(map(len, tensors))
 
 
 def test_the_published_card(pushed):

@@ -19,6 +19,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
 
+import train_place
 from train_place import add_method_arguments
 from utils.arguments import parse_args
 from utils.backbones import choose_backbone
@@ -222,6 +223,16 @@ def test_gradient_checkpointing_computes_the_same(run):
     again = run("train_place", "--lambda_kd_feat", "1", "--gradient_checkpointing", output="checkpointed")
     for before, after in zip(read_log(plain), read_log(again), strict=True):
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
+
+
+def test_the_bar_is_closed_before_the_summary(run, monkeypatch):
+    bars, original = [], train_place.summary
+    monkeypatch.setattr(
+        train_place, "summary", lambda args, log, *rest: bars.append(log.progress) or original(args, log, *rest)
+    )
+    run("train_place", "--max_train_steps", "2", "--logging_steps", "5")
+    (bar,) = bars
+    assert bar.disable and bar.n == 2  # tqdm's own sign that it is closed
 
 
 def test_bad_images_are_skipped_and_counted(run, tmp_path, capsys):

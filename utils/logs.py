@@ -87,6 +87,8 @@ class RunLog:
         self.progress.update()
         if step % self.args.logging_steps == 0 or step == self.args.max_train_steps:
             self._report(step)
+        if step == self.args.max_train_steps:
+            self.progress.close()
 
     @contextlib.contextmanager
     def paused(self):

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from utils.data import ImageRows, load_rows
+from utils.distributed import on_main_process
 from utils.extractors import FeatureExtractor
 from utils.metrics import FeatureStatistics, frechet_distance
 from utils.randomness import seed_from
@@ -40,10 +41,13 @@ class Validation:
         self.best: tuple[float, int] | None = None
         self.teacher_images: torch.Tensor | None = None
         self.extractor = None
-        if args.validation_feature_extractor and accelerator.is_main_process:
-            self.extractor = FeatureExtractor(args.validation_feature_extractor, device=accelerator.device)
-            self.real_rows = load_rows(args, args.validation_split)
-            self.untrained = copy.deepcopy(student).cpu().eval()
+        if args.validation_feature_extractor:
+            on_main_process(accelerator, self._prepare_distance, student)
+
+    def _prepare_distance(self, student: nn.Module) -> None:
+        self.extractor = FeatureExtractor(self.args.validation_feature_extractor, device=self.accelerator.device)
+        self.real_rows = load_rows(self.args, self.args.validation_split)
+        self.untrained = copy.deepcopy(student).cpu().eval()
 
     @functools.cached_property
     def reference(self) -> FeatureStatistics:
