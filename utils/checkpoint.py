@@ -35,7 +35,9 @@ HARMLESS_ARGUMENTS = frozenset(
 
 
 def check_output_dir(args) -> None:
-    """Raises ValueError where `--output_dir` cannot be written; leaves nothing behind."""
+    """Raises ValueError where `--output_dir` cannot be written or has no checkpoint to go on from; leaves nothing
+    behind."""
+    wanted_checkpoint(args)
     folder = Path(args.output_dir)
     existed = folder.exists()
     try:
@@ -46,6 +48,28 @@ def check_output_dir(args) -> None:
             folder.rmdir()
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written: {error}") from error
+
+
+def wanted_checkpoint(args) -> Path | None:
+    """What `--resume_from_checkpoint` names, None without it.
+
+    Raises:
+        ValueError: there is no such checkpoint.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted == "latest":
+        folder = Path(args.output_dir) / "checkpoints"
+        if not (complete := complete_checkpoints(folder)):
+            raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {folder}.")
+        return complete[-1]
+    if wanted and not (Path(wanted) / "state.json").is_file():
+        raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint: it has no state.json.")
+    return Path(wanted) if wanted else None
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("step-*"), key=_step_of)
 
 
 def prepare_output_dir(args, accelerator: Accelerator) -> None:
@@ -78,7 +102,7 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
-        return sorted(self.folder.glob("step-*"), key=_step_of)
+        return complete_checkpoints(self.folder)
 
     def save(self, step: int) -> Path:
         """Write the checkpoint of optimizer step `step`, then remove the oldest beyond `--checkpoints_total_limit`.
@@ -144,12 +168,9 @@ class Checkpoints:
         Raises:
             ValueError: no such checkpoint, a damaged file, another student, or arguments that make it another run.
         """
-        if not self.args.resume_from_checkpoint:
+        path = wanted_checkpoint(self.args)
+        if path is None:
             return 0
-        wanted = self.args.resume_from_checkpoint
-        if wanted == "latest" and not self.all():
-            raise ValueError(f"--resume_from_checkpoint latest: no checkpoint in {self.folder}.")
-        path = self.all()[-1] if wanted == "latest" else Path(wanted)
         state = self._read_state(path)
         self._refuse_another_run(state)
         tensors = {name: load_file(path / name) for name in state["sha256"]}
@@ -171,8 +192,6 @@ class Checkpoints:
         return state["step"]
 
     def _read_state(self, path: Path) -> dict:
-        if not (path / "state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint {path} is not a checkpoint: it has no state.json.")
         damaged = None
         try:
             state = json.loads((path / "state.json").read_text())
