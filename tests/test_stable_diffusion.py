@@ -34,6 +34,7 @@ from utils.losses import place_loss
 from utils.randomness import StepRandom, shuffled
 
 KINDS = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
+SD1_AND_SLOWLY_XL = ["sd1", pytest.param("xl", marks=pytest.mark.slow)]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,7 @@ def unet_tensors(folder: Path) -> dict[str, torch.Tensor]:
 # The student
 
 
-@pytest.mark.parametrize("script", ["train_lift", "train_place"])
+@pytest.mark.parametrize("script", [pytest.param("train_lift", marks=pytest.mark.slow), "train_place"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_student_is_a_stock_pipeline(train, teachers, kind, script):
     flags = ["--lambda_kd_feat", "1", "--use_ema", "--ema_decay", "0.5", "--validation_images", "2"]
@@ -118,6 +119,7 @@ def test_presets_train_with_feature_distillation(train, kind, preset):
     DiffusionPipeline.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_computes_the_same(train):
     flags = ["--lambda_kd_feat", "1", "--learning_rate", "1e-3"]
     plain, checkpointed = (
@@ -270,7 +272,7 @@ def test_one_of_several_captions_is_drawn(teachers, tmp_path):
 # Cache
 
 
-@pytest.mark.parametrize("kind", ["sd1", "xl"])
+@pytest.mark.parametrize("kind", SD1_AND_SLOWLY_XL)
 def test_training_from_the_cache_is_training_without_it(train, pictures, tmp_path, monkeypatch, kind):
     flags = ["--cache_variants", "2", "--random_flip", "--max_train_steps", "8"]
     expected = losses(train(kind, *flags, output="plain"))
@@ -360,7 +362,7 @@ def test_a_cache_of_another_teacher_is_refused(train, tmp_path):
 # LoRA
 
 
-@pytest.mark.parametrize("kind", ["sd1", "xl"])
+@pytest.mark.parametrize("kind", SD1_AND_SLOWLY_XL)
 def test_lora_trains_adapters_alone(train, kind):
     flags = ["--lora_rank", "2", "--use_ema", "--ema_decay", "0.5", "--learning_rate", "1e-2"]
     untouched = train(kind, "--learning_rate", "1e-9", output="untouched")
