@@ -107,7 +107,7 @@ def latent(tmp_path_factory):
     return runs
 
 
-@pytest.fixture(params=["pixel", "latent"])
+@pytest.fixture(params=["pixel", pytest.param("latent", marks=pytest.mark.slow)])
 def runs(request):
     return request.getfixturevalue(request.param)
 
@@ -205,6 +205,7 @@ def test_another_number_of_processes_is_another_run(pixel, run):
         run("train_place", *COMMON, *pixel.flags, "--train_batch_size", "2", "--resume_from_checkpoint", path)
 
 
+@pytest.mark.slow
 def test_two_processes_encode_a_share_each(latent):
     main, other = latent.cached_two.seen
     assert sorted(main["encoded"]) == ["empty.safetensors", "latents-00-000000.safetensors", "text-000000.safetensors"]
@@ -297,6 +298,7 @@ def test_killing_one_ends_the_other(launched):
     assert "Saved:" not in printed and not list((launched.folder / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_sigterm_to_the_launcher_saves(launched):
     assert sorted(launched.ranks) == [0, 1], launched.printed.read_text()[-3000:]
     launched.launcher.terminate()
