@@ -202,6 +202,8 @@ def save_whole(pipeline: StableDiffusionPipeline, folder: Path) -> None:
 
 def make_teacher(data: Path, vae: Path, folder: Path, steps: int) -> None:
     """Train the U-Net on latents encoded once; save its EMA in a pipeline every 250 steps and at the end."""
+    if not (vae / "config.json").is_file():
+        raise ValueError(f"--vae: {vae} holds no AutoencoderKL. Train one with the command `vae`.")
     autoencoder = AutoencoderKL.from_pretrained(vae, use_safetensors=True).eval().requires_grad_(False)
     pipeline = make_pipeline(autoencoder)
     unet = pipeline.unet.train()
@@ -256,6 +258,8 @@ def sample(pipeline: StableDiffusionPipeline, prompts: list[str], steps: int, gu
 
 def measure(folder: Path, data: Path, samples: int, steps: int, guidance: float, grid: Path | None) -> None:
     """Print how well samples match their prompts and the test images; write a grid, one row per class."""
+    if not (folder / "model_index.json").is_file():
+        raise ValueError(f"{folder} holds no pipeline. Train one with the command `teacher`.")
     extractor = FeatureExtractor(CLASSIFIER)
     head = AutoModelForImageClassification.from_pretrained(CLASSIFIER).classifier  # of the same features
 
@@ -308,7 +312,7 @@ def main() -> None:
     vae.add_argument("--steps", type=int, default=3000, help="optimizer steps of 32 images (default: %(default)s)")
     teacher = commands.add_parser("teacher", parents=[data], help="train the U-Net")
     teacher.add_argument("--vae", type=Path, required=True, help="the folder that `vae` wrote")
-    teacher.add_argument("--steps", type=int, default=6000, help="optimizer steps of 64 images (default: %(default)s)")
+    teacher.add_argument("--steps", type=int, default=4000, help="optimizer steps of 64 images (default: %(default)s)")
     check = commands.add_parser("measure", parents=[data], help="class accuracy and Frechet distance of samples")
     check.add_argument("--samples", type=int, default=1000, help="images, of all classes alike (%(default)s)")
     check.add_argument("--steps", type=int, default=25, help="PNDM steps (default: %(default)s)")
