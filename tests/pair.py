@@ -26,8 +26,7 @@ import train_place
 import utils.cache
 import utils.distributed
 import utils.stop
-from utils.backbones import ddpm, stable_diffusion
-from utils.backbones.common import noise_at
+from utils.backbones.common import UNetBackbone
 from utils.logs import RunLog
 from utils.validation import Validation
 
@@ -45,7 +44,7 @@ def record(job: dict, seen: dict) -> None:
     """Note what passes; change nothing but what the job asks for."""
     batches, end_step = train_place.training_batches, RunLog.end_step
     write, save = utils.cache._write, train_place.Checkpoints._write
-    validate, draw = Validation.run, Validation._draw
+    validate, draw, noise_at = Validation.run, Validation._draw, UNetBackbone.noise_at
 
     def rows(dataset, args, accelerator, **span):
         seen["processes"], seen["rank"] = accelerator.num_processes, accelerator.process_index
@@ -53,9 +52,9 @@ def record(job: dict, seen: dict) -> None:
             seen["rows"].append(batch["row"].tolist())
             yield batch, rng
 
-    def timesteps(scheduler, clean, noise, timestep, *rest):
+    def timesteps(self, clean, noise, timestep):
         seen["timesteps"].append(timestep.tolist())
-        return noise_at(scheduler, clean, noise, timestep, *rest)
+        return noise_at(self, clean, noise, timestep)
 
     def files(path, pieces):
         seen["encoded"].append(path.name)
@@ -83,7 +82,7 @@ def record(job: dict, seen: dict) -> None:
     train_place.Checkpoints._write, Validation.run, Validation._draw = checkpoints, validation, samples
     if "patience" in job:
         utils.distributed.PATIENCE = utils.stop.PATIENCE = timedelta(seconds=job["patience"])
-    ddpm.noise_at = stable_diffusion.noise_at = timesteps
+    UNetBackbone.noise_at = timesteps
 
 
 def run(job: dict, rank: int) -> int:
