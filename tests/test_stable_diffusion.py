@@ -451,6 +451,14 @@ def test_bad_input(train, kind, flags, message):
         train(kind, *flags, data="nowhere" not in flags or "--cache_dir" not in flags)
 
 
+def test_overwriting_never_deletes_the_cache(tmp_path):
+    (tmp_path / "student" / "cache").mkdir(parents=True)
+    flags = ["--pretrained_model_name_or_path", "teacher", "--student_preset", "bk_tiny", "--train_data_dir", "images"]
+    flags += ["--cache_dir", tmp_path / "student" / "cache", "--output_dir", tmp_path / "student"]
+    with pytest.raises(ValueError, match="--overwrite_output_dir would delete .*cache"):
+        parsed(*flags, "--overwrite_output_dir")
+
+
 def test_a_dataset_without_captions(train, tmp_path):
     (tmp_path / "images").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "images" / "a.png")

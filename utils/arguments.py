@@ -436,7 +436,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--output_dir {output_dir} is a file.")
     inputs = (
         "pretrained_model_name_or_path dataset_name train_data_dir student_config student_model_name_or_path "
-        "validation_feature_extractor"
+        "validation_feature_extractor pretrained_vae_model_name_or_path cache_dir"
     )
     needed = [Path.cwd(), *(Path(getattr(args, name)) for name in inputs.split() if getattr(args, name))]
     if args.overwrite_output_dir:
