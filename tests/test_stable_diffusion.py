@@ -560,3 +560,18 @@ def test_the_exported_student_is_tuned_on_other_pictures(train, tmp_path):
     before, after = unet_tensors(student), unet_tensors(tuned)
     assert max((after[name] - before[name]).abs().max() for name in before) > 1e-4
     assert StableDiffusionPipeline.from_pretrained(tuned).unet.mid_block is None
+
+
+def test_a_teachers_variant_is_exported_without_its_name(train, teachers, tmp_path):
+    teacher = tmp_path / "fp16"
+    StableDiffusionPipeline.from_pretrained(teachers["sd1"]).save_pretrained(teacher, variant="fp16")
+    (teacher / "vae" / "diffusion_pytorch_model.bin").write_bytes(b"another format of the same weights")
+    folder = train("sd1", "--pretrained_model_name_or_path", teacher, "--variant", "fp16")
+    assert sorted(path.name for path in (folder / "vae").iterdir()) == [
+        "config.json",
+        "diffusion_pytorch_model.safetensors",
+    ]
+    ours, theirs = (folder / "vae", teacher / "vae")
+    weights = (ours / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert weights == (theirs / "diffusion_pytorch_model.fp16.safetensors").read_bytes()
+    StableDiffusionPipeline.from_pretrained(folder)

@@ -17,7 +17,6 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 def add_lora(denoiser: ModelMixin, rank: int, seed: int) -> int:
     """Freeze `denoiser` and give its attention trainable adapters, which change nothing at first; how many
     parameters they have."""
-    denoiser.requires_grad_(False)
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(ATTENTION))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
