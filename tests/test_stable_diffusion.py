@@ -575,3 +575,18 @@ def test_a_teachers_variant_is_exported_without_its_name(train, teachers, tmp_pa
     weights = (ours / "diffusion_pytorch_model.safetensors").read_bytes()
     assert weights == (theirs / "diffusion_pytorch_model.fp16.safetensors").read_bytes()
     StableDiffusionPipeline.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind, other, dtype", [("sd1", 0, "bf16"), ("xl", 0, "fp32"), ("xl", 1, "bf16")])
+def test_sdxls_own_vae_stays_in_float32(teachers, pictures, kind, other, dtype):
+    flags = ["--pretrained_vae_model_name_or_path", teachers["sd1"] / "vae"] if other else []
+    backbone = load(teachers[kind], *flags)
+    backbone.teacher.to(torch.bfloat16)
+    batch, _ = row_batch(backbone, pictures)
+    latents, condition = backbone.encode(batch, StepRandom(0, 0))
+    assert backbone.encoders.vae.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    assert all(encoder.dtype == torch.bfloat16 for encoder in backbone.encoders.text_encoders)
+    assert latents.dtype == torch.float32 and latents.isfinite().all()
+    assert condition["encoder_hidden_states"].dtype == torch.float32
+    images = backbone.sample(backbone.teacher, [0], 2, ["a b"])  # decoded in float32, whatever the VAE is in
+    assert images.shape == (1, 3, 32, 32) and backbone.encoders.vae.dtype != torch.float32 or dtype == "fp32"
