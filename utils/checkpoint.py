@@ -56,7 +56,7 @@ def wanted_checkpoint(args) -> Path | None:
     Raises:
         ValueError: there is no such checkpoint.
     """
-    wanted = args.resume_from_checkpoint
+    wanted = getattr(args, "resume_from_checkpoint", None)  # the measuring scripts have no such flag
     if wanted == "latest":
         folder = Path(args.output_dir) / "checkpoints"
         if not (complete := complete_checkpoints(folder)):
