@@ -14,16 +14,16 @@ function of (seed, index), whatever the number of processes; a run that was stop
 """
 
 import shutil
-from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
+from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from utils.checkpoint import check_output_dir
 from utils.cost import Meter, cost, free, measure, pipeline_files
+from utils.distributed import long_timeout, on_main_process
 from utils.evaluation_arguments import METRICS, PR_NEIGHBOURS, parse_args
 from utils.extractors import ClipScorer, load_extractor
 from utils.image_sets import ImageSet, SampleFolder, check_processes, image_files
@@ -109,12 +109,11 @@ def compute_metrics(args, real: Measured, generated: Measured, device) -> dict[s
 def main(argv: list[str] | None = None) -> None:
     """Check, measure the reference, sample, measure the samples, report: in the order of the lines."""
     args = parse_args(__doc__, argv)
-    waiting = InitProcessGroupKwargs(timeout=timedelta(hours=12))  # while one process hashes a large reference
-    accelerator = Accelerator(kwargs_handlers=[waiting])
+    accelerator = Accelerator(kwargs_handlers=[long_timeout()])
     check_processes(accelerator)
     use_cpu_threads(args, accelerator)
     quiet = not accelerator.is_local_main_process
-    check_output_dir(args)
+    on_main_process(accelerator, check_output_dir, args)
 
     # What measures, and what is measured against
     with accelerator.main_process_first():  # it downloads, the others find it

@@ -199,7 +199,6 @@ def launch(arguments: list[str], processes: int = 1, **environment) -> subproces
     return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, **pipes)
 
 
-@pytest.mark.slow
 def test_two_processes_give_the_same_images_and_numbers(evaluate, flags, tmp_path):
     # 44 samples: three blocks of 16, 16 and 12, so that one process has two; a cache of their own
     common = ["--num_samples", 44, "--batch_size", 16, "--metrics", *LISTED, "--keep_images"]
