@@ -30,8 +30,9 @@ from utils.checkpoint import check_output_dir
 from utils.data import ImageRows, fingerprint, load_rows, sample_batch
 from utils.export import PACKAGES
 from utils.extractors import load_extractor
+from utils.feature_statistics import FeatureStatistics
 from utils.features import Tapped
-from utils.metrics import FeatureStatistics, frechet_distance, rank_warning
+from utils.metrics import frechet_distance, rank_warning
 from utils.plots import FIGURES, error_table, save_figures
 from utils.randomness import StepRandom, seed_from, shuffled
 from utils.speed import use_cpu_threads
@@ -279,7 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     backbone = choose_backbone(args).load(args)
     num_train_timesteps = backbone.scheduler.config.num_train_timesteps
     timesteps = spread_timesteps(args.num_timesteps, num_train_timesteps)
-    rows = load_rows(args, args.validation_split)
+    rows = load_rows(args, args.validation_split, split_flag="--validation_split")
     if args.num_samples > len(rows):
         raise ValueError(
             f"--num_samples is {args.num_samples}; split '{args.validation_split}' has {len(rows)} images. Take "

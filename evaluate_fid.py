@@ -21,12 +21,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+from utils.blocks import block_threads, check_processes
 from utils.checkpoint import check_output_dir
-from utils.cost import Meter, cost, free, measure, pipeline_files
-from utils.distributed import long_timeout, on_main_process
+from utils.cost import Meter, cost, free, measure
+from utils.distributed import long_timeout, main_process_first, on_main_process
 from utils.evaluation_arguments import METRICS, PR_NEIGHBOURS, parse_args
 from utils.extractors import ClipScorer, load_extractor
-from utils.image_sets import ImageSet, SampleFolder, check_processes, image_files
+from utils.image_sets import ImageSet, image_files
 from utils.inception import sha256, versions
 from utils.metrics import (
     clip_score,
@@ -35,21 +36,39 @@ from utils.metrics import (
     kernel_distance,
     precision_recall,
     rank_warning,
+    subset_warning,
 )
+from utils.pipelines import load_pipeline, pipeline_files, pipeline_folder, use_scheduler
 from utils.reference import Measured, measure_images, measure_reference, open_reference
 from utils.report import COSTS, cost_table, metrics_table, update_model_card, write_json
-from utils.sampling import Sampler, load_pipeline, pipeline_folder, read_prompts, use_scheduler
-from utils.speed import DTYPES, use_cpu_threads
+from utils.sample_folder import SampleFolder
+from utils.sampling import Sampler, read_prompts
+from utils.speed import DTYPES
 from utils.validation import image_grid
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
 OUTPUTS = ("metrics.json", "samples.png", "images", "sampling")
 GRID_IMAGES = 32
+PIPELINE = "--pretrained_model_name_or_path"
 
 
-def open_sampler(args, name: str, flag: str, prompts: list[str] | None, device) -> tuple[Sampler, dict[str, Path]]:
-    """The pipeline `name`, set up as the flags say, and its files by their path in it. Raises ValueError."""
-    first = flag == "--pretrained_model_name_or_path"
+def open_measures(args, device):
+    """What measures, and what is measured against: extractor, CLIP, reference, prompts. Raises ValueError."""
+    extractor = load_extractor(
+        args.feature_extractor,
+        device=device,
+        fid_mode=args.fid_mode,
+        inception_path=args.inception_path,
+        with_probabilities="is" in args.metrics,
+    )
+    clip = ClipScorer(args.clip_model, device=device) if "clip" in args.metrics else None
+    reference = open_reference(args, extractor)
+    return extractor, clip, reference, read_prompts(args, reference)
+
+
+def open_sampler(args, flag: str, prompts: list[str] | None, device) -> tuple[Sampler, dict[str, Path]]:
+    """The pipeline that `flag` names, set up as the flags say, and its files by path. Raises ValueError."""
+    name, first = getattr(args, flag.removeprefix("--")), flag == PIPELINE
     revision, variant = (args.revision, args.variant) if first else (None, None)
     folder = pipeline_folder(name, flag, revision=revision, variant=variant, pickled=args.allow_pickle_weights)
     pipeline = load_pipeline(
@@ -75,9 +94,7 @@ def draw_missing(samples: SampleFolder, meter: Meter, accelerator: Accelerator) 
         unit="image",
         disable=not accelerator.is_local_main_process,
     )
-    for number, block in enumerate(own):
-        images, record = meter(block)
-        samples.write(block, images, record)
+    for number, _ in enumerate(meter.draw(own, keep=samples.write)):
         together = missing[0][number * accelerator.num_processes : (number + 1) * accelerator.num_processes]
         progress.update(sum(len(other) for other in together))
     progress.close()
@@ -111,22 +128,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(__doc__, argv)
     accelerator = Accelerator(kwargs_handlers=[long_timeout()])
     check_processes(accelerator)
-    use_cpu_threads(args, accelerator)
+    threads = block_threads(args.num_cpu_threads, accelerator)
     quiet = not accelerator.is_local_main_process
     on_main_process(accelerator, check_output_dir, args)
 
     # What measures, and what is measured against
-    with accelerator.main_process_first():  # it downloads, the others find it
-        extractor = load_extractor(
-            args.feature_extractor,
-            device=accelerator.device,
-            fid_mode=args.fid_mode,
-            inception_path=args.inception_path,
-            with_probabilities="is" in args.metrics,
-        )
-        clip = ClipScorer(args.clip_model, device=accelerator.device) if "clip" in args.metrics else None
-        reference = open_reference(args, extractor)
-        prompts = read_prompts(args, reference)
+    extractor, clip, reference, prompts = main_process_first(accelerator, open_measures, args, accelerator.device)
 
     # What is measured
     if args.images:
@@ -134,16 +141,9 @@ def main(argv: list[str] | None = None) -> None:
         height, width = (args.resolution,) * 2 if args.resolution else images.keep_size(quiet=quiet)
         side, count, sampler = height if height == width else None, len(images), None
     else:
-        with accelerator.main_process_first():
-            if args.compare_to:  # what it would refuse, now and not hours later
-                open_sampler(args, args.compare_to, "--compare_to", prompts, "cpu")
-            sampler, files = open_sampler(
-                args,
-                args.pretrained_model_name_or_path,
-                "--pretrained_model_name_or_path",
-                prompts,
-                accelerator.device,
-            )
+        if args.compare_to:  # what it would refuse, now and not hours later
+            on_main_process(accelerator, open_sampler, args, "--compare_to", prompts, "cpu")
+        sampler, files = main_process_first(accelerator, open_sampler, args, PIPELINE, prompts, accelerator.device)
         side, count = sampler.side(), args.num_samples
     if isinstance(reference, ImageSet):
         if args.resolution or not args.reference_images:
@@ -166,23 +166,23 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     if sampler:
         samples = SampleFolder(args.output_dir, count, args.batch_size)
-        if accelerator.is_main_process:
-            how = sampler.protocol | {
-                "batch_size": args.batch_size,  # decides the last bits
-                "model_files": {name: sha256(path) for name, path in files.items()},
-                "versions": versions("torch", "diffusers"),
-            }
-            if done := samples.open(how):
-                print(f"{done:,} of {count:,} samples are in {samples.images} already")
-    accelerator.wait_for_everyone()
+        how = sampler.protocol | {
+            "batch_size": args.batch_size,  # decides the last bits
+            "model_files": {name: sha256(path) for name, path in files.items()},
+            "versions": versions("torch", "diffusers"),
+        }
+        if done := on_main_process(accelerator, samples.open, how):
+            print(f"{done:,} of {count:,} samples are in {samples.images} already")
 
     # Reference, then samples
     keep_features = bool({"kid", "pr"} & set(args.metrics))
-    real, reference_protocol = measure_reference(reference, extractor, accelerator, args, keep_features=keep_features)
+    real, reference_protocol = measure_reference(
+        reference, extractor, accelerator, args, threads=threads, keep_features=keep_features
+    )
     if accelerator.is_main_process and args.save_stats:
         real.statistics.save(args.save_stats)
     if sampler:
-        draw_missing(samples, Meter(sampler, accelerator.device), accelerator)
+        draw_missing(samples, Meter(sampler, accelerator.device, threads), accelerator)
         images = ImageSet.from_files(samples.paths(), "samples")
         if not args.resolution:
             images.keep_size(quiet=quiet)
@@ -194,6 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator,
         args,
         "features",
+        threads=threads,
         keep_features=keep_features,
         probabilities="is" in args.metrics,
         clip=clip,
@@ -207,21 +208,21 @@ def main(argv: list[str] | None = None) -> None:
         costs["cost"] = cost(sampler.pipeline, records, list(files.values()), accelerator.num_processes)
         if args.compare_to:
             free(sampler.pipeline)
-            other, other_files = open_sampler(args, args.compare_to, "--compare_to", prompts, accelerator.device)
-            number = args.compare_num_samples or 2 * args.batch_size * accelerator.num_processes
-            records = measure(
-                Meter(other, accelerator.device), accelerator, number, args.batch_size, "sampling --compare_to"
-            )
+            other, other_files = open_sampler(args, "--compare_to", prompts, accelerator.device)
+            number = args.compare_num_samples or (1 + threads) * args.batch_size * accelerator.num_processes
+            meter = Meter(other, accelerator.device, threads)
+            records = measure(meter, accelerator, number, args.batch_size, "sampling --compare_to")
             costs["compare_to"] = cost(other.pipeline, records, list(other_files.values()), accelerator.num_processes)
             costs["ratios"] = {key: costs["cost"][key] / costs["compare_to"][key] for key in COSTS}
 
     # Metrics and the report
     if accelerator.is_main_process:
         metrics = compute_metrics(args, real, generated, accelerator.device)
-        dim = extractor.protocol["dimensions"]
-        warned = (
-            [rank_warning(each.statistics.count, dim) for each in (generated, real)] if "fid" in args.metrics else []
-        )
+        counts, warned = [each.statistics.count for each in (generated, real)], []
+        if "fid" in args.metrics:
+            warned += [rank_warning(each, extractor.protocol["dimensions"]) for each in counts]
+        if "kid" in args.metrics:
+            warned.append(subset_warning(args.kid_subset_size, *counts))
         source = how | {"name": args.pretrained_model_name_or_path} if sampler else {"images": args.images}
         if not sampler:
             source["sha256"] = images.content_hash(quiet=quiet)
@@ -236,11 +237,11 @@ def main(argv: list[str] | None = None) -> None:
                 "clip_model": clip and clip.protocol,
                 "seed": args.seed,
                 "kid_subsets": args.kid_subsets,
-                "kid_subset_size": args.kid_subset_size,
+                "kid_subset_size": min(args.kid_subset_size, *filter(None, counts)),
                 "precision_recall_k": PR_NEIGHBOURS,
                 "batch_size": args.batch_size,
                 "processes": accelerator.num_processes,
-                "threads_per_process": torch.get_num_threads(),
+                "threads_per_process": threads,
                 "device": accelerator.device.type,
                 "versions": versions(*PACKAGES, "clean-fid"),
                 "arguments": vars(args),

@@ -25,8 +25,9 @@ from utils.analysis import (
 )
 from utils.backbones import choose_backbone
 from utils.extractors import FeatureExtractor
+from utils.feature_statistics import FeatureStatistics
 from utils.losses import place_loss
-from utils.metrics import FeatureStatistics, frechet_distance
+from utils.metrics import frechet_distance
 from utils.plots import FIGURES
 from utils.randomness import seed_from, shuffled
 from utils.validation import VALIDATION_STREAM

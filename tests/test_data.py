@@ -375,7 +375,7 @@ def test_wrong_columns_and_splits(data_dir):
     with pytest.raises(ValueError, match="--image_column picture.*image, label"):
         load_rows(flags(dataset_name=data_dir, image_column="picture"))
     with pytest.raises(ValueError, match="--validation_split.*'valid'.*train, test"):
-        load_rows(flags(dataset_name=data_dir), "valid")
+        load_rows(flags(dataset_name=data_dir), "valid", split_flag="--validation_split")
 
 
 def test_no_train_split(tmp_path):

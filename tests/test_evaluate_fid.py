@@ -27,7 +27,7 @@ from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetForImageClas
 import evaluate_fid
 from utils.evaluation_arguments import METRICS
 from utils.extractors import load_extractor
-from utils.metrics import FeatureStatistics
+from utils.feature_statistics import FeatureStatistics
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIFIER = str(ROOT / "assets" / "classifier")
@@ -163,6 +163,7 @@ def test_what_is_written(evaluate, tmp_path, teacher_dir, capsys):
     assert found["ratios"]["parameters"] == 1 and found["ratios"]["macs_per_image"] == 1
     assert found["cost"]["timed_images"] == 12  # 20, without the first block
     assert any("rank of at most 19" in text for text in found["warnings"]) and "rank of at most 19" in printed
+    assert protocol["kid_subset_size"] == 10 and not any("subsets" in text for text in found["warnings"])
     for value in found["metrics"].values():
         assert f"{value:.6g}" in printed
     assert "Saved:" in printed and "Next:" in printed and "FID" not in printed  # no FID without inception
@@ -385,7 +386,7 @@ BAD = {
     "not empty": (["--output_dir", "images"], "--output_dir .*is not empty.*--overwrite_output_dir"),
     "input in output": ([*NO_PIPELINE, "--images", "images", "--output_dir", "."], "lies in --output_dir"),
     "cleanfid needs inception": ([*NO_DATA, "--cleanfid_stats", "cifar10"], "--cleanfid_stats are of inception"),
-    "no split": (["--split", "dev"], "has no split 'dev'"),
+    "no split": (["--split", "dev"], "--split: .* has no split 'dev', only train, test"),
     "card without folder": (["--update_model_card", "--pretrained_model_name_or_path", "me/x"], "--update_model_card"),
 }
 
@@ -432,7 +433,10 @@ def test_cleanfid_statistics_that_cannot_be_had(evaluate, monkeypatch):
 
 def test_resolution_makes_mixed_sizes_one(evaluate, tmp_path):
     Image.new("RGB", (12, 9)).save(save_pngs(tmp_path / "mixed", 20) / "003.png")
-    found = evaluate(*NO_PIPELINE, "--images", tmp_path / "mixed", "--resolution", 8)
+    sizes = ["--resolution", 8, "--kid_subset_size", 1000]
+    found = evaluate(*NO_PIPELINE, "--images", tmp_path / "mixed", *sizes)
+    assert found["protocol"]["kid_subset_size"] == 20  # what was used
+    assert any("hold all 20 samples" in text for text in found["warnings"])
     assert found["protocol"]["samples"]["resolution"] == 8 and found["protocol"]["reference"]["resolution"] == 8
 
 

@@ -4,6 +4,7 @@
 import io
 import json
 import shutil
+import sys
 import urllib.error
 import warnings
 from pathlib import Path
@@ -33,9 +34,11 @@ from transformers import (
     ViTModel,
 )
 
+from utils.blocks import mapping
 from utils.extractors import ClipScorer, FeatureExtractor, extractor_identity, load_extractor
+from utils.feature_statistics import FeatureStatistics
 from utils.inception import InceptionExtractor
-from utils.metrics import FeatureStatistics, clip_score, frechet_distance
+from utils.metrics import clip_score, frechet_distance
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
@@ -225,6 +228,27 @@ def test_probabilities_are_the_classifiers_and_features_stay_the_same(resnet_fol
     torch.testing.assert_close(probabilities, expected, rtol=1e-5, atol=1e-6)
     for other in (extractor(images), load_extractor(str(resnet_folder))(images)):
         torch.testing.assert_close(features, other, rtol=0, atol=0)
+
+
+def test_threads_measure_what_one_measures(resnet_folder, clip_folder):
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randint(0, 256, (3, 3, 16, 16), generator=generator, dtype=torch.uint8) for _ in range(40)]
+    prompts = [["a b"] * 3, ["a"] * 3, ["b a d"] * 3, ["a b d a c a b"] * 3] * 10
+    extractor, scorer = load_extractor(str(resnet_folder), with_probabilities=True), ClipScorer(str(clip_folder))
+
+    def measure(batch, texts):
+        return *extractor.features_and_probabilities(batch), scorer(batch, texts)
+
+    expected = list(map(measure, batches, prompts))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # threads change as often as they can
+    try:
+        with mapping(4) as map_blocks:
+            together = list(map_blocks(measure, batches, prompts))
+    finally:
+        sys.setswitchinterval(interval)
+    for found, alone in zip(together, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, alone, strict=True))
 
 
 def test_features_of_a_vit_classifier_are_the_same_with_probabilities(images, tmp_path):

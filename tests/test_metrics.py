@@ -9,14 +9,15 @@ from prdc import compute_prdc
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
 
+from utils.feature_statistics import FeatureStatistics
 from utils.metrics import (
-    FeatureStatistics,
     clip_score,
     frechet_distance,
     inception_score,
     kernel_distance,
     precision_recall,
     rank_warning,
+    subset_warning,
 )
 
 
@@ -205,17 +206,21 @@ def test_statistics_refuse_what_they_cannot_use():
     assert statistics.count == 1
 
 
-def test_statistics_saved_and_loaded_go_on_to_the_same_bits(tmp_path):
-    features = np.random.default_rng(7).normal(size=(30, 4))
-    statistics = streamed(features[:20], [13, 7])
+def test_statistics_saved_and_loaded_are_the_same_bits(tmp_path):
+    statistics = streamed(np.random.default_rng(7).normal(size=(20, 4)), [13, 7])
     path = tmp_path / "reference.stats"  # a name of the caller's choice, nothing is appended
     statistics.save(path)
     loaded = FeatureStatistics.load(path)
-    for each in (statistics, loaded):
-        each.update(features[20:])
-    assert loaded.count == 30
+    assert loaded.count == 20
     np.testing.assert_array_equal(loaded.mean, statistics.mean)
     np.testing.assert_array_equal(loaded.cov, statistics.cov)
+    with np.load(path) as arrays:  # by the names that clean-fid and pytorch-fid look for
+        np.testing.assert_array_equal(arrays["mu"], statistics.mean)
+        np.testing.assert_array_equal(arrays["sigma"], statistics.cov)
+    with pytest.raises(AssertionError, match="no more samples"):
+        loaded.update(np.zeros((1, 4)))
+    with pytest.raises(ValueError, match="at least 2 samples"):
+        streamed(np.zeros((1, 4)), [1]).save(path)
 
 
 def test_loading_something_else_is_refused(tmp_path):
@@ -224,9 +229,9 @@ def test_loading_something_else_is_refused(tmp_path):
     np.savez(tmp_path / "other.npz", weights=np.zeros(3))
     np.savez(tmp_path / "foreign.npz", mu=np.zeros(3), sigma=np.eye(4))
     np.savez(tmp_path / "nan.npz", mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
-    np.savez(tmp_path / "protocol.npz", count=3, mean=np.zeros(3), scatter=np.eye(3), protocol="{not json")
-    np.savez(tmp_path / "shapes.npz", count=3, mean=np.zeros(3), scatter=np.eye(4))
-    np.savez(tmp_path / "pickled.npz", count=3, mean=np.array([object()]), scatter=np.eye(1))
+    np.savez(tmp_path / "protocol.npz", count=3, mu=np.zeros(3), sigma=np.eye(3), protocol="{not json")
+    np.savez(tmp_path / "shapes.npz", count=3, mu=np.zeros((3, 1)), sigma=np.eye(3))
+    np.savez(tmp_path / "pickled.npz", count=3, mu=np.array([object()]), sigma=np.eye(1))
     (tmp_path / "text.npz").write_text("not an archive")
     for name in ("other", "foreign", "nan", "protocol", "shapes", "pickled", "text"):
         with pytest.raises(ValueError, match="does not hold feature statistics"):
@@ -244,9 +249,6 @@ def test_the_protocol_is_saved_with_the_statistics(tmp_path):
     statistics.protocol = protocol
     statistics.save(tmp_path / "with.npz")
     assert FeatureStatistics.load(tmp_path / "with.npz").protocol == protocol
-    np.savez(tmp_path / "old.npz", count=3, mean=statistics.mean, scatter=np.eye(3))  # of before there was a protocol
-    old = FeatureStatistics.load(tmp_path / "old.npz")
-    assert old.protocol is None and old.count == 3
     with np.load(tmp_path / "with.npz", allow_pickle=False) as arrays:
         assert all(arrays[name].dtype != object for name in arrays)
 
@@ -259,43 +261,11 @@ def test_statistics_of_other_tools_are_read(tmp_path):
     assert theirs.count is None and theirs.protocol is None
     np.testing.assert_allclose(theirs.mean, ours.mean, rtol=1e-14)
     np.testing.assert_allclose(theirs.cov, ours.cov, rtol=1e-12)
-    with pytest.raises(ValueError, match="count is unknown"):
-        theirs.update(features)
-    with pytest.raises(ValueError, match="count is unknown"):
-        ours.merge(theirs)
     theirs.protocol = {"extractor": "inception"}
     theirs.save(tmp_path / "again.npz")
     again = FeatureStatistics.load(tmp_path / "again.npz")
     np.testing.assert_array_equal(again.cov, theirs.cov)
     assert again.count is None and again.protocol == theirs.protocol
-
-
-@pytest.mark.parametrize("sizes", [[60, 40], [1, 99], [0, 100], [100, 0], [30, 0, 69, 1]])
-def test_merged_parts_equal_the_whole(sizes):
-    features = np.random.default_rng(13).normal(size=(100, 4)) * [1, 2, 3, 4] + 1e3
-    parts = [streamed(part, [len(part)]) for part in np.split(features, np.cumsum(sizes)[:-1])]
-    kept = [(part.count, part.mean.copy()) if part.count else None for part in parts]
-    merged = FeatureStatistics()
-    for part in parts:
-        merged.merge(part)
-    assert merged.count == 100
-    np.testing.assert_allclose(merged.mean, features.mean(axis=0), rtol=1e-14)
-    np.testing.assert_allclose(merged.cov, np.cov(features, rowvar=False), rtol=0, atol=1e-10)
-    assert [(p.count, p.mean.tolist()) if p.count else None for p in parts] == [
-        k and (k[0], k[1].tolist()) for k in kept
-    ]
-
-
-def test_merging_refuses_another_protocol_or_dimension():
-    three, four = streamed(np.eye(3), [3]), streamed(np.eye(4), [4])
-    with pytest.raises(ValueError, match="3 and 4 dimensions"):
-        three.merge(four)
-    three.protocol, other = {"resize": "clean"}, streamed(np.eye(3), [3])
-    three.merge(other)
-    other.protocol = {"resize": "legacy_pytorch"}
-    with pytest.raises(ValueError, match="two protocols"):
-        three.merge(other)
-    assert three.count == 6
 
 
 # ----------------------------------------------------------------------------------------------- kernel distance
@@ -329,6 +299,12 @@ def test_kernel_distance_of_whole_sets_is_the_plain_estimate(two_sets):
     within = np.mean([kernel(real[i], real[j]) + kernel(generated[i], generated[j]) for i, j in pairs])
     across = np.mean([kernel(x, y) for x in real for y in generated])
     assert mean == pytest.approx(within - 2 * across, rel=1e-10)
+
+
+def test_a_subset_warning_when_subsets_are_a_whole_set():
+    assert subset_warning(1000, 5000, 1001) is None
+    assert "subsets of 1000 hold all 1000 samples" in subset_warning(1000, 1000, 5000)
+    assert "hold all 20 samples" in subset_warning(1000, 24, 20)
 
 
 def test_kernel_distance_is_unbiased():

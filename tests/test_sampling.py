@@ -24,10 +24,13 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from utils.backbones.ddpm import DDPM
-from utils.cost import Meter, cost, pipeline_files
+from utils.cost import Meter, cost
+from utils.pipelines import denoiser_of, load_pipeline, pipeline_files, pipeline_folder, use_scheduler
 from utils.randomness import seed_from
-from utils.sampling import STREAM, Sampler, denoiser_of, load_pipeline, pipeline_folder, use_scheduler
+from utils.sampling import STREAM, Sampler
 from utils.students.sizes import model_size
+
+CPU = torch.device("cpu")
 
 
 def seeded(function):
@@ -146,6 +149,54 @@ def test_a_sample_is_a_function_of_seed_and_index(family):
     assert same_but_rounding(sampler([4]), whole[4:5])
     assert not same_but_rounding(whole[:1], whole[1:2])
     assert not same_but_rounding(Sampler(build(), seed=4, num_inference_steps=3, **flags)(range(6)), whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_threads_draw_what_one_draws(family):
+    build, flags = FAMILIES[family]
+    # of other lengths, so that tokenizers pad otherwise in every block
+    prompts = {"prompts": ["a", "a b", "a b c a b c a b c", "b", "c c c"]} if "prompts" in flags else {}
+    sampler = Sampler(build(), num_inference_steps=2, **{**flags, **prompts})
+    blocks = [range(first, first + 2) for first in range(0, 24, 2)]
+    drawn = {}
+    records = list(
+        Meter(sampler, CPU, threads=4).draw(blocks, keep=lambda block, images, _: drawn.update({block: images}))
+    )
+    assert [record["images"] for record in records] == [2] * 12 and not sampler.draws_ambient_noise
+    for block in blocks:
+        assert torch.equal(drawn[block], sampler(block)), block
+
+
+def test_a_pipeline_that_draws_ambient_noise_is_left_to_one_thread():
+    class Ambient(DDPMPipeline):
+        def __call__(self, batch_size=1, generator=None, num_inference_steps=2, output_type="pt"):
+            found = super().__call__(batch_size, generator, num_inference_steps, output_type)
+            found.images = found.images * 0 + torch.rand(batch_size, 1, 1, 1)
+            return found
+
+    unet, scheduler = tiny_ddpm().unet, DDPMScheduler()
+    pipeline = Ambient(unet, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    sampler, drawn = Sampler(pipeline, num_inference_steps=1), {}
+    blocks = [range(first, first + 2) for first in range(0, 8, 2)]
+    meter = Meter(sampler, CPU, threads=4)
+    list(meter.draw(blocks, keep=lambda block, images, _: drawn.update({block: images})))
+    assert sampler.draws_ambient_noise and meter.threads == 1
+    assert all(torch.equal(drawn[block], sampler(block)) for block in blocks)
+
+
+def test_a_block_that_fails_ends_the_others():
+    begun = []
+
+    def keep(block, images, record):
+        begun.append(block)
+        if block.start == 2:
+            raise OSError("the disk is full")
+
+    meter = Meter(Sampler(tiny_ddpm(), num_inference_steps=1), CPU, threads=2)
+    with pytest.raises(OSError, match="disk is full"):
+        list(meter.draw([range(i, i + 1) for i in range(200)], keep=keep))
+    assert len(begun) < 100
 
 
 def test_labels_and_prompts_go_by_index():
@@ -267,14 +318,13 @@ def test_pickled_weights_only_when_asked(tmp_path):
 def test_the_cost_is_counted(tmp_path):
     sampler = Sampler(tiny_ddpm(DDIMScheduler()), num_inference_steps=5)
     plain = sampler(range(4))
-    meter = Meter(sampler, torch.device("cpu"))
-    images, first = meter(range(4))
-    assert torch.equal(images, plain)  # counting leaves the samples alone
-    second = meter(range(4, 6))[1]
-    assert (first["passed"], second["passed"]) == (20, 10) and (first["warmed_up"], second["warmed_up"]) == (
-        False,
-        True,
+    drawn = []
+    first, second = Meter(sampler, CPU).draw(
+        [range(4), range(4, 6)], keep=lambda _, images, record: drawn.append(images)
     )
+    assert torch.equal(drawn[0], plain)  # counting leaves the samples alone
+    assert (first["forwards_per_image"], second["forwards_per_image"]) == (5, 5)
+    assert (first["warmed_up"], second["warmed_up"]) == (False, True)
     size = model_size(sampler.pipeline.unet.config)  # counted on the meta device, without running
     assert first["macs"] == size.macs
     first["seconds"], second["seconds"] = 100.0, 3.0
@@ -290,13 +340,11 @@ def test_the_cost_is_counted(tmp_path):
 
 def test_guidance_costs_two_forwards():
     flags = {"prompts": ["a"], "num_inference_steps": 2}
-    passed = [
-        Meter(Sampler(tiny_stable_diffusion(), guidance_scale=scale, **flags), torch.device("cpu"))(range(3))[1][
-            "passed"
-        ]
-        for scale in (1.0, 4.0)
-    ]
-    assert passed[1] == 2 * passed[0]
+    forwards = []
+    for scale in (1.0, 4.0):
+        (record,) = Meter(Sampler(tiny_stable_diffusion(), guidance_scale=scale, **flags), CPU).draw([range(3)])
+        forwards.append(record["forwards_per_image"])
+    assert forwards[1] == 2 * forwards[0]
 
 
 def test_the_files_of_a_pipeline_are_one_set_of_weights(tmp_path):

@@ -57,11 +57,14 @@ def write_card(args, backbone, *, method: str, sizes: str, distances: dict[str, 
     _save(folder, facts)
 
 
-def update_card(folder: Path) -> None:
-    """Write `README.md` again, as `metrics.json` may have come; one that was edited by hand stays as it is."""
+def update_card(folder: Path) -> bool:
+    """Write `README.md` again, as `metrics.json` may have come. False where there is no card of the training scripts,
+    or one that was edited by hand, which stays as it is."""
     facts = _facts(folder)
-    if facts and not _edited(folder, facts):
-        _save(folder, facts)
+    if not facts or _edited(folder, facts):
+        return False
+    _save(folder, facts)
+    return True
 
 
 def card_for_hub(folder: Path, repo_id: str) -> str | None:
@@ -81,8 +84,8 @@ def render(folder: Path, facts: dict, name: str) -> str:
     teacher, data = args["pretrained_model_name_or_path"], args["dataset_name"] or args["train_data_dir"]
     title = Path(name).resolve().name
     measured = folder / "metrics.json"
-    evaluation = _evaluation(without_paths(json.loads(measured.read_text())) if measured.exists() else {})
-    results = _eval_results(evaluation, facts["pipeline_tag"], data)
+    evaluation = card_evaluation(json.loads(measured.read_text()) if measured.exists() else {})
+    results = eval_results(evaluation, facts["pipeline_tag"], data)
     link = f"[{teacher}](https://huggingface.co/{teacher})" if facts["base_model"] else f"`{teacher}`"
     if args["lambda_kd_output"] or args["lambda_kd_feat"]:
         made = f"Distilled from {link} with {facts['method']}"
@@ -124,32 +127,42 @@ def render(folder: Path, facts: dict, name: str) -> str:
     )
 
 
-def _evaluation(content: dict) -> dict[str, dict]:
-    """The finite `metrics` of metrics.json and their `protocol`, without the flags and versions, which stay there."""
-    metrics = content.get("metrics", {}).items()
-    protocol = content.get("protocol", {}).items()
+def card_evaluation(content: dict) -> dict[str, dict]:
+    """What a card says of metrics.json: the finite `metrics` and their `protocol`, without this machine's paths and
+    without the flags and versions, which stay there."""
+    content = without_paths(content)
+    metrics, protocol = content.get("metrics", {}), content.get("protocol", {})
     return {
-        "metrics": {k: v for k, v in metrics if isinstance(v, int | float) and math.isfinite(v)},
-        "protocol": {k: v for k, v in protocol if k not in ("arguments", "versions") and v is not None},
+        "metrics": {k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)},
+        "protocol": {k: v for k, v in protocol.items() if k not in ("arguments", "versions") and v is not None},
     }
 
 
-def _eval_results(evaluation: dict, task: str, data: str) -> list[EvalResult]:
-    """The metrics in the Hub's form; the protocol is their data set's `args`, and so stands there once for all."""
+def eval_results(
+    evaluation: dict, task: str, data: str | None = None, conditions: dict | None = None
+) -> list[EvalResult]:
+    """The metrics of `card_evaluation` in the Hub's form, with what they may be compared with: the whole protocol, as
+    the `args` of their data set, where it stands once for all; or `conditions`, as those of every metric.
+
+    `data` names the real images where the protocol does not.
+    """
     protocol = evaluation["protocol"]
     reference = protocol.get("reference", {})
     reference = reference if isinstance(reference, dict) else {}
     name = next((reference[key] for key in REFERENCES if reference.get(key)), data)
+    name = Path(name).name if Path(name).exists() else name  # a folder's last part, or all of a Hub id
     inception = protocol.get("extractor") and protocol["extractor"].get("name") == "inception"
     return [
         EvalResult(
             task_type=task,
             dataset_type=re.sub(r"[^\w./-]", "-", name),
             dataset_name=name,
+            dataset_config=reference.get("dataset_config_name"),
             dataset_split=reference.get("split"),
-            dataset_args=protocol,
+            dataset_args=None if conditions else protocol,
             metric_type=INCEPTION_NAMES.get(metric, metric) if inception else metric,
             metric_name=metric,
+            metric_args=conditions,
             metric_value=value,
         )
         for metric, value in evaluation["metrics"].items()

@@ -1,62 +1,87 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a pipeline costs: parameters, multiply-adds, time, memory, bytes on disk. Measured while it samples."""
 
+import functools
 import gc
 import re
 import resource
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 
-from utils.image_sets import blocks
-from utils.sampling import Sampler, denoiser_of
+from utils.blocks import blocks, mapping
+from utils.pipelines import denoiser_of
+from utils.sampling import Sampler
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__) -> int:
+    """Of shapes (B, heads, tokens, D): PyTorch 2.14 has no formula for its fused CPU attention, and counts none."""
+    return sdpa_flop_count(query, key, value)
+
+
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 class Meter:
-    """Draws blocks of samples and says what each cost. The first block of a process warms it up."""
+    """Draws blocks of samples and says what each cost: the first by itself, then `threads` at once."""
 
-    def __init__(self, sampler: Sampler, device: torch.device):
-        self.sampler, self.device = sampler, device
-        self.denoiser = denoiser_of(sampler.pipeline)
-        self.passed = 0  # samples through the denoiser; guidance sends each twice
+    def __init__(self, sampler: Sampler, device: torch.device, threads: int = 1):
+        self.sampler, self.device, self.threads = sampler, device, threads
+        self.forwards = 0  # of samples through the denoiser; guidance sends each twice
         self.macs: int | None = None  # of one sample, once
-        self.counting, self.warm = False, False
-        self.denoiser.register_forward_hook(self._count, with_kwargs=True)
+        self.counting = False
         reset_peak_memory(device)
 
-    def __call__(self, indices: Sequence[int]) -> tuple[torch.Tensor, dict]:
-        """Uint8 images (B, C, H, W), and their record: seconds, samples through the denoiser, bytes at the peak."""
-        self.passed, warm = 0, self.warm
+    def draw(self, own: Sequence[range], keep: Callable[[range, torch.Tensor, dict], None] | None = None):
+        """Draw every block and yield its record: seconds of the process's time, forwards, bytes at the peak.
+
+        `keep(block, images, record)` is called with each, its images uint8 (B, C, H, W), by the thread that drew it.
+        """
+        if not own:
+            return
+        hook = denoiser_of(self.sampler.pipeline).register_forward_hook(self._count, with_kwargs=True)
+        yield self._draw_block(own[0], keep, warmed_up=False)
+        hook.remove()
+        if self.sampler.draws_ambient_noise:
+            self.threads = 1
+        with mapping(self.threads) as map_blocks:
+            yield from map_blocks(functools.partial(self._draw_block, keep=keep), own[1:])
+
+    def _draw_block(self, block: range, keep, warmed_up: bool = True) -> dict:
         start = time.perf_counter()
-        images = self.sampler(indices)  # on the CPU: the device has finished
+        images = self.sampler(block)  # on the CPU: the device has finished
+        seconds = time.perf_counter() - start
+        if not warmed_up:
+            self.forwards_per_image = self.forwards / len(images)
         record = {
             "images": len(images),
-            "seconds": time.perf_counter() - start,
-            "warmed_up": warm,
-            "passed": self.passed,
+            "seconds": seconds / self.threads if warmed_up else seconds,
+            "warmed_up": warmed_up,
+            "forwards_per_image": self.forwards_per_image,
             "macs": self.macs,
             "peak_memory_bytes": peak_memory(self.device),
         }
-        self.warm = True
-        return images, record
+        if keep:
+            keep(block, images, record)
+        return record
 
     def _count(self, module, args, kwargs, _output) -> None:
         if self.counting:
             return
         inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim > 1)
         batch_size = len(next(inputs))
-        self.passed += batch_size
+        self.forwards += batch_size
         if self.macs is None:  # once more, to be counted; the samples come from the forward that was not
             self.counting = True
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
                 module(*args, **kwargs)
             self.counting = False
             self.macs = counter.get_total_flops() // 2 // batch_size
@@ -65,8 +90,9 @@ class Meter:
 def measure(meter: Meter, accelerator: Accelerator, num_samples: int, batch_size: int, description: str) -> list[dict]:
     """The records of `num_samples` samples, drawn by all processes as an evaluation draws them, and thrown away."""
     own = blocks(num_samples, batch_size)[accelerator.process_index :: accelerator.num_processes]
-    bar = tqdm(own, desc=description, unit="block", disable=not accelerator.is_local_main_process)
-    return gather_object([meter(block)[1] for block in bar])
+    quiet = not accelerator.is_local_main_process
+    bar = tqdm(meter.draw(own), desc=description, total=len(own), unit="block", disable=quiet)
+    return gather_object(list(bar))
 
 
 def cost(pipeline: DiffusionPipeline, records: list[dict], files: Sequence[Path], num_processes: int) -> dict:
@@ -78,8 +104,8 @@ def cost(pipeline: DiffusionPipeline, records: list[dict], files: Sequence[Path]
     timed = [record for record in records if record["warmed_up"]] or records
     seconds = sum(record["seconds"] for record in timed) / sum(record["images"] for record in timed)
     images = sum(record["images"] for record in records)
-    calls = sum(record["passed"] for record in records) / images
-    macs = next(record["macs"] for record in records if record["macs"] is not None)
+    calls = sum(record["forwards_per_image"] * record["images"] for record in records) / images
+    macs = records[0]["macs"]
     parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
     return {
         "parameters": sum(p.numel() for p in denoiser_of(pipeline).parameters()),
@@ -101,21 +127,6 @@ def free(pipeline: DiffusionPipeline) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-def pipeline_files(folder: Path, pipeline: DiffusionPipeline, variant: str | None) -> list[Path]:
-    """The files that `pipeline` was loaded from: configs, tokenizers, and one set of weights of each component."""
-    files = [folder / "model_index.json"]
-    for name in pipeline.components:
-        inside = (folder / name).is_dir()  # the Hub's oldest pipelines have their model in the root
-        present = sorted(path for path in (folder / name if inside else folder).iterdir() if path.is_file())
-        weights = [path for path in present if path.suffix == ".safetensors"]
-        weights = weights or [path for path in present if path.suffix == ".bin"]
-        plain = [path for path in weights if "." not in path.stem]
-        chosen = [path for path in weights if variant and f".{variant}" in path.name] or plain
-        rest = {".json", ".txt", ".model"} if inside else set()
-        files += [path for path in present if path in chosen or path.suffix in rest or path.name == "config.json"]
-    return sorted(set(files))
 
 
 def reset_peak_memory(device: torch.device) -> None:

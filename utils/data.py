@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 HOLD_IN_MEMORY_BYTES = 256 * 2**20  # decoded sets up to this size are held as uint8; larger ones are decoded as read
 
 
-def load_rows(args, split: str = "train") -> "datasets.Dataset":
+def load_rows(args, split: str = "train", *, split_flag: str | None = None) -> "datasets.Dataset":
     """The dataset that the flags name, image column undecoded, cut to `--max_train_samples` for the train split.
+    `split_flag` is the flag that names the split, where there is one.
 
     Raises:
         ValueError: none named, nothing there, no such split, or no such image column (named with those there are).
@@ -50,8 +51,7 @@ def load_rows(args, split: str = "train") -> "datasets.Dataset":
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise ValueError(f"{flag} {name} cannot be loaded as a dataset: {error}") from error
     if split not in splits:
-        hint = "--validation_split" if split != "train" else flag
-        raise ValueError(f"{hint}: {name} has no split '{split}', only {', '.join(splits)}.")
+        raise ValueError(f"{split_flag or flag}: {name} has no split '{split}', only {', '.join(splits)}.")
     rows = splits[split]
     if args.image_column not in rows.column_names:
         raise ValueError(

@@ -33,3 +33,13 @@ def on_main_process(accelerator: Accelerator, function: Callable, *arguments):
     if refusals[0] is not None:
         raise refusals[0]
     return value
+
+
+def main_process_first(accelerator: Accelerator, function: Callable, *arguments):
+    """`function(*arguments)` on every process, on the main one before the others: what it downloads, they find.
+
+    Raises:
+        ValueError: as `on_main_process`; the others then do not begin.
+    """
+    value = on_main_process(accelerator, function, *arguments)
+    return value if accelerator.is_main_process else function(*arguments)

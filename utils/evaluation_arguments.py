@@ -156,7 +156,8 @@ def _cost(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compare_num_samples",
         type=int,
-        help="samples drawn from it, with the same flags (default: two batches a process, the first to warm up)",
+        help="samples drawn from it, with the same flags (default: for each process a batch to warm up, and one more "
+        "for each of its threads)",
     )
 
 
@@ -188,9 +189,8 @@ def _speed(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--num_cpu_threads",
         type=int,
-        default=1,
-        help="threads of a process on the CPU (default: 1: with more, the last bits of some layers depend on their "
-        "number. To use more cores and keep every bit, launch more processes)",
+        help="batches that a process works on at once on the CPU, each in a thread of its own, so that no number "
+        "depends on how many (default: one for each of its cores). Memory grows with them",
     )
     group.add_argument(
         "--dataloader_num_workers", type=int, default=0, help="processes that decode images (default: 0, none extra)"

@@ -7,6 +7,7 @@ it is: two sets of features may be compared when `extractor_identity` of their p
 
 import functools
 import json
+import threading
 from pathlib import Path
 
 import torch
@@ -96,6 +97,9 @@ class FeatureExtractor:
             )
         self.device, self.dtype = torch.device(device), dtype
         self.model.to(self.device).eval().requires_grad_(False)
+        self._seen = threading.local()  # what the body gave in this thread's last forward of the whole model
+        if with_probabilities:
+            self.body.register_forward_hook(lambda module, inputs, output: setattr(self._seen, "output", output))
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
@@ -112,14 +116,9 @@ class FeatureExtractor:
         """(B, 1 or 3, H, W) uint8 -> (B, D) and (B, classes), both float32, in one forward pass."""
         assert self.body is not self.model, "load with with_probabilities=True"
         pixels = _preprocess(self.processor, as_rgb(images), self.device, self.dtype)
-        outputs = []
-        hook = self.body.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-        try:
-            with torch.autocast(self.device.type, enabled=False):
-                logits = self.model(pixel_values=pixels).logits
-        finally:
-            hook.remove()
-        return self._pooled(outputs[0]), logits.float().softmax(dim=-1)
+        with torch.autocast(self.device.type, enabled=False):
+            logits = self.model(pixel_values=pixels).logits
+        return self._pooled(self._seen.output), logits.float().softmax(dim=-1)
 
     def _pooled(self, outputs) -> Tensor:
         pooled = outputs.get("pooler_output") if self._trained_pooler else None
@@ -173,6 +172,7 @@ class ClipScorer:
         _check_weights(self.model, info, name, flag)
         self.processor = _from_pretrained(AutoImageProcessor, name, flag, "CLIP model", needs)
         self.tokenizer = _from_pretrained(AutoTokenizer, name, flag, "CLIP model", needs)
+        self._tokenizing = threading.Lock()  # a fast tokenizer changes its own settings in a call
         longest = self.model.config.text_config.max_position_embeddings
         self.max_length = min(longest, self.tokenizer.model_max_length)
         self.device = torch.device(device)
@@ -188,9 +188,10 @@ class ClipScorer:
         """(B, 1 or 3, H, W) uint8 and B prompts -> (B,) float32 in -1 ... 1; long prompts are cut to the model's."""
         assert len(images) == len(prompts), f"{len(images)} images, {len(prompts)} prompts"
         pixels = _preprocess(self.processor, as_rgb(images), self.device, torch.float32)
-        tokens = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
-        ).to(self.device)
+        with self._tokenizing:
+            tokens = self.tokenizer(
+                list(prompts), padding=True, truncation=True, max_length=self.max_length, return_tensors="pt"
+            ).to(self.device)
         with torch.autocast(self.device.type, enabled=False):
             image = self.model.get_image_features(pixel_values=pixels).pooler_output
             text = self.model.get_text_features(**tokens).pooler_output

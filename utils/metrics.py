@@ -2,7 +2,7 @@
 """Features to numbers: Frechet and kernel distance, precision and recall, Inception Score, CLIP score.
 
     extractor = load_extractor("assets/classifier")
-    real, generated = FeatureStatistics(), FeatureStatistics()
+    real, generated = FeatureStatistics(), FeatureStatistics()  # utils/feature_statistics.py
     for images in real_batches:                     # (B, 1 or 3, H, W) uint8
         real.update(extractor(images))
     ...
@@ -13,10 +13,6 @@ extractor, and can be compared only with numbers of the same extractor, referenc
 larger Frechet distance. The Frechet distance needs means and covariances only, so its memory does not grow with the
 number of samples; kernel distance and precision and recall need all features (N, D).
 """
-
-import json
-import os
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -71,121 +67,6 @@ def rank_warning(count: int | None, dim: int) -> str | None:
     )
 
 
-class FeatureStatistics:
-    """Count, mean and covariance of feature vectors that arrive in batches; memory O(D^2) however many arrive.
-
-    Batches are merged by their own means and scatters (Chan, Golub, LeVeque 1979) in float64: sums of x and x^2 would
-    lose the covariance to cancellation when the mean is large beside the spread.
-
-    Attributes:
-        count: samples so far; None for a mean and covariance of another tool, which says no count.
-        protocol: what the features are (extractor, resize, dataset ...), of JSON's types; kept by `save` and `load`.
-    """
-
-    def __init__(self, protocol: dict | None = None) -> None:
-        self.count: int | None = 0
-        self.protocol = protocol
-        self._mean: np.ndarray | None = None  # (D,)
-        self._scatter: np.ndarray | None = None  # (D, D), sum of (x - mean)(x - mean)^T; the covariance if no count
-
-    def update(self, features: Features) -> None:
-        """Add a batch (B, D), from any device, in any float type. B may differ from call to call, and may be 0.
-
-        Raises ValueError when the shape does not fit the earlier batches, a feature is NaN or infinite, or the count
-        of the earlier ones is unknown.
-        """
-        if isinstance(features, Tensor):
-            features = features.detach().to("cpu", torch.float64).numpy()
-        features = np.asarray(features, dtype=np.float64)
-        if features.ndim != 2 or (self._mean is not None and features.shape[1] != self._mean.size):
-            wanted = "(B, D)" if self._mean is None else f"(B, {self._mean.size})"
-            raise ValueError(f"Features must be {wanted}, found {features.shape}.")
-        if not np.isfinite(features).all():
-            raise ValueError("Features contain NaN or infinity; if the extractor runs in half precision, use float32.")
-        if len(features) > 0:
-            mean = features.mean(axis=0)
-            centred = features - mean
-            self._add(len(features), mean, centred.T @ centred)
-
-    def merge(self, other: "FeatureStatistics") -> None:
-        """Add all samples of `other`, which is left as it is: as if this had seen them (to rounding).
-
-        Raises ValueError when dimensions or protocols differ, or a count is unknown.
-        """
-        if self.protocol is not None and other.protocol is not None and self.protocol != other.protocol:
-            raise ValueError(f"Cannot merge statistics of two protocols, {self.protocol} and {other.protocol}.")
-        if other.count == 0:
-            return
-        if self._mean is not None and self._mean.shape != other.mean.shape:
-            raise ValueError(f"Cannot merge statistics of {self._mean.size} and {other.mean.size} dimensions.")
-        self._add(other.count, other.mean, other._scatter)
-
-    def _add(self, added: int | None, mean: np.ndarray, scatter: np.ndarray) -> None:
-        if self.count is None or added is None:
-            raise ValueError("Cannot add samples to a mean and covariance whose count is unknown.")
-        if self.count == 0:
-            self.count, self._mean, self._scatter = added, mean, scatter
-            return
-        total = self.count + added
-        shift = mean - self._mean
-        self._scatter = self._scatter + scatter + np.outer(shift, shift) * (self.count * added / total)
-        self._mean = self._mean + shift * (added / total)
-        self.count = total
-
-    @property
-    def mean(self) -> np.ndarray:
-        """(D,) float64. Raises ValueError before the first sample."""
-        if self._mean is None:
-            raise ValueError("No features were added: there is no mean.")
-        return self._mean
-
-    @property
-    def cov(self) -> np.ndarray:
-        """(D, D) float64, divided by count - 1 as np.cov does. Raises ValueError with fewer than two samples."""
-        if self.count is None:
-            return self._scatter
-        if self.count < 2:
-            raise ValueError(f"A covariance needs at least 2 samples, found {self.count}.")
-        return self._scatter / (self.count - 1)
-
-    def save(self, path: str | os.PathLike) -> None:
-        """Write an .npz file of count, mean, scatter and protocol. `load` gives back the same bits."""
-        if self.count is None:
-            arrays = {"mu": self.mean, "sigma": self.cov}
-        else:
-            arrays = {"count": self.count, "mean": self.mean, "scatter": self._scatter}
-        with open(path, "wb") as file:  # np.savez would append .npz to a path of its own
-            np.savez(file, **arrays, protocol=json.dumps(self.protocol, sort_keys=True))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike) -> "FeatureStatistics":
-        """Read what `save` wrote; more batches may be added. Also reads the `mu` and `sigma` of clean-fid and
-        pytorch-fid, as statistics without a count and a protocol.
-
-        Raises ValueError when the file is absent, or holds something else, or NaN.
-        """
-        if not Path(path).is_file():
-            raise ValueError(f"Feature statistics {path} do not exist.")
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                ours = "mu" not in arrays
-                names = ("mean", "scatter") if ours else ("mu", "sigma")
-                mean, scatter = (np.asarray(arrays[name], dtype=np.float64) for name in names)
-                count = int(arrays["count"]) if ours else None
-                protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else None
-        except Exception as error:  # zip, zlib, header and key errors of a foreign or cut file have no common class
-            raise ValueError(f"{path} does not hold feature statistics: {error}") from error
-        if mean.ndim != 1 or scatter.shape != mean.shape * 2:
-            raise ValueError(
-                f"{path} does not hold feature statistics: {names[0]} {mean.shape}, {names[1]} {scatter.shape}."
-            )
-        if not (np.isfinite(mean).all() and np.isfinite(scatter).all()):
-            raise ValueError(f"{path} does not hold feature statistics: it contains NaN or infinity.")
-        statistics = cls(protocol)
-        statistics.count, statistics._mean, statistics._scatter = count, mean, scatter
-        return statistics
-
-
 def kernel_distance(
     real: Features, generated: Features, *, subsets: int = 100, subset_size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
@@ -217,6 +98,16 @@ def kernel_distance(
         within = sum((kernel.sum() - kernel.trace()) / (size * (size - 1)) for kernel in (_cubic(x, x), _cubic(y, y)))
         values.append(float(within - 2 * _cubic(x, y).mean()))
     return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(subsets))
+
+
+def subset_warning(subset_size: int, *counts: int) -> str | None:
+    """What to tell a reader of a kernel distance whose subsets are a whole set; None if all is well."""
+    if subset_size < min(counts):
+        return None
+    return (
+        f"subsets of {subset_size} hold all {min(counts)} samples of a set: the standard error of the kernel distance "
+        "is that of the other set's draw alone, or 0. Choose smaller subsets, or more samples."
+    )
 
 
 def _cubic(x: Tensor, y: Tensor) -> Tensor:

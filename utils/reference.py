@@ -17,11 +17,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from utils.blocks import in_order
 from utils.data import fingerprint, load_rows
 from utils.extractors import extractor_identity
-from utils.image_sets import ImageSet, image_files, in_order
+from utils.feature_statistics import FeatureStatistics
+from utils.image_sets import ImageSet, image_files
 from utils.inception import versions
-from utils.metrics import FeatureStatistics
 
 
 @dataclass
@@ -41,6 +42,7 @@ def measure_images(
     args,
     description: str,
     *,
+    threads: int,
     keep_features: bool,
     probabilities: bool = False,
     clip=None,
@@ -66,6 +68,7 @@ def measure_images(
         work,
         accelerator,
         batch_size=args.batch_size,
+        threads=threads,
         num_workers=args.dataloader_num_workers,
         description=description,
     )
@@ -96,7 +99,7 @@ def open_reference(args, extractor) -> ImageSet | FeatureStatistics:
     if args.reference_images:
         paths = image_files(args.reference_images, "--reference_images", args.max_reference_samples)
         return ImageSet.from_files(paths, "--reference_images")
-    rows = load_rows(argparse.Namespace(**vars(args), max_train_samples=None), args.split)
+    rows = load_rows(argparse.Namespace(**vars(args), max_train_samples=None), args.split, split_flag="--split")
     rows = rows.select(range(min(len(rows), args.max_reference_samples or len(rows))))
     if len(rows) < 2:
         raise ValueError(f"the reference has {len(rows)} image; a distance needs at least 2.")
@@ -153,7 +156,7 @@ def _cleanfid_statistics(args) -> FeatureStatistics:
 
 
 def measure_reference(
-    reference, extractor, accelerator: Accelerator, args, *, keep_features: bool
+    reference, extractor, accelerator: Accelerator, args, *, threads: int, keep_features: bool
 ) -> tuple[Measured, dict]:
     """The reference's statistics, and features if they are kept, and its protocol; from the cache where it was
     measured before. The key is the images' bytes and all that decides their features."""
@@ -190,7 +193,9 @@ def measure_reference(
     found = [measured is not None]
     broadcast_object_list(found)
     if not found[0]:
-        measured = measure_images(reference, extractor, accelerator, args, "reference", keep_features=keep_features)
+        measured = measure_images(
+            reference, extractor, accelerator, args, "reference", threads=threads, keep_features=keep_features
+        )
         if accelerator.is_main_process:
             cached.save(measured)
     if accelerator.is_main_process:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 
-from utils.card import update_card
+from utils.card import card_evaluation, eval_results, update_card
 
 LABELS = {  # key in metrics.json -> (with Inception features, with others), each with what is better
     "frechet_distance": ("FID, lower is better", "Frechet distance, lower is better"),
@@ -19,7 +19,6 @@ LABELS = {  # key in metrics.json -> (with Inception features, with others), eac
     "inception_score_std": ("  its standard deviation over splits",) * 2,
     "clip_score": ("CLIP score, higher is better",) * 2,
 }
-TYPES = {"frechet_distance": "fid", "kernel_distance": "kid"}  # what the Hub calls them, of Inception features alone
 COSTS = {  # key in metrics.json -> (label, factor, unit)
     "parameters": ("parameters of the denoiser", 1, ""),
     "parameters_of_pipeline": ("parameters of the pipeline", 1, ""),
@@ -73,21 +72,20 @@ def update_model_card(folder: Path, content: dict) -> Path:
     """Put the metrics of `content`, that of metrics.json, into the model card in `folder`, and metrics.json beside it.
 
     A card of the training scripts is written again by them, as long as nobody edited it. In any other card the numbers
-    join the `model-index` of the front matter, where equal measurements are replaced; text and other entries stay.
+    join the `model-index` of the front matter, where the same measurement is replaced; text and other entries stay.
     """
     path = folder / "README.md"
     write_json(folder / "metrics.json", content)
-    if (folder / "card.json").exists():
-        update_card(folder)
+    if update_card(folder):
+        return path
     card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: diffusers\n---\n")
-    present = list(card.data.eval_results or [])
-    values = {(result.metric_type, result.metric_value) for result in present}
-    for result in _results(card, content):
-        names = {result.metric_type, *(key for key, kind in TYPES.items() if kind == result.metric_type)}
-        if values & {(name, result.metric_value) for name in names}:  # the training scripts' card says it already
-            continue
-        present = [old for old in present if not result.is_equal_except_value(old)] + [result]
-    card.data.eval_results = present
+    evaluation = card_evaluation(content)
+    drawn = "text-to-image" if evaluation["protocol"]["samples"].get("prompts") else "unconditional-image-generation"
+    task = card.data.get("pipeline_tag") or drawn
+    results = eval_results(evaluation, task, conditions=_conditions(evaluation["protocol"]))
+    present = card.data.eval_results or []
+    kept = [old for old in present if not any(_same_measurement(old, new) for new in results)]
+    card.data.eval_results = kept + results
     card.data.model_name = card.data.model_name or folder.resolve().name
     beside = path.with_name(".README.md.partial")
     card.save(beside)
@@ -95,13 +93,15 @@ def update_model_card(folder: Path, content: dict) -> Path:
     return path
 
 
-def _results(card: ModelCard, content: dict) -> list[EvalResult]:
-    """The metrics as the Hub writes them, each with what it may be compared with."""
-    protocol = content["protocol"]
+def _same_measurement(old: EvalResult, new: EvalResult) -> bool:
+    """Made under the same conditions; or the same number, in a form that the training scripts' card gave it."""
+    number = (old.metric_type, old.dataset_name, old.metric_value)
+    return new.is_equal_except_value(old) or number == (new.metric_type, new.dataset_name, new.metric_value)
+
+
+def _conditions(protocol: dict) -> dict:
+    """The part of a protocol that another model must share for its numbers to compare."""
     samples, reference, extractor = (protocol[name] for name in ("samples", "reference", "extractor"))
-    sources = ("dataset_name", "train_data_dir", "reference_images", "statistics")
-    source = next(reference[name] for name in sources if name in reference)
-    name = Path(source).name if Path(source).exists() else source  # a folder's last part, or all of a Hub id
     conditions = {
         "num_samples": samples["count"],
         **{key: samples.get(key) for key in ("num_inference_steps", "scheduler", "eta", "guidance_scale", "seed")},
@@ -109,19 +109,4 @@ def _results(card: ModelCard, content: dict) -> list[EvalResult]:
         "reference_resolution": reference.get("resolution"),
         "feature_extractor": f"{extractor['name']}, {extractor['kind']}, {extractor['resize']}",
     }
-    prompted = "text-to-image" if samples.get("prompts") else "unconditional-image-generation"
-    inception = extractor["name"] == "inception"
-    return [
-        EvalResult(
-            task_type=card.data.get("pipeline_tag") or prompted,
-            dataset_type=name,
-            dataset_name=name,
-            dataset_config=reference.get("dataset_config_name"),
-            dataset_split=reference.get("split"),
-            metric_type=TYPES.get(key, key) if inception else key,
-            metric_name=LABELS[key][not inception].split(",")[0].strip(),
-            metric_value=value,
-            metric_args={key: value for key, value in conditions.items() if value is not None},
-        )
-        for key, value in content["metrics"].items()
-    ]
+    return {key: value for key, value in conditions.items() if value is not None}

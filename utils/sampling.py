@@ -6,106 +6,22 @@ own, seeded from (seed, index): its noise depends on no batch, device or number 
 on the batch it is drawn in, as convolutions sum in another order; so samples are drawn in fixed blocks of indices.
 """
 
+import copy
 import functools
 import hashlib
 import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError
 
+from utils.pipelines import denoiser_of
 from utils.randomness import seed_from
 from utils.validation import VALIDATION_STREAM
 
 # the noise of a run's own validation, so that the same seed, steps and batch size measure the very same samples
 STREAM = VALIDATION_STREAM
-
-
-def pipeline_folder(name_or_path: str, flag: str, *, revision=None, variant=None, pickled: bool = False) -> Path:
-    """The local folder of a pipeline; a Hub id is downloaded.
-
-    Raises:
-        ValueError: there is no diffusers pipeline of that name.
-    """
-    if Path(name_or_path).is_dir():
-        if not (Path(name_or_path) / "model_index.json").is_file():
-            raise ValueError(
-                f"{flag} {name_or_path}: that folder has no model_index.json. Give the folder of a whole pipeline, as "
-                "its save_pretrained and the training scripts write it."
-            )
-        return Path(name_or_path)
-    safe = None if pickled else True
-    try:
-        return Path(DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=safe))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{flag} {name_or_path}: no such folder here, and no diffusers pipeline of that name could be had from "
-            f"the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
-        ) from error
-
-
-def load_pipeline(
-    folder: Path, flag: str, *, dtype: torch.dtype, device, variant=None, pickled: bool = False
-) -> DiffusionPipeline:
-    """The pipeline on its device, without what would touch its images afterwards: safety checker and watermark.
-
-    Raises:
-        ValueError: it does not load; safetensors alone are read unless `pickled`.
-    """
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            folder, variant=variant, dtype=dtype, use_safetensors=None if pickled else True
-        )
-    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{flag} {folder} does not load: {error} If its weights are pickled (.bin), --allow_pickle_weights loads "
-            "them, weights only."
-        ) from error
-    for name in ("safety_checker", "watermark"):
-        if getattr(pipeline, name, None) is not None:
-            setattr(pipeline, name, None)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
-
-
-def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
-    """The U-Net or transformer; in a pipeline that has neither by name, the component with the most parameters."""
-    models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
-    largest = max(models, key=lambda name: sum(p.numel() for p in models[name].parameters()))
-    return models.get("unet", models.get("transformer", models[largest]))
-
-
-def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
-    """Give the pipeline the diffusers scheduler of that class name, with the settings of its own.
-
-    Raises:
-        ValueError: no scheduler of diffusers, none for this kind of model, or one that this pipeline would misuse.
-    """
-    own = pipeline.scheduler
-    compatible = {cls.__name__ for cls in own.compatibles}
-    if type(own).__name__.startswith("FlowMatch"):  # diffusers lists none of these as compatible with another
-        compatible |= {name for name in dir(diffusers) if name.startswith("FlowMatch") and name.endswith("Scheduler")}
-    if name not in compatible:
-        known = "is no scheduler of diffusers" if not hasattr(diffusers, name) else "is for another kind of model"
-        raise ValueError(
-            f"--scheduler {name} {known}. In place of the {type(own).__name__} of this pipeline can come: "
-            f"{', '.join(sorted(compatible))}."
-        )
-    try:
-        scheduler = getattr(diffusers, name).from_config(own.config)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"--scheduler {name} cannot be made from the pipeline's settings: {error}") from error
-    source = "".join(inspect.getsource(cls) for cls in type(pipeline).__mro__ if "diffusers" in cls.__module__)
-    if getattr(scheduler, "init_noise_sigma", 1) != 1 and "init_noise_sigma" not in source:
-        raise ValueError(
-            f"--scheduler {name} starts from noise of another scale (init_noise_sigma), which a "
-            f"{type(pipeline).__name__} does not give it: the samples would be wrong. DDIMScheduler, "
-            "DPMSolverMultistepScheduler, PNDMScheduler and UniPCMultistepScheduler start from unit noise."
-        )
-    pipeline.scheduler = scheduler
 
 
 class Sampler:
@@ -133,6 +49,7 @@ class Sampler:
         self.name = type(pipeline).__name__
         self.takes = inspect.signature(pipeline.__call__).parameters
         self.class_labels, self.prompts = class_labels, prompts
+        self.draws_ambient_noise: bool | None = None  # from PyTorch's global generator; the first block shows it
         given = {
             "num_inference_steps": num_inference_steps,
             "guidance_scale": guidance_scale,
@@ -232,11 +149,12 @@ class Sampler:
             "prompt": self.prompts and [self.prompts[i % len(self.prompts)] for i in indices],
         }
         conditions = {name: value for name, value in conditions.items() if name in self.takes}
-        own, self.pipeline.scheduler = self.pipeline.scheduler, self._scheduler(generators)
-        try:
-            images = self.pipeline(generator=generators, output_type="pt", **conditions, **self.options).images
-        finally:
-            self.pipeline.scheduler = own
+        state = torch.get_rng_state()
+        images = self._pipeline(generators)(
+            generator=generators, output_type="pt", **conditions, **self.options
+        ).images
+        if self.draws_ambient_noise is None:
+            self.draws_ambient_noise = not torch.equal(state, torch.get_rng_state())
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
             found = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
             raise ValueError(f"a {self.name} gives {found}; only images of 1 or 3 channels can be measured.")
@@ -246,6 +164,16 @@ class Sampler:
                 "VAE of SDXL in fp16); try --dtype bf16 or fp32."
             )
         return (images.float().cpu() * 255).round().clamp(0, 255).to(torch.uint8)
+
+    def _pipeline(self, generators: list[torch.Generator]) -> DiffusionPipeline:
+        """The pipeline for one block: its models, and copies of what changes in a call, scheduler and tokenizers, so
+        that several threads may sample."""
+        pipeline = copy.copy(self.pipeline)
+        for name, part in self.pipeline.components.items():
+            if not isinstance(part, torch.nn.Module):
+                setattr(pipeline, name, copy.deepcopy(part))
+        pipeline.scheduler = self._scheduler(generators)
+        return pipeline
 
     def _scheduler(self, generators: list[torch.Generator]):
         """A fresh scheduler, which remembers no earlier block. From any pipeline its step gets eta and the samples'

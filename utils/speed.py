@@ -13,11 +13,16 @@ logger = get_logger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
 
 
+def cpu_share(accelerator: Accelerator) -> int:
+    """Cores of the machine for each process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // accelerator.num_processes)
+
+
 def use_cpu_threads(args, accelerator: Accelerator) -> None:
-    """Training on the CPU, take this process's share of the cores: `accelerate launch` sets OMP_NUM_THREADS to 1."""
+    """On the CPU, take this process's share of the cores: `accelerate launch` sets OMP_NUM_THREADS to 1."""
     if accelerator.device.type == "cpu":
-        share = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(args.num_cpu_threads or max(1, share // accelerator.num_processes))
+        torch.set_num_threads(args.num_cpu_threads or cpu_share(accelerator))
 
 
 def apply_speed_flags(args, accelerator: Accelerator, student: nn.Module, teacher: nn.Module | None) -> None:

@@ -18,7 +18,8 @@ from tqdm.auto import tqdm
 from utils.data import ImageRows, load_rows
 from utils.distributed import on_main_process
 from utils.extractors import FeatureExtractor
-from utils.metrics import FeatureStatistics, frechet_distance
+from utils.feature_statistics import FeatureStatistics
+from utils.metrics import frechet_distance
 from utils.randomness import seed_from
 from utils.speed import with_gradients
 
@@ -46,7 +47,7 @@ class Validation:
 
     def _prepare_distance(self, student: nn.Module) -> None:
         self.extractor = FeatureExtractor(self.args.validation_feature_extractor, device=self.accelerator.device)
-        self.real_rows = load_rows(self.args, self.args.validation_split)
+        self.real_rows = load_rows(self.args, self.args.validation_split, split_flag="--validation_split")
         self.untrained = copy.deepcopy(student).cpu().eval()
 
     @functools.cached_property

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any diffusers pipeline: found, loaded, given another scheduler; and the files it was loaded from."""
+
+import inspect
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+
+def pipeline_folder(name_or_path: str, flag: str, *, revision=None, variant=None, pickled: bool = False) -> Path:
+    """The local folder of a pipeline; a Hub id is downloaded.
+
+    Raises:
+        ValueError: there is no diffusers pipeline of that name.
+    """
+    if Path(name_or_path).is_dir():
+        if not (Path(name_or_path) / "model_index.json").is_file():
+            raise ValueError(
+                f"{flag} {name_or_path}: that folder has no model_index.json. Give the folder of a whole pipeline, as "
+                "its save_pretrained and the training scripts write it."
+            )
+        return Path(name_or_path)
+    safe = None if pickled else True
+    try:
+        return Path(DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=safe))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{flag} {name_or_path}: no such folder here, and no diffusers pipeline of that name could be had from "
+            f"the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
+        ) from error
+
+
+def load_pipeline(
+    folder: Path, flag: str, *, dtype: torch.dtype, device, variant=None, pickled: bool = False
+) -> DiffusionPipeline:
+    """The pipeline on its device, without what would touch its images afterwards: safety checker and watermark.
+
+    Raises:
+        ValueError: it does not load; safetensors alone are read unless `pickled`.
+    """
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, variant=variant, dtype=dtype, use_safetensors=None if pickled else True
+        )
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
+        raise ValueError(
+            f"{flag} {folder} does not load: {error} If its weights are pickled (.bin), --allow_pickle_weights loads "
+            "them, weights only."
+        ) from error
+    for name in ("safety_checker", "watermark"):
+        if getattr(pipeline, name, None) is not None:
+            setattr(pipeline, name, None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
+    """The U-Net or transformer; in a pipeline that has neither by name, the component with the most parameters."""
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    largest = max(models, key=lambda name: sum(p.numel() for p in models[name].parameters()))
+    return models.get("unet", models.get("transformer", models[largest]))
+
+
+def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
+    """Give the pipeline the diffusers scheduler of that class name, with the settings of its own.
+
+    Raises:
+        ValueError: no scheduler of diffusers, none for this kind of model, or one that this pipeline would misuse.
+    """
+    own = pipeline.scheduler
+    compatible = {cls.__name__ for cls in own.compatibles}
+    if type(own).__name__.startswith("FlowMatch"):  # diffusers lists none of these as compatible with another
+        compatible |= {name for name in dir(diffusers) if name.startswith("FlowMatch") and name.endswith("Scheduler")}
+    if name not in compatible:
+        known = "is no scheduler of diffusers" if not hasattr(diffusers, name) else "is for another kind of model"
+        raise ValueError(
+            f"--scheduler {name} {known}. In place of the {type(own).__name__} of this pipeline can come: "
+            f"{', '.join(sorted(compatible))}."
+        )
+    try:
+        scheduler = getattr(diffusers, name).from_config(own.config)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"--scheduler {name} cannot be made from the pipeline's settings: {error}") from error
+    source = "".join(inspect.getsource(cls) for cls in type(pipeline).__mro__ if "diffusers" in cls.__module__)
+    if getattr(scheduler, "init_noise_sigma", 1) != 1 and "init_noise_sigma" not in source:
+        raise ValueError(
+            f"--scheduler {name} starts from noise of another scale (init_noise_sigma), which a "
+            f"{type(pipeline).__name__} does not give it: the samples would be wrong. DDIMScheduler, "
+            "DPMSolverMultistepScheduler, PNDMScheduler and UniPCMultistepScheduler start from unit noise."
+        )
+    pipeline.scheduler = scheduler
+
+
+def pipeline_files(folder: Path, pipeline: DiffusionPipeline, variant: str | None) -> list[Path]:
+    """The files that `pipeline` was loaded from: configs, tokenizers, and one set of weights of each component."""
+    files = [folder / "model_index.json"]
+    for name in pipeline.components:
+        inside = (folder / name).is_dir()  # the Hub's oldest pipelines have their model in the root
+        present = sorted(path for path in (folder / name if inside else folder).iterdir() if path.is_file())
+        weights = [path for path in present if path.suffix == ".safetensors"]
+        weights = weights or [path for path in present if path.suffix == ".bin"]
+        plain = [path for path in weights if "." not in path.stem]
+        chosen = [path for path in weights if variant and f".{variant}" in path.name] or plain
+        rest = {".json", ".txt", ".model"} if inside else set()
+        files += [path for path in present if path in chosen or path.suffix in rest or path.name == "config.json"]
+    return sorted(set(files))
