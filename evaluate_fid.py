@@ -14,6 +14,7 @@ function of (seed, index), whatever the number of processes; a run that was stop
 """
 
 import shutil
+import warnings
 from pathlib import Path
 
 import torch
@@ -23,10 +24,11 @@ from tqdm.auto import tqdm
 
 from utils.blocks import block_threads, check_processes
 from utils.checkpoint import check_output_dir
+from utils.clip import ClipScorer
 from utils.cost import Meter, cost, free, measure
 from utils.distributed import long_timeout, main_process_first, on_main_process
 from utils.evaluation_arguments import METRICS, PR_NEIGHBOURS, parse_args
-from utils.extractors import ClipScorer, load_extractor
+from utils.extractors import load_extractor
 from utils.image_sets import ImageSet, image_files
 from utils.inception import sha256, versions
 from utils.metrics import (
@@ -40,14 +42,13 @@ from utils.metrics import (
 )
 from utils.pipelines import load_pipeline, pipeline_files, pipeline_folder, use_scheduler
 from utils.reference import Measured, measure_images, measure_reference, open_reference
-from utils.report import COSTS, cost_table, metrics_table, update_model_card, write_json
-from utils.sample_folder import SampleFolder
+from utils.report import COSTS, cost_table, metrics_table, open_card, update_model_card, write_json
+from utils.sample_folder import SampleFolder, clear_evaluation
 from utils.sampling import Sampler, read_prompts
 from utils.speed import DTYPES
 from utils.validation import image_grid
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
-OUTPUTS = ("metrics.json", "samples.png", "images", "sampling")
 GRID_IMAGES = 32
 PIPELINE = "--pretrained_model_name_or_path"
 
@@ -77,8 +78,31 @@ def open_sampler(args, flag: str, prompts: list[str] | None, device) -> tuple[Sa
     if args.scheduler:
         use_scheduler(pipeline, args.scheduler)
     names = "seed num_inference_steps eta guidance_scale height width class_labels".split()
-    sampler = Sampler(pipeline, prompts=prompts, **{name: getattr(args, name) for name in names})
+    try:
+        sampler = Sampler(pipeline, prompts=prompts, **{name: getattr(args, name) for name in names})
+    except ValueError as error:
+        raise error if first else ValueError(f"{flag} {name}: {error}") from error
     return sampler, {str(path.relative_to(folder)): path for path in pipeline_files(folder, pipeline, variant)}
+
+
+def fit_reference(args, reference: ImageSet, size: tuple[int, int] | None, quiet: bool) -> None:
+    """Images of a dataset are brought to the (height, width) of the samples, files of a folder read as they are, and
+    both brought to `--resolution` where it is given. Raises ValueError."""
+    if args.resolution:
+        reference.resize_to(args.resolution)
+    elif args.reference_images:
+        own = reference.keep_size(quiet=quiet)
+        if size and own != size:
+            warnings.warn(
+                f"the samples are {size[0]}x{size[1]}, --reference_images {own[0]}x{own[1]}: the extractor resizes "
+                "each from its own size. --resolution brings both to one.",
+                stacklevel=2,
+            )
+    elif size is None or size[0] != size[1]:
+        what = f"the samples are {size[0]}x{size[1]}" if size else "the size of the samples cannot be told beforehand"
+        raise ValueError(f"--resolution: {what}. Say to how many pixels a side samples and reference are brought.")
+    else:
+        reference.resize_to(size[0])
 
 
 def draw_missing(samples: SampleFolder, meter: Meter, accelerator: Accelerator) -> None:
@@ -117,7 +141,9 @@ def compute_metrics(args, real: Measured, generated: Measured, device) -> dict[s
         if "pr" in args.metrics:
             metrics["precision"], metrics["recall"] = precision_recall(*features, k=PR_NEIGHBOURS)
     if "is" in args.metrics:
-        metrics["inception_score"], metrics["inception_score_std"] = inception_score(generated.probabilities)
+        metrics["inception_score"], metrics["inception_score_std"] = inception_score(
+            generated.probabilities, seed=args.seed
+        )
     if "clip" in args.metrics:
         metrics["clip_score"] = clip_score(generated.similarities)
     return metrics
@@ -131,6 +157,8 @@ def main(argv: list[str] | None = None) -> None:
     threads = block_threads(args.num_cpu_threads, accelerator)
     quiet = not accelerator.is_local_main_process
     on_main_process(accelerator, check_output_dir, args)
+    if args.update_model_card:
+        open_card(Path(args.pretrained_model_name_or_path))  # what it would refuse, now and not at the end
 
     # What measures, and what is measured against
     extractor, clip, reference, prompts = main_process_first(accelerator, open_measures, args, accelerator.device)
@@ -138,20 +166,19 @@ def main(argv: list[str] | None = None) -> None:
     # What is measured
     if args.images:
         images = ImageSet.from_files(image_files(args.images, "--images", args.num_samples), "--images")
-        height, width = (args.resolution,) * 2 if args.resolution else images.keep_size(quiet=quiet)
-        side, count, sampler = height if height == width else None, len(images), None
+        if args.num_samples and len(images) < args.num_samples:
+            warnings.warn(f"--images {args.images} has {len(images)} images, not {args.num_samples}.", stacklevel=1)
+        size = (args.resolution,) * 2 if args.resolution else images.keep_size(quiet=quiet)
+        count, sampler = len(images), None
     else:
         if args.compare_to:  # what it would refuse, now and not hours later
             on_main_process(accelerator, open_sampler, args, "--compare_to", prompts, "cpu")
         sampler, files = main_process_first(accelerator, open_sampler, args, PIPELINE, prompts, accelerator.device)
-        side, count = sampler.side(), args.num_samples
+        size, count = sampler.size(), args.num_samples
+        if count < (classes := len(sampler.class_labels or [])):
+            warnings.warn(f"--num_samples {count}: the first {count} of {classes} classes are drawn.", stacklevel=1)
     if isinstance(reference, ImageSet):
-        if args.resolution or not args.reference_images:
-            if (args.resolution or side) is None:
-                raise ValueError("--resolution: the samples are not square; say to what the reference is brought.")
-            reference.resize_to(args.resolution or side)
-        else:
-            reference.keep_size(quiet=quiet)
+        fit_reference(args, reference, size, quiet)
     for name in args.metrics:
         compared = [count, len(reference)] if name in ("kid", "pr") else [count]
         if min(compared) < METRICS[name]:
@@ -161,9 +188,8 @@ def main(argv: list[str] | None = None) -> None:
             )
 
     # Where the samples go, and where an earlier run left off
-    if accelerator.is_main_process and args.overwrite_output_dir:
-        for path in (Path(args.output_dir) / name for name in OUTPUTS):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if args.overwrite_output_dir:
+        on_main_process(accelerator, clear_evaluation, args.output_dir)
     if sampler:
         samples = SampleFolder(args.output_dir, count, args.batch_size)
         how = sampler.protocol | {
@@ -184,8 +210,11 @@ def main(argv: list[str] | None = None) -> None:
     if sampler:
         draw_missing(samples, Meter(sampler, accelerator.device, threads), accelerator)
         images = ImageSet.from_files(samples.paths(), "samples")
-        if not args.resolution:
-            images.keep_size(quiet=quiet)
+        if not args.resolution and size not in (None, drawn := images.keep_size(quiet=quiet)):
+            raise ValueError(
+                f"--resolution: the samples are {drawn[0]}x{drawn[1]}, not {size[0]}x{size[1]} as the reference was "
+                "brought to. Say to what both are brought; the samples are kept."
+            )
     if args.resolution:
         images.resize_to(args.resolution)
     generated = measure_images(
@@ -207,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         records = samples.block_records()
         costs["cost"] = cost(sampler.pipeline, records, list(files.values()), accelerator.num_processes)
         if args.compare_to:
-            free(sampler.pipeline)
+            free(sampler)
             other, other_files = open_sampler(args, "--compare_to", prompts, accelerator.device)
             number = args.compare_num_samples or (1 + threads) * args.batch_size * accelerator.num_processes
             meter = Meter(other, accelerator.device, threads)

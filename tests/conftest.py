@@ -3,17 +3,20 @@
 
 import importlib
 import json
+import os
 import signal
 from pathlib import Path
 
-import datasets
-import numpy as np
-import pytest
-import torch
-from accelerate.state import AcceleratorState, PartialState
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the libraries read it: a missing folder is not looked for there
 
-from utils.randomness import seed_from
+import datasets  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from accelerate.state import AcceleratorState, PartialState  # noqa: E402
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
+
+from utils.randomness import seed_from  # noqa: E402
 
 TINY_UNET = {
     "sample_size": 8,

@@ -17,17 +17,30 @@ import scipy.linalg
 import scipy.spatial
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import read_log, save_images
-from diffusers import DDPMPipeline
+from conftest import build_unet, read_log, save_images
+from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
-from test_sampling import tiny_stable_diffusion, tiny_text
-from transformers import CLIPConfig, CLIPModel, ResNetConfig, ResNetForImageClassification, ViTImageProcessor
+from test_sampling import tiny_ddpm, tiny_stable_diffusion, tiny_text
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    ResNetConfig,
+    ResNetForImageClassification,
+    VideoMAEConfig,
+    VideoMAEModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
 
 import evaluate_fid
 from utils.evaluation_arguments import METRICS
 from utils.extractors import load_extractor
 from utils.feature_statistics import FeatureStatistics
+from utils.image_sets import ImageSet, image_files
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIFIER = str(ROOT / "assets" / "classifier")
@@ -221,6 +234,21 @@ def test_two_processes_give_the_same_images_and_numbers(evaluate, flags, tmp_pat
     assert two["cost"]["timed_images"] == 12  # the first block of either process warms it up
 
 
+def test_threads_give_the_same_images_and_numbers(evaluate, tmp_path):
+    common = ["--num_samples", 44, "--batch_size", 4, "--metrics", *LISTED, "--keep_images"]
+    found = [
+        evaluate(
+            *common, "--num_cpu_threads", threads, "--cache_dir", tmp_path / f"cache-{threads}", output=f"{threads}"
+        )
+        for threads in (1, 3)
+    ]
+    assert found[0]["metrics"] == found[1]["metrics"]
+    assert [each["protocol"]["threads_per_process"] for each in found] == [1, 3]
+    for index in range(44):
+        one, three = (tmp_path / folder / "images" / f"{index:06d}.png" for folder in "13")
+        assert one.read_bytes() == three.read_bytes()
+
+
 def test_processes_that_do_not_know_of_each_other_are_refused(evaluate, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")  # torchrun on the CPU without ACCELERATE_USE_CPU: two times one process
     with pytest.raises(ValueError, match="2 processes were launched.*sees 1.*ACCELERATE_USE_CPU=true"):
@@ -256,7 +284,48 @@ def test_a_killed_run_goes_on(evaluate, flags, tmp_path):
 def test_an_image_that_is_missing_is_drawn_again(evaluate, tmp_path):
     whole = evaluate("--keep_images")
     (tmp_path / "evaluation" / "images" / "000009.png").unlink()
+    (tmp_path / "evaluation" / "sampling" / "block-000000.json").write_text("")  # a crash of the machine
+    (tmp_path / "evaluation" / "images" / ".ipynb_checkpoints").mkdir()  # of an editor that looked in
     assert evaluate("--keep_images")["metrics"] == whole["metrics"]
+    (tmp_path / "evaluation" / "sampling" / "protocol.json").write_text("")
+    assert evaluate("--keep_images")["metrics"] == whole["metrics"]
+
+
+def test_what_cannot_be_cached_is_measured_all_the_same(evaluate, tmp_path):
+    whole = evaluate()
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match="--cache_dir cannot be written"):
+        assert evaluate("--cache_dir", tmp_path / "file", output="again")["metrics"] == whole["metrics"]
+
+
+def test_images_are_read_as_clean_fid_reads_them(tmp_path):
+    """In order of their numbers, and not turned by a tag."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    for name in ("10", "2", "1"):
+        Image.fromarray(pixels + int(name)).save(tmp_path / f"{name}.png", exif=exif.tobytes())
+    (tmp_path / "3.png").mkdir()
+    paths = image_files(str(tmp_path), "--images")
+    assert [path.name for path in paths] == ["1.png", "2.png", "10.png"]
+    read = ImageSet.from_files(paths, "--images")
+    read.keep_size(quiet=True)
+    assert torch.equal(read.__getitems__([1])[0].permute(1, 2, 0), torch.from_numpy(pixels + 2))
+
+
+def test_sizes_that_differ_are_said(evaluate, tmp_path):
+    save_pngs(tmp_path / "larger", 20, side=12)
+    with pytest.warns(UserWarning, match="the samples are 8x8, --reference_images 12x12"):
+        evaluate(*NO_DATA, "--reference_images", tmp_path / "larger")
+    save_pngs(tmp_path / "few", 20)
+    with pytest.warns(UserWarning, match="few has 20 images, not 30"):
+        evaluate(*NO_PIPELINE[:2], "--images", tmp_path / "few", "--num_samples", 30, output="few-evaluated")
+
+
+def test_samples_of_another_size_than_told(evaluate, monkeypatch):
+    monkeypatch.setattr(evaluate_fid.Sampler, "size", lambda self: (4, 4))  # a pipeline that is not understood
+    with pytest.raises(ValueError, match="--resolution: the samples are 8x8, not 4x4"):
+        evaluate()
 
 
 @pytest.mark.parametrize(
@@ -303,6 +372,10 @@ def test_the_reference_is_cached_by_content_and_protocol(evaluate, tmp_path, cap
     save_images(data, seed=1)
     assert evaluate(*common, output="4")["metrics"] != first["metrics"]
     assert "from the cache" not in capsys.readouterr().out
+    for path in cache.glob("*.npy"):
+        np.save(path, np.load(path)[:5])
+    with pytest.warns(UserWarning, match="cache is damaged .5 features of 24"):
+        evaluate("--dataset_name", moved, "--cache_dir", cache, output="short")
     for path in cache.glob("*.npz"):
         path.write_bytes(path.read_bytes()[:100])
     with pytest.warns(UserWarning, match="cache is damaged"):
@@ -386,9 +459,67 @@ BAD = {
     "not empty": (["--output_dir", "images"], "--output_dir .*is not empty.*--overwrite_output_dir"),
     "input in output": ([*NO_PIPELINE, "--images", "images", "--output_dir", "."], "lies in --output_dir"),
     "cleanfid needs inception": ([*NO_DATA, "--cleanfid_stats", "cifar10"], "--cleanfid_stats are of inception"),
+    "card of images": ([*NO_PIPELINE, "--images", "images", "--update_model_card"], "--update_model_card writes"),
+    "unreadable card": (["--pretrained_model_name_or_path", "carded", "--update_model_card"], "README.md cannot be "),
+    "seed": (["--seed", 2**32], "--seed is 4294967296"),
+    "statistics nowhere": (["--save_stats", "nowhere/x.npz"], "--save_stats nowhere/x.npz: .*a folder that exists"),
+    "output in images": (
+        [*NO_PIPELINE, "--images", "images", "--output_dir", "images/new"],
+        "--output_dir images/new lies in --images",
+    ),
+    "foreign images": (["--output_dir", "mine", "--overwrite_output_dir"], "would delete mine/images, which no eval"),
+    "bomb": ([*NO_PIPELINE, "--images", "bomb"], r"image 1 \(.*001.png\) cannot be decoded"),
+    "prompts that are none": (["--prompt_column", "label"], "--prompt_column label: row 0 holds 0, no prompt"),
+    "prompt left out": (["--prompts", "gap.txt"], "--prompts gap.txt: line 2 is empty"),
+    "random extractor": (["--feature_extractor", "masked"], "masked.* is a ViTMAEModel, whose features .* differ"),
+    "video extractor": (["--feature_extractor", "video"], "video.* is a VideoMAEModel, which gives no features"),
+    "shapes of the extractor": (["--feature_extractor", "shapes"], "--feature_extractor: .*shapes"),
+    "broken processor": (["--feature_extractor", "processor"], "--feature_extractor: .*processor"),
+    "index of nothing": (["--pretrained_model_name_or_path", "empty"], "empty does not load"),
+    "labels": (["--compare_to", "classes"], "--compare_to classes: the model of this DDPMPipeline needs class labels"),
     "no split": (["--split", "dev"], "--split: .* has no split 'dev', only train, test"),
     "card without folder": (["--update_model_card", "--pretrained_model_name_or_path", "me/x"], "--update_model_card"),
 }
+
+
+def save_carded(folder: Path) -> None:
+    tiny_ddpm().save_pretrained(folder / "carded")
+    (folder / "carded" / "README.md").write_text("---\nmodel-index: 3\n: [\n---\n")
+
+
+def save_empty(folder: Path) -> None:
+    (folder / "empty").mkdir()
+    (folder / "empty" / "model_index.json").write_text("{}")
+
+
+def save_classes(folder: Path) -> None:
+    DDPMPipeline(build_unet(num_class_embeds=3), DDPMScheduler()).save_pretrained(folder / "classes")
+
+
+def save_vit(folder: Path, config_class, model_class, **config) -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    model_class(config_class(**sizes, image_size=16, patch_size=8, **config)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": 16, "width": 16}).save_pretrained(folder)
+
+
+def save_masked(folder: Path) -> None:
+    sizes = {"decoder_hidden_size": 8, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    save_vit(folder / "masked", ViTMAEConfig, ViTMAEModel, decoder_intermediate_size=8, **sizes)
+
+
+def save_video(folder: Path) -> None:
+    save_vit(folder / "video", VideoMAEConfig, VideoMAEModel, num_frames=2)
+
+
+def save_shapes(folder: Path) -> None:
+    save_vit(folder / "shapes", ViTConfig, ViTModel)
+    config = json.loads((folder / "shapes" / "config.json").read_text())
+    (folder / "shapes" / "config.json").write_text(json.dumps({**config, "hidden_size": 16}))
+
+
+def save_broken_processor(folder: Path) -> None:
+    save_vit(folder / "processor", ViTConfig, ViTModel)
+    (folder / "processor" / "preprocessor_config.json").write_text("[]")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -415,6 +546,16 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(evaluate, tmp_path, monk
             file
         )
     (tmp_path / "prompts.txt").write_text("a\nb\n")
+    (tmp_path / "gap.txt").write_text("a\n\nb\n")
+    save_pngs(tmp_path / "mine" / "images", 2)
+    if case == "bomb":
+        Image.new("L", (300, 300)).save(save_pngs(tmp_path / "bomb", 3) / "001.png")
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    build = {"unreadable card": save_carded, "index of nothing": save_empty, "labels": save_classes}
+    build |= {"random extractor": save_masked, "video extractor": save_video}
+    build |= {"shapes of the extractor": save_shapes, "broken processor": save_broken_processor}
+    if case in build:
+        build[case](tmp_path)
     tiny_text()["text_encoder"].save_pretrained(tmp_path / "text")
     with warnings.catch_warnings(action="ignore"), pytest.raises(ValueError, match=message):
         evaluate(*given)
@@ -489,14 +630,15 @@ def test_the_model_card_gets_the_numbers_once(evaluate, tmp_path, teacher_dir):
     assert first.endswith("---\n\n# Mine\n\nText  with ---\n") and str(tmp_path) not in first
     evaluate(*given, "--overwrite_output_dir")
     assert (student / "README.md").read_text() == first
-    evaluate(*given, "--seed", 1, "--metrics", "fid", output="another")  # another measurement stands beside it
-    assert len(ModelCard.load(student / "README.md").data.eval_results) == len(results) + 1
+    for number, other in enumerate((["--seed", 1], ["--dtype", "bf16"])):  # other measurements stand beside it
+        evaluate(*given, *other, "--metrics", "fid", output=f"another-{number}")
+        assert len(ModelCard.load(student / "README.md").data.eval_results) == len(results) + 1 + number
     pipeline = DDPMPipeline.from_pretrained(student)
     pipeline.unet.conv_out.bias.data += 0.5
     pipeline.save_pretrained(student)
     changed = evaluate(*given, output="changed")["metrics"]["frechet_distance"]  # trained on, measured as before
     values = [r.metric_value for r in ModelCard.load(student / "README.md").data.eval_results]
-    assert len(values) == len(results) + 1
+    assert len(values) == len(results) + 2
     assert changed in values and found["metrics"]["frechet_distance"] not in values
 
 
@@ -544,7 +686,7 @@ def test_a_text_to_image_pipeline_and_its_clip_score(evaluate, tmp_path, clip_di
     assert by_file["metrics"] == by_column["metrics"]
     assert by_file["protocol"]["samples"]["guidance_scale"] == 4 and by_file["cost"]["forwards_per_image"] >= 6
 
-    from utils.extractors import ClipScorer
+    from utils.clip import ClipScorer
 
     paths = sorted((tmp_path / "file" / "images").iterdir())
     images = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])

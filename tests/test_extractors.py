@@ -35,7 +35,8 @@ from transformers import (
 )
 
 from utils.blocks import mapping
-from utils.extractors import ClipScorer, FeatureExtractor, extractor_identity, load_extractor
+from utils.clip import ClipScorer
+from utils.extractors import FeatureExtractor, extractor_identity, load_extractor
 from utils.feature_statistics import FeatureStatistics
 from utils.inception import InceptionExtractor
 from utils.metrics import clip_score, frechet_distance

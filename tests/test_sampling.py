@@ -2,12 +2,15 @@
 """Real tiny pipelines of several families as functions of (seed, index), and what they cost."""
 
 import json
+from argparse import Namespace
 
 import pytest
 import torch
 from conftest import build_unet
 from diffusers import (
     AutoencoderKL,
+    CMStochasticIterativeScheduler,
+    ConsistencyModelPipeline,
     DDIMPipeline,
     DDIMScheduler,
     DDPMPipeline,
@@ -15,19 +18,22 @@ from diffusers import (
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
+    LDMPipeline,
     PNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
+    VQModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from utils.backbones.ddpm import DDPM
 from utils.cost import Meter, cost
+from utils.lora import add_lora, save_lora
 from utils.pipelines import denoiser_of, load_pipeline, pipeline_files, pipeline_folder, use_scheduler
 from utils.randomness import seed_from
-from utils.sampling import STREAM, Sampler
+from utils.sampling import STREAM, Sampler, read_prompts
 from utils.students.sizes import model_size
 
 CPU = torch.device("cpu")
@@ -51,10 +57,12 @@ def tiny_ddpm(scheduler=None) -> DDPMPipeline:
     return DDPMPipeline(build_unet().eval(), scheduler or DDPMScheduler())
 
 
+TWO_BLOCKS = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+
+
 def tiny_vae(channels: int = 4) -> AutoencoderKL:
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     return AutoencoderKL(
-        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=channels, shift_factor=0.0, **blocks
+        block_out_channels=(8, 8), norm_num_groups=4, latent_channels=channels, shift_factor=0.0, **TWO_BLOCKS
     ).eval()
 
 
@@ -142,7 +150,7 @@ def test_a_sample_is_a_function_of_seed_and_index(family):
     build, flags = FAMILIES[family]
     sampler = Sampler(build(), seed=3, num_inference_steps=3, **flags)
     whole = sampler(range(6))
-    assert whole.dtype == torch.uint8 and whole.shape[0] == 6 and whole.shape[-1] == sampler.side()
+    assert whole.dtype == torch.uint8 and whole.shape[0] == 6 and whole.shape[-2:] == sampler.size()
     torch.manual_seed(99)  # nothing ambient matters
     assert torch.equal(sampler(range(6)), whole)
     assert same_but_rounding(sampler(range(2, 5)), whole[2:5])
@@ -284,6 +292,7 @@ def test_a_scheduler_that_does_not_fit_is_refused(build, name, message):
         (tiny_ddpm, {"num_inference_steps": 1001}, "--num_inference_steps 1001"),
         (tiny_dit, {"class_labels": [1000]}, "--class_labels: .* 0 to 999"),
         (tiny_stable_diffusion, {}, "give --prompts FILE"),
+        (tiny_stable_diffusion, {"prompts": ["a"], "height": 21}, "--height is 21; .* draws multiples of 2"),
     ],
 )
 def test_arguments_without_effect_or_missing_are_refused(build, flags, message):
@@ -291,11 +300,74 @@ def test_arguments_without_effect_or_missing_are_refused(build, flags, message):
         Sampler(build(), **flags)
 
 
-def test_the_side_is_what_is_drawn():
-    assert Sampler(tiny_ddpm()).side() == 8 and Sampler(tiny_dit()).side() == 16
+def test_the_size_is_what_is_drawn():
+    assert Sampler(DDPMPipeline(build_unet(sample_size=(8, 12)), DDPMScheduler())).size() == (8, 12)
+    assert Sampler(tiny_ddpm()).size() == (8, 8) and Sampler(tiny_dit()).size() == (16, 16)
     sampler = Sampler(tiny_stable_diffusion(), prompts=["a"], num_inference_steps=2, height=24, width=24)
-    assert sampler.side() == 24 and sampler(range(2)).shape == (2, 3, 24, 24)
-    assert Sampler(tiny_stable_diffusion(), prompts=["a"], height=24).side() is None  # not square
+    assert sampler.size() == (24, 24) and sampler(range(2)).shape == (2, 3, 24, 24)
+    assert Sampler(tiny_stable_diffusion(), prompts=["a"], height=24).size() == (24, 16)
+
+
+def test_an_sd3_without_t5_loads(tmp_path):
+    tiny_sd3().save_pretrained(tmp_path)
+    pipeline = load_pipeline(tmp_path, "--x", dtype=torch.float32, device="cpu")
+    assert pipeline.text_encoder_3 is None
+    assert Sampler(pipeline, prompts=["a"], num_inference_steps=2)(range(2)).shape == (2, 3, 16, 16)
+
+
+def test_adapters_beside_a_pipeline_are_applied_and_counted(tmp_path):
+    plain = tiny_stable_diffusion()
+    plain.save_pretrained(tmp_path)
+    (tmp_path / "v1-5-pruned.safetensors").write_bytes(b"0" * 1000)  # that nothing loads
+    unet = tiny_stable_diffusion().unet
+    add_lora(unet, rank=2, seed=0)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    save_lora(unet, tmp_path)
+    pipeline = load_pipeline(tmp_path, "--x", dtype=torch.float32, device="cpu")
+    flags = {"prompts": ["a b", "c"], "num_inference_steps": 2}
+    adapted, bare = Sampler(pipeline, **flags)(range(2)), Sampler(plain, **flags)(range(2))
+    assert not same_but_rounding(adapted, bare)
+    names = {path.name for path in pipeline_files(tmp_path, pipeline, None)}
+    assert "pytorch_lora_weights.safetensors" in names and "v1-5-pruned.safetensors" not in names
+
+
+def test_a_schedule_that_the_pipeline_shifts():
+    pipeline = tiny_sd3()
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    sampler = Sampler(pipeline, prompts=["a"], num_inference_steps=2)
+    assert sampler(range(2)).shape == (2, 3, 16, 16)
+
+
+def test_a_consistency_model_without_classes():
+    pipeline = ConsistencyModelPipeline(build_unet().eval(), CMStochasticIterativeScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    sampler = Sampler(pipeline, num_inference_steps=2)
+    assert sampler.class_labels is None and sampler(range(3)).shape == (3, 1, 8, 8)
+
+
+def test_a_pipeline_that_gives_arrays():
+    vqvae = VQModel(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, **TWO_BLOCKS).eval()
+    unet = build_unet(in_channels=3, out_channels=3).eval()
+    pipeline = LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    sampler = Sampler(pipeline, num_inference_steps=2)
+    images = sampler(range(3))
+    assert images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16) and sampler.size() == (16, 16)
+
+
+def test_seconds_are_those_of_the_threads_that_had_work():
+    meter = Meter(Sampler(tiny_ddpm(), num_inference_steps=1), CPU, threads=8)
+    list(meter.draw([range(0, 1), range(1, 2), range(2, 3)]))
+    assert meter.threads == 2  # the first block is drawn alone
+
+
+def test_prompts_are_read_line_by_line(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\na\u2028dog \n\n".encode())
+    assert read_prompts(Namespace(prompt_column=None, prompts=str(tmp_path / "prompts.txt")), None) == [
+        *("a cat", "a\u2028dog")
+    ]
 
 
 def test_samples_that_are_not_finite_stop_the_run():

@@ -50,8 +50,7 @@ class Meter:
         hook = denoiser_of(self.sampler.pipeline).register_forward_hook(self._count, with_kwargs=True)
         yield self._draw_block(own[0], keep, warmed_up=False)
         hook.remove()
-        if self.sampler.draws_ambient_noise:
-            self.threads = 1
+        self.threads = 1 if self.sampler.draws_ambient_noise else max(1, min(self.threads, len(own) - 1))
         with mapping(self.threads) as map_blocks:
             yield from map_blocks(functools.partial(self._draw_block, keep=keep), own[1:])
 
@@ -76,8 +75,9 @@ class Meter:
     def _count(self, module, args, kwargs, _output) -> None:
         if self.counting:
             return
-        inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor) and value.ndim > 1)
-        batch_size = len(next(inputs))
+        inputs = (*args, *kwargs.values())  # the latents come first; some models take a list of them
+        batched = (x for x in inputs if isinstance(x, list) or (isinstance(x, torch.Tensor) and x.ndim > 1))
+        batch_size = len(next(batched))
         self.forwards += batch_size
         if self.macs is None:  # once more, to be counted; the samples come from the forward that was not
             self.counting = True
@@ -121,9 +121,9 @@ def cost(pipeline: DiffusionPipeline, records: list[dict], files: Sequence[Path]
     }
 
 
-def free(pipeline: DiffusionPipeline) -> None:
-    """Take the pipeline off its device, before another is measured."""
-    pipeline.to("cpu")
+def free(sampler: Sampler) -> None:
+    """Let go of its pipeline, before another's memory is measured."""
+    del sampler.pipeline
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

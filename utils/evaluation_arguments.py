@@ -170,7 +170,9 @@ def _output(parser: argparse.ArgumentParser) -> None:
         "stopped goes on with the same command",
     )
     group.add_argument(
-        "--overwrite_output_dir", action="store_true", help="delete what an earlier evaluation left there"
+        "--overwrite_output_dir",
+        action="store_true",
+        help="delete what an earlier evaluation left there, its samples too",
     )
     group.add_argument(
         "--keep_images",
@@ -206,9 +208,10 @@ def _check(args: argparse.Namespace) -> None:
     for name in positive.split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name} is {getattr(args, name)}; it must be above 0.")
-    for name in ("seed", "dataloader_num_workers"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must not be negative.")
+    if args.dataloader_num_workers < 0:
+        raise ValueError(f"--dataloader_num_workers is {args.dataloader_num_workers}; it must not be negative.")
+    if not 0 <= args.seed < 2**32:
+        raise ValueError(f"--seed is {args.seed}; it must lie from 0 to 2**32 - 1.")
     if args.eta is not None and not 0 <= args.eta <= 1:
         raise ValueError(f"--eta is {args.eta}; it must lie in [0, 1].")
     if args.guidance_scale is not None and not 0 <= args.guidance_scale < float("inf"):
@@ -243,8 +246,11 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--prompts {args.prompts}: no such file. Give a text file, one prompt a line.")
     if args.prompt_column and not (args.dataset_name or args.train_data_dir):
         raise ValueError("--prompt_column is a column of --dataset_name or --train_data_dir: give one.")
-    if args.update_model_card and not Path(args.pretrained_model_name_or_path or "").is_dir():
+    pipeline = args.pretrained_model_name_or_path
+    if args.update_model_card and not (pipeline and Path(pipeline).is_dir()):
         raise ValueError("--update_model_card writes into a pipeline's folder: give one as the pipeline.")
+    if args.save_stats and (Path(args.save_stats).is_dir() or not Path(args.save_stats).resolve().parent.is_dir()):
+        raise ValueError(f"--save_stats {args.save_stats}: name a file in a folder that exists.")
     _check_output_dir(args)
 
 
@@ -268,10 +274,15 @@ def _check_output_dir(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir {folder} is a file.")
-    for name in ("images", "reference_images", "train_data_dir"):
+    read = ("images reference_images train_data_dir dataset_name reference_stats prompts compare_to").split()
+    for name in (*read, "pretrained_model_name_or_path"):
         path = getattr(args, name)
-        if path and Path(path).resolve().is_relative_to(folder.resolve()):
+        if path and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"--{name} {path} lies in --output_dir {folder}; choose another --output_dir.")
+    for name in ("images", "reference_images", "train_data_dir"):  # whose images would be found there next time
+        path = getattr(args, name)
+        if path and folder.resolve().is_relative_to(Path(path).resolve()):
+            raise ValueError(f"--output_dir {folder} lies in --{name} {path}; choose another --output_dir.")
     unfinished = args.pretrained_model_name_or_path and (folder / "sampling" / "protocol.json").is_file()
     if folder.is_dir() and any(folder.iterdir()) and not (unfinished or args.overwrite_output_dir):
         raise ValueError(

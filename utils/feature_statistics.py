@@ -96,6 +96,8 @@ class FeatureStatistics:
                 protocol = json.loads(str(arrays["protocol"])) if "protocol" in arrays else None
         except Exception as error:  # zip, zlib, header and key errors of a foreign or cut file have no common class
             raise ValueError(f"{path} does not hold feature statistics: {error}") from error
+        if not isinstance(protocol, dict | None):
+            raise ValueError(f"{path} does not hold feature statistics: its protocol is {protocol!r}.")
         if mean.ndim != 1 or cov.shape != mean.shape * 2:
             raise ValueError(f"{path} does not hold feature statistics: mu {mean.shape}, sigma {cov.shape}.")
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):

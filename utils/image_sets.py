@@ -2,6 +2,7 @@
 """Numbered sets of images, read by index: files of a folder, or rows of a dataset."""
 
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from tqdm.auto import tqdm
 from utils.data import ImageTransform
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+# what Pillow raises on damage and on bombs
+UNREADABLE = (OSError, TypeError, AttributeError, ValueError, SyntaxError, Image.DecompressionBombError)
 
 
 class ImageSet(Dataset):
@@ -26,8 +29,10 @@ class ImageSet(Dataset):
 
     @classmethod
     def from_files(cls, paths: Sequence[Path], source: str) -> "ImageSet":
-        """The image files `paths`, in this order."""
-        return cls([{"image": {"bytes": None, "path": str(path)}} for path in paths], source)
+        """The image files `paths`, in this order, read as clean-fid reads them: as they are stored."""
+        images = cls([{"image": {"bytes": None, "path": str(path)}} for path in paths], source)
+        images.transform.turn_upright = False
+        return images
 
     def resize_to(self, resolution: int) -> None:
         """From now on bring every image's shorter side to `resolution` (bilinear, antialiased) and cut the centre."""
@@ -44,7 +49,7 @@ class ImageSet(Dataset):
             try:
                 with Image.open(self.rows[index][self.image_column]["path"]) as image:
                     sizes.setdefault(image.size, index)
-            except OSError as error:
+            except (OSError, Image.DecompressionBombError) as error:
                 raise self._unreadable(index, error) from error
             if len(sizes) > 1:
                 raise self._mixed(*sizes.values())
@@ -56,17 +61,13 @@ class ImageSet(Dataset):
         return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
-        """Raises ValueError where an image cannot be decoded, or has another size than the others."""
-        images = [self._read(index) for index in indices]
-        for index, image in zip(indices, images, strict=True):
-            if image.shape != images[0].shape:  # turned by its EXIF tag, which the headers' check does not see
-                raise self._mixed(indices[0], index)
-        return torch.stack(images)
+        """Raises ValueError where an image cannot be decoded."""
+        return torch.stack([self._read(index) for index in indices])
 
     def _read(self, index: int) -> torch.Tensor:
         try:
             image = self.transform.decode(self.rows[index])
-        except (OSError, TypeError, AttributeError, ValueError, SyntaxError) as error:  # what Pillow raises on damage
+        except UNREADABLE as error:
             raise self._unreadable(index, error) from error
         return self.transform.augment(image, 0) if self.cut else image
 
@@ -96,18 +97,24 @@ class ImageSet(Dataset):
 
 
 def image_files(folder: str, flag: str, limit: int | None = None) -> list[Path]:
-    """The image files in `folder` and below, sorted by path, the first `limit` of them.
+    """The image files in `folder` and below, in order of path with 2.png before 10.png; the first `limit` of them.
 
     Raises:
         ValueError: no such folder, or fewer than 2 images.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"{flag} {folder}: no such folder. Give a folder of images.")
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
-    paths = paths[:limit]
+    found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
+    paths = sorted((path for path in found if path.is_file()), key=_natural)[:limit]
     if len(paths) < 2:
         raise ValueError(
             f"{flag} {folder}: found {len(paths)} image files ({', '.join(sorted(SUFFIXES))}); a distance needs at "
             "least 2, a meaningful one thousands."
         )
     return paths
+
+
+def _natural(path: Path) -> list[tuple[bool, int, str]]:
+    """A key that sorts numbers in a path by their value."""
+    parts = re.split(r"(\d+)", str(path))
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]

@@ -22,6 +22,7 @@ class ImageTransform:
         self.image_column = image_column
         self.mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
+        self.turn_upright = True  # by a photo's EXIF tag, as viewers do
 
     def decode(self, row: dict) -> torch.Tensor:
         """Uint8 (C, H, W) with the shorter side at `resolution`.
@@ -31,7 +32,8 @@ class ImageTransform:
         """
         stored = row[self.image_column]
         with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
-            image = ImageOps.exif_transpose(image)  # as the camera was held
+            if self.turn_upright:
+                image = ImageOps.exif_transpose(image)
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
                 image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             image = image.convert(self.mode)

@@ -163,15 +163,16 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
     return distances.masked_fill_(distances < 1e-13 * norms, 0)  # below is the rounding of the product
 
 
-def inception_score(probabilities: Features, *, splits: int = 10) -> tuple[float, float]:
+def inception_score(probabilities: Features, *, splits: int = 10, seed: int = 0) -> tuple[float, float]:
     """Inception Score, Salimans et al. 2016: mean and standard deviation over splits of exp(mean KL(p(y|x) || p(y))).
 
-    Sample order matters: split i is samples i * N // splits to (i + 1) * N // splits of the order given, unshuffled,
-    as in the original, and p(y) is the mean of its split. So every split must hold a fair mixture of classes: samples
-    sorted by class score too low.
+    p(y) is the mean of a split, so every split must hold a fair mixture of classes: samples sorted by class, as in a
+    folder of folders, would score far too low. So they are shuffled first; split i is then samples i * N // splits to
+    (i + 1) * N // splits.
 
     Args:
         probabilities: (N, classes), rows sum to 1.
+        seed: of the order, which is that of torch-fidelity for the same number.
 
     Raises:
         ValueError: fewer samples than splits, or rows that are no probabilities.
@@ -182,6 +183,7 @@ def inception_score(probabilities: Features, *, splits: int = 10) -> tuple[float
     count = len(probabilities)
     if not 1 <= splits <= count:
         raise ValueError(f"Inception Score needs at least one sample per split: {count} samples, {splits} splits.")
+    probabilities = probabilities[torch.from_numpy(np.random.RandomState(seed).permutation(count))]
     scores = []
     for i in range(splits):
         part = probabilities[i * count // splits : (i + 1) * count // splits]

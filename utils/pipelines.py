@@ -2,12 +2,15 @@
 """Any diffusers pipeline: found, loaded, given another scheduler; and the files it was loaded from."""
 
 import inspect
+import json
 from pathlib import Path
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
+
+LORA = "pytorch_lora_weights.safetensors"
 
 
 def pipeline_folder(name_or_path: str, flag: str, *, revision=None, variant=None, pickled: bool = False) -> Path:
@@ -42,14 +45,18 @@ def load_pipeline(
         ValueError: it does not load; safetensors alone are read unless `pickled`.
     """
     try:
+        parts = json.loads((folder / "model_index.json").read_text())
+        absent = {name: None for name, part in parts.items() if part == [None, None]}  # such as T5, left out of an SD3
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, variant=variant, dtype=dtype, use_safetensors=None if pickled else True
+            folder, variant=variant, dtype=dtype, use_safetensors=None if pickled else True, **absent
         )
-    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, SafetensorError) as error:
-        raise ValueError(
-            f"{flag} {folder} does not load: {error} If its weights are pickled (.bin), --allow_pickle_weights loads "
-            "them, weights only."
-        ) from error
+        if (folder / LORA).is_file():  # of a student whose adapters were not fused
+            pipeline.load_lora_weights(folder, weight_name=LORA)
+    except (OSError, ValueError, AttributeError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
+        hint = ""
+        if not pickled and any(folder.rglob("*.bin")):
+            hint = " If its weights are pickled (.bin), --allow_pickle_weights loads them, weights only."
+        raise ValueError(f"{flag} {folder} does not load: {error}{hint}") from error
     for name in ("safety_checker", "watermark"):
         if getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
@@ -96,14 +103,16 @@ def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
 
 def pipeline_files(folder: Path, pipeline: DiffusionPipeline, variant: str | None) -> list[Path]:
     """The files that `pipeline` was loaded from: configs, tokenizers, and one set of weights of each component."""
-    files = [folder / "model_index.json"]
-    for name in pipeline.components:
-        inside = (folder / name).is_dir()  # the Hub's oldest pipelines have their model in the root
-        present = sorted(path for path in (folder / name if inside else folder).iterdir() if path.is_file())
+    files = [path for path in (folder / "model_index.json", folder / LORA) if path.is_file()]
+    for name, part in pipeline.components.items():
+        if part is None:
+            continue
+        present = [path for path in (folder / name).glob("*") if path.is_file()]
+        if not present:  # the Hub's oldest pipelines have their model in the root
+            present = [*folder.glob("*config.json"), *folder.glob("diffusion_pytorch_model*")]
         weights = [path for path in present if path.suffix == ".safetensors"]
         weights = weights or [path for path in present if path.suffix == ".bin"]
         plain = [path for path in weights if "." not in path.stem]
         chosen = [path for path in weights if variant and f".{variant}" in path.name] or plain
-        rest = {".json", ".txt", ".model"} if inside else set()
-        files += [path for path in present if path in chosen or path.suffix in rest or path.name == "config.json"]
+        files += [path for path in present if path in chosen or path.suffix in (".json", ".txt", ".model")]
     return sorted(set(files))

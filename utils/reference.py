@@ -93,6 +93,13 @@ def open_reference(args, extractor) -> ImageSet | FeatureStatistics:
         except ValueError as error:
             raise ValueError(f"--reference_stats: {error}") from error
         _check_extractor(statistics, extractor, args)
+        measured_at = ((statistics.protocol or {}).get("reference") or {}).get("resolution")
+        if args.resolution and measured_at not in (None, args.resolution):
+            warnings.warn(
+                f"--reference_stats {args.reference_stats} is of images of {measured_at} pixels, --resolution is "
+                f"{args.resolution}.",
+                stacklevel=2,
+            )
         return statistics
     if args.cleanfid_stats:
         return _cleanfid_statistics(args)
@@ -121,7 +128,9 @@ def _check_extractor(statistics: FeatureStatistics, extractor, args) -> None:
             stacklevel=2,
         )
         return
-    recorded = statistics.protocol.get("extractor", statistics.protocol)
+    recorded = statistics.protocol.get("extractor")
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{flag} does not say of which extractor it is: make it anew with --save_stats.")
     theirs, ours = extractor_identity(recorded), extractor_identity(own)
     if theirs != ours:
         changed = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
@@ -218,6 +227,8 @@ class _Cache:
         try:
             features = np.load(self.features, allow_pickle=False) if keep_features else None
             measured = Measured(FeatureStatistics.load(self.statistics), features)
+            if keep_features and len(features) != measured.statistics.count:
+                raise ValueError(f"{len(features)} features of {measured.statistics.count} images")
         except (ValueError, OSError, EOFError) as error:
             warnings.warn(f"the reference is measured again: its cache is damaged ({error}).", stacklevel=2)
             return None
@@ -226,11 +237,14 @@ class _Cache:
 
     def save(self, measured: Measured) -> None:
         """Leave it for the next run."""
-        self.statistics.parent.mkdir(parents=True, exist_ok=True)
         beside = self.statistics.with_name(f".{self.statistics.stem}.{os.getpid()}")
-        if measured.features is not None:
-            with beside.open("wb") as file:
-                np.save(file, measured.features)
-            beside.replace(self.features)
-        measured.statistics.save(beside)
-        beside.replace(self.statistics)
+        try:
+            self.statistics.parent.mkdir(parents=True, exist_ok=True)
+            if measured.features is not None:
+                with beside.open("wb") as file:
+                    np.save(file, measured.features)
+                beside.replace(self.features)
+            measured.statistics.save(beside)
+            beside.replace(self.statistics)
+        except OSError as error:
+            warnings.warn(f"--cache_dir cannot be written, so nothing is kept for the next run: {error}", stacklevel=2)

@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard
 
 from utils.card import card_evaluation, eval_results, update_card
@@ -19,6 +20,8 @@ LABELS = {  # key in metrics.json -> (with Inception features, with others), eac
     "inception_score_std": ("  its standard deviation over splits",) * 2,
     "clip_score": ("CLIP score, higher is better",) * 2,
 }
+# what of a sampler's protocol another model must share for its numbers to compare
+SAMPLING = "num_inference_steps scheduler eta guidance_scale height width class_labels prompts dtype seed".split()
 COSTS = {  # key in metrics.json -> (label, factor, unit)
     "parameters": ("parameters of the denoiser", 1, ""),
     "parameters_of_pipeline": ("parameters of the pipeline", 1, ""),
@@ -68,6 +71,15 @@ def write_json(path: Path, content: dict) -> None:
     beside.replace(path)
 
 
+def open_card(folder: Path) -> ModelCard:
+    """The model card in `folder`, or an empty one. Raises ValueError where it cannot be read as a card."""
+    path = folder / "README.md"
+    try:
+        return ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: diffusers\n---\n")
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"--update_model_card: {path} cannot be read as a model card: {error}") from error
+
+
 def update_model_card(folder: Path, content: dict) -> Path:
     """Put the metrics of `content`, that of metrics.json, into the model card in `folder`, and metrics.json beside it.
 
@@ -78,7 +90,7 @@ def update_model_card(folder: Path, content: dict) -> Path:
     write_json(folder / "metrics.json", content)
     if update_card(folder):
         return path
-    card = ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: diffusers\n---\n")
+    card = open_card(folder)
     evaluation = card_evaluation(content)
     drawn = "text-to-image" if evaluation["protocol"]["samples"].get("prompts") else "unconditional-image-generation"
     task = card.data.get("pipeline_tag") or drawn
@@ -104,9 +116,10 @@ def _conditions(protocol: dict) -> dict:
     samples, reference, extractor = (protocol[name] for name in ("samples", "reference", "extractor"))
     conditions = {
         "num_samples": samples["count"],
-        **{key: samples.get(key) for key in ("num_inference_steps", "scheduler", "eta", "guidance_scale", "seed")},
+        **{key: samples.get(key) for key in SAMPLING},
         "num_reference_images": reference["count"],
         "reference_resolution": reference.get("resolution"),
+        "resolution": samples.get("resolution"),
         "feature_extractor": f"{extractor['name']}, {extractor['kind']}, {extractor['resize']}",
     }
     return {key: value for key, value in conditions.items() if value is not None}

@@ -2,12 +2,45 @@
 """Samples on disk, written so that a stopped run goes on with what is missing."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from utils.blocks import blocks
+
+
+def clear_evaluation(output_dir: str) -> None:
+    """Delete what an earlier evaluation left in `output_dir`, and nothing else.
+
+    Raises:
+        ValueError: files of its names are there that no evaluation has made.
+    """
+    folder = Path(output_dir)
+    sampled, measured = (folder / "sampling" / "protocol.json").is_file(), _is_report(folder / "metrics.json")
+    ours = {"images": sampled, "sampling": sampled, "metrics.json": measured, "samples.png": sampled or measured}
+    present = {folder / name: is_ours for name, is_ours in ours.items() if (folder / name).exists()}
+    if foreign := [str(path) for path, is_ours in present.items() if not is_ours]:
+        raise ValueError(
+            f"--overwrite_output_dir would delete {', '.join(foreign)}, which no evaluation has made. Choose another "
+            "--output_dir, or delete it yourself."
+        )
+    for path in present:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _is_report(path: Path) -> bool:
+    content = read_json(path)
+    return isinstance(content, dict) and {"metrics", "protocol"} <= set(content)
+
+
+def read_json(path: Path):
+    """What a file holds; None where there is none, or a crash has cut it off."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 class SampleFolder:
@@ -30,8 +63,7 @@ class SampleFolder:
         """
         file = self.records / "protocol.json"
         protocol = json.loads(json.dumps(protocol, default=str))
-        if file.exists():
-            found = json.loads(file.read_text())
+        if found := read_json(file):
             changed = [key for key in {**protocol, **found} if protocol.get(key) != found.get(key)]
             if changed:
                 shown = "; ".join(f"{key}: {_short(found.get(key))} -> {_short(protocol.get(key))}" for key in changed)
@@ -42,7 +74,7 @@ class SampleFolder:
         self.images.mkdir(parents=True, exist_ok=True)
         self.records.mkdir(exist_ok=True)
         _write_beside(file, json.dumps(protocol, indent=1).encode())
-        for leftover in (*self.images.glob(".*"), *self.records.glob(".*")):  # of a process that was killed
+        for leftover in (*self.images.glob(".*.png"), *self.records.glob(".*.json")):  # of a process that was killed
             leftover.unlink()
         return self.num_samples - sum(len(block) for block in self.missing())
 
@@ -52,9 +84,8 @@ class SampleFolder:
         return [block for block in self.blocks if not self._is_complete(block)]
 
     def _is_complete(self, block: range) -> bool:
-        record = self._record(block)
-        whole = record.exists() and json.loads(record.read_text())["images"] == len(block)
-        return whole and all(path.exists() for path in self.paths(block))
+        record = read_json(self._record(block)) or {}
+        return record.get("images") == len(block) and all(path.exists() for path in self.paths(block))
 
     def write(self, block: range, images: torch.Tensor, record: dict) -> None:
         """Write the uint8 images (B, C, H, W) of `block`, then its record."""

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
@@ -71,26 +72,36 @@ class Sampler:
                 f"a {self.name} draws what a prompt says: give --prompts FILE, one a line, or --prompt_column, a "
                 "column of --dataset_name."
             )
+        config = denoiser_of(self.pipeline).config
         if "class_labels" in self.takes:
-            self._check_labels()
+            self._check_labels(config.get("num_embeds_ada_norm") or config.get("num_class_embeds"))
+        elif config.get("num_class_embeds") or config.get("class_embed_type"):
+            raise ValueError(f"the model of this {self.name} needs class labels, which a {self.name} cannot give it.")
         filled = {"batch_size", "prompt", "class_labels"}
         needed = [p.name for p in self.takes.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if unknown := [name for name in needed if name not in filled]:
             raise ValueError(f"a {self.name} needs {', '.join(unknown)}, which this script cannot give it.")
+        factor = self._pixels_per_latent() or 1
+        for name in ("height", "width"):
+            if self.options.get(name, 0) % factor:
+                raise ValueError(f"--{name} is {self.options[name]}; a {self.name} draws multiples of {factor}.")
         if self.eta is not None and "eta" not in inspect.signature(self.pipeline.scheduler.step).parameters:
             raise ValueError(
                 f"--eta has no effect: a {type(self.pipeline.scheduler).__name__} does not take it. Leave it out, or "
                 "add --scheduler DDIMScheduler."
             )
         try:
-            self._scheduler([]).set_timesteps(self._default("num_inference_steps"))
+            shifted = self.pipeline.scheduler.config.get("use_dynamic_shifting")  # by a mu that the pipeline computes
+            options = {"mu": 1.0} if shifted else {}
+            self._scheduler([]).set_timesteps(self._default("num_inference_steps"), **options)
         except (ValueError, IndexError) as error:
             raise ValueError(f"--num_inference_steps {self._default('num_inference_steps')}: {error}") from error
 
-    def _check_labels(self) -> None:
-        config = denoiser_of(self.pipeline).config
-        count = config.get("num_embeds_ada_norm") or config.get("num_class_embeds")
+    def _check_labels(self, count: int | None) -> None:
         if self.class_labels is None:
+            optional = self.takes["class_labels"].default is not inspect.Parameter.empty
+            if count is None and optional:  # a model without classes, of a pipeline that may have them
+                return
             if count is None:
                 raise ValueError(
                     f"--class_labels: this {self.name} does not say how many classes it knows; list them."
@@ -124,21 +135,32 @@ class Sampler:
             "device": self.pipeline.device.type,
         }
 
-    def side(self) -> int | None:
-        """Pixels a side of a sample, as the pipelines themselves work it out; None if not square, or not said."""
-        config, vae = denoiser_of(self.pipeline).config, getattr(self.pipeline, "vae", None)
-        factor = 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 1
-        size = config.get("sample_size")
-        own = size * factor if isinstance(size, int) else None
-        height, width = (self.options.get(name, own) for name in ("height", "width"))
-        return height if height == width else None
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of a sample, as the pipelines themselves work them out; None if that cannot be told."""
+        given, factor = [self._default(name) for name in ("height", "width")], self._pixels_per_latent()
+        side = denoiser_of(self.pipeline).config.get("sample_size")
+        if side is None or factor is None:
+            return tuple(given) if all(given) else None
+        sides = (side, side) if isinstance(side, int) else side
+        return tuple(wanted or own * factor for wanted, own in zip(given, sides, strict=True))
+
+    def _pixels_per_latent(self) -> int | None:
+        """1 where the denoiser works on pixels, None if the pipeline does not say."""
+        if factor := getattr(self.pipeline, "vae_scale_factor", None):
+            return factor
+        decoders = [getattr(self.pipeline, name, None) for name in ("vae", "vqvae", "movq")]
+        decoder = next((part for part in decoders if part is not None), None)
+        if decoder is None:
+            return 1
+        widths = decoder.config.get("block_out_channels")
+        return 2 ** (len(widths) - 1) if widths else None
 
     @torch.no_grad()
     def __call__(self, indices: Sequence[int]) -> torch.Tensor:
         """Uint8 (B, C, H, W) on the CPU, C 1 or 3.
 
         Raises:
-            ValueError: the pipeline gives no images.
+            ValueError: the pipeline gives no images, or refuses its arguments.
             FloatingPointError: a sample is not finite.
         """
         generators = [torch.Generator().manual_seed(seed_from(self.seed, STREAM, index)) for index in indices]
@@ -153,6 +175,8 @@ class Sampler:
         images = self._pipeline(generators)(
             generator=generators, output_type="pt", **conditions, **self.options
         ).images
+        if isinstance(images, np.ndarray):  # (B, H, W, C), of the oldest pipelines, which know no "pt"
+            images = torch.from_numpy(images).permute(0, 3, 1, 2)
         if self.draws_ambient_noise is None:
             self.draws_ambient_noise = not torch.equal(state, torch.get_rng_state())
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
@@ -197,7 +221,7 @@ def read_prompts(args, reference) -> list[str] | None:
     """The lines of `--prompts`, or the `--prompt_column` of the reference's rows; None without either flag.
 
     Raises:
-        ValueError: no such file or column, or nothing in it.
+        ValueError: no such file or column, nothing in it, or something else than prompts.
     """
     if args.prompt_column:
         if args.prompt_column not in reference.rows.column_names:
@@ -205,16 +229,23 @@ def read_prompts(args, reference) -> list[str] | None:
                 f"--prompt_column {args.prompt_column}: the dataset has no such column, only "
                 f"{', '.join(reference.rows.column_names)}."
             )
-        values = reference.rows[args.prompt_column]
-        prompts = [value if isinstance(value, str) else value[0] for value in values]  # of several captions, the first
+        prompts = []
+        for row, value in enumerate(reference.rows.select_columns(args.prompt_column)):
+            value = value[args.prompt_column]
+            value = value[0] if isinstance(value, list) and value else value  # of several captions, the first
+            if not isinstance(value, str):
+                raise ValueError(f"--prompt_column {args.prompt_column}: row {row} holds {value!r}, no prompt.")
+            prompts.append(value)
     elif args.prompts:
         try:
-            lines = Path(args.prompts).read_text(encoding="utf-8").splitlines()
+            lines = Path(args.prompts).read_text(encoding="utf-8-sig").rstrip().split("\n")
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"--prompts {args.prompts} cannot be read as a text file: {error}") from error
-        prompts = [line.strip() for line in lines if line.strip()]
+        prompts = [line.strip() for line in lines]
+        if "" in prompts[:-1]:  # prompt i is that of image i: to leave a line out would shift all that follow
+            raise ValueError(f"--prompts {args.prompts}: line {prompts.index('') + 1} is empty; one prompt a line.")
     else:
         return None
-    if not prompts:
+    if not any(prompts):
         raise ValueError("--prompts: there is no prompt in it.")
     return prompts
