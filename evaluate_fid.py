@@ -42,7 +42,7 @@ from utils.metrics import (
 )
 from utils.pipelines import load_pipeline, pipeline_files, pipeline_folder, use_scheduler
 from utils.reference import Measured, measure_images, measure_reference, open_reference
-from utils.report import COSTS, cost_table, metrics_table, open_card, update_model_card, write_json
+from utils.report import COSTS, open_card, report, update_model_card, write_json
 from utils.sample_folder import SampleFolder, clear_evaluation
 from utils.sampling import Sampler, read_prompts
 from utils.speed import DTYPES
@@ -149,12 +149,37 @@ def compute_metrics(args, real: Measured, generated: Measured, device) -> dict[s
     return metrics
 
 
+def check_counts(args, count: int, reference) -> None:
+    """Raises ValueError where there are too few samples or reference images for one of `--metrics`."""
+    for name in args.metrics:
+        compared = [count, len(reference)] if name in ("kid", "pr") else [count]
+        if min(compared) < METRICS[name]:
+            raise ValueError(
+                f"--metrics {name} needs at least {METRICS[name]} samples, and as many reference images where it "
+                f"compares them; there are {' and '.join(map(str, compared))}. Give more, or leave it out."
+            )
+
+
+def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict], prompts, accelerator) -> dict:
+    """What the pipeline costs by the `records` of its blocks; with `--compare_to`, the other too, and ratios."""
+    costs = {"cost": cost(sampler.pipeline, records, files, accelerator.num_processes)}
+    if args.compare_to:
+        free(sampler)
+        other, other_files = open_sampler(args, "--compare_to", prompts, accelerator.device)
+        meter = Meter(other, accelerator.device, args.num_cpu_threads)
+        number = args.compare_num_samples or (1 + meter.threads) * args.batch_size * accelerator.num_processes
+        records = measure(meter, accelerator, number, args.batch_size, "sampling --compare_to")
+        costs["compare_to"] = cost(other.pipeline, records, list(other_files.values()), accelerator.num_processes)
+        costs["ratios"] = {key: costs["cost"][key] / costs["compare_to"][key] for key in COSTS}
+    return costs
+
+
 def main(argv: list[str] | None = None) -> None:
     """Check, measure the reference, sample, measure the samples, report: in the order of the lines."""
     args = parse_args(__doc__, argv)
     accelerator = Accelerator(kwargs_handlers=[long_timeout()])
     check_processes(accelerator)
-    threads = block_threads(args.num_cpu_threads, accelerator)
+    args.num_cpu_threads = block_threads(args.num_cpu_threads, accelerator)
     quiet = not accelerator.is_local_main_process
     on_main_process(accelerator, check_output_dir, args)
     if args.update_model_card:
@@ -179,13 +204,7 @@ def main(argv: list[str] | None = None) -> None:
             warnings.warn(f"--num_samples {count}: the first {count} of {classes} classes are drawn.", stacklevel=1)
     if isinstance(reference, ImageSet):
         fit_reference(args, reference, size, quiet)
-    for name in args.metrics:
-        compared = [count, len(reference)] if name in ("kid", "pr") else [count]
-        if min(compared) < METRICS[name]:
-            raise ValueError(
-                f"--metrics {name} needs at least {METRICS[name]} samples, and as many reference images where it "
-                f"compares them; there are {' and '.join(map(str, compared))}. Give more, or leave it out."
-            )
+    check_counts(args, count, reference)
 
     # Where the samples go, and where an earlier run left off
     if args.overwrite_output_dir:
@@ -201,14 +220,11 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{done:,} of {count:,} samples are in {samples.images} already")
 
     # Reference, then samples
-    keep_features = bool({"kid", "pr"} & set(args.metrics))
-    real, reference_protocol = measure_reference(
-        reference, extractor, accelerator, args, threads=threads, keep_features=keep_features
-    )
+    real, reference_protocol = measure_reference(reference, extractor, accelerator, args)
     if accelerator.is_main_process and args.save_stats:
         real.statistics.save(args.save_stats)
     if sampler:
-        draw_missing(samples, Meter(sampler, accelerator.device, threads), accelerator)
+        draw_missing(samples, Meter(sampler, accelerator.device, args.num_cpu_threads), accelerator)
         images = ImageSet.from_files(samples.paths(), "samples")
         if not args.resolution and size not in (None, drawn := images.keep_size(quiet=quiet)):
             raise ValueError(
@@ -217,46 +233,25 @@ def main(argv: list[str] | None = None) -> None:
             )
     if args.resolution:
         images.resize_to(args.resolution)
-    generated = measure_images(
-        images,
-        extractor,
-        accelerator,
-        args,
-        "features",
-        threads=threads,
-        keep_features=keep_features,
-        probabilities="is" in args.metrics,
-        clip=clip,
-        prompts=prompts,
-    )
+    generated = measure_images(images, extractor, accelerator, args, "features", clip=clip, prompts=prompts)
 
-    # Cost of the pipeline, and of the one it is compared to
     costs = {}
     if sampler:
-        records = samples.block_records()
-        costs["cost"] = cost(sampler.pipeline, records, list(files.values()), accelerator.num_processes)
-        if args.compare_to:
-            free(sampler)
-            other, other_files = open_sampler(args, "--compare_to", prompts, accelerator.device)
-            number = args.compare_num_samples or (1 + threads) * args.batch_size * accelerator.num_processes
-            meter = Meter(other, accelerator.device, threads)
-            records = measure(meter, accelerator, number, args.batch_size, "sampling --compare_to")
-            costs["compare_to"] = cost(other.pipeline, records, list(other_files.values()), accelerator.num_processes)
-            costs["ratios"] = {key: costs["cost"][key] / costs["compare_to"][key] for key in COSTS}
+        costs = compare_costs(args, sampler, list(files.values()), samples.block_records(), prompts, accelerator)
 
     # Metrics and the report
     if accelerator.is_main_process:
-        metrics = compute_metrics(args, real, generated, accelerator.device)
         counts, warned = [each.statistics.count for each in (generated, real)], []
         if "fid" in args.metrics:
             warned += [rank_warning(each, extractor.protocol["dimensions"]) for each in counts]
         if "kid" in args.metrics:
             warned.append(subset_warning(args.kid_subset_size, *counts))
-        source = how | {"name": args.pretrained_model_name_or_path} if sampler else {"images": args.images}
-        if not sampler:
-            source["sha256"] = images.content_hash(quiet=quiet)
+        if sampler:
+            source = how | {"name": args.pretrained_model_name_or_path}
+        else:
+            source = {"images": args.images, "sha256": images.content_hash(quiet=quiet)}
         content = {
-            "metrics": metrics,
+            "metrics": compute_metrics(args, real, generated, accelerator.device),
             **costs,
             "warnings": [text for text in dict.fromkeys(warned) if text],
             "protocol": {
@@ -270,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
                 "precision_recall_k": PR_NEIGHBOURS,
                 "batch_size": args.batch_size,
                 "processes": accelerator.num_processes,
-                "threads_per_process": threads,
+                "threads_per_process": args.num_cpu_threads,
                 "device": accelerator.device.type,
                 "versions": versions(*PACKAGES, "clean-fid"),
                 "arguments": vars(args),
@@ -283,13 +278,7 @@ def main(argv: list[str] | None = None) -> None:
         if sampler and not args.keep_images:
             for path in (samples.images, samples.records):
                 shutil.rmtree(path)
-        print(f"\n{count:,} samples, {reference_protocol['count'] or 'an unknown number of'} reference images")
-        print(metrics_table(metrics, extractor.protocol))
-        if costs:
-            names = (args.pretrained_model_name_or_path, args.compare_to)
-            print(f"\n{cost_table(names[0], costs['cost'], names[1], costs.get('compare_to'))}")
-        for text in content["warnings"]:
-            print(f"Warning: {text}")
+        print(f"\n{report(content)}")
         print(f"Saved: {folder / 'metrics.json'}, with the protocol; samples: {folder / 'samples.png'}")
         if args.update_model_card:
             print(f"Updated: {update_model_card(Path(args.pretrained_model_name_or_path), content)}")

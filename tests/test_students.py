@@ -10,6 +10,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from utils.cost import CPU_ATTENTION
 from utils.students.coupling import Coupling
 from utils.students.sizes import model_size, model_table
 from utils.students.width import check_width_prunable, prune_width, taylor_scores, width_config
@@ -405,7 +406,7 @@ def test_a_shortcut_between_widths_that_became_equal_is_dropped_and_logged(caplo
 def test_sizes_and_tables():
     teacher = UNet2DModel(**SMALL)
     _, report = prune_width(teacher, 0.8, init="magnitude")
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         teacher(torch.zeros(1, 1, 16, 16), 0)
     assert report.teacher.macs == counter.get_total_flops() // 2
     table = report.table()

@@ -71,6 +71,7 @@ def test_the_scripts_differ_in_their_method_alone():
 @pytest.mark.parametrize("flags", [[], ["--use_ema", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]])
 def test_loss_trace_equals_a_plain_loop(run, tmp_path, teacher_dir, data_dir, flags):
     common = ["--max_train_steps", "5", "--learning_rate", "1e-3", "--train_batch_size", "6", "--seed", "3", *flags]
+    common += ["--adam_epsilon", "1e-3"]  # the default makes a step of the last bits of gradients that are about zero
     folder = run("train_place", *common)
     trace = [line["loss"] for line in read_log(folder)]
 
@@ -80,7 +81,7 @@ def test_loss_trace_equals_a_plain_loop(run, tmp_path, teacher_dir, data_dir, fl
     backbone = choose_backbone(args).load(args)
     dataset = ImageRows(load_rows(args), backbone.transform(args), args.seed, quiet=True)
     student, _ = backbone.make_student(args, sample_batch(dataset, 6, args.seed))
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-3)
     ema = EMAModel(student.parameters(), decay=args.ema_decay)
     pixels = dataset.held
     rates = [1.0] * 5 if not flags else [0, 1 / 2, 1, *(0.5 * (1 + math.cos(math.pi * i / 3)) for i in (1, 2))]

@@ -149,7 +149,7 @@ def eval_results(
     protocol = evaluation["protocol"]
     reference = protocol.get("reference", {})
     reference = reference if isinstance(reference, dict) else {}
-    name = next((reference[key] for key in REFERENCES if reference.get(key)), data)
+    name = next((reference[key] for key in REFERENCES if reference.get(key)), data) or "unknown"
     name = Path(name).name if Path(name).exists() else name  # a folder's last part, or all of a Hub id
     inception = protocol.get("extractor") and protocol["extractor"].get("name") == "inception"
     return [

@@ -35,8 +35,8 @@ class Meter:
 
     def __init__(self, sampler: Sampler, device: torch.device, threads: int = 1):
         self.sampler, self.device, self.threads = sampler, device, threads
-        self.forwards = 0  # of samples through the denoiser; guidance sends each twice
-        self.macs: int | None = None  # of one sample, once
+        self.forwards, self.forwards_per_image = 0, 0.0  # through the denoiser; guidance sends each sample twice
+        self.macs: int | None = None  # of one forward of one sample
         self.counting = False
         reset_peak_memory(device)
 

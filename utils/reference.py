@@ -42,14 +42,14 @@ def measure_images(
     args,
     description: str,
     *,
-    threads: int,
-    keep_features: bool,
-    probabilities: bool = False,
+    is_reference: bool = False,
     clip=None,
     prompts: Sequence[str] | None = None,
 ) -> Measured:
-    """Run all extractors over all images, on all processes. Without features, probabilities and CLIP the memory does
-    not grow with the number of images."""
+    """Run all extractors over all images, on all processes; of a reference, nobody asks classes and prompts. Where
+    `--metrics` names the Frechet distance alone the memory does not grow with the number of images."""
+    keep_features = keeps_features(args)
+    probabilities = "is" in args.metrics and not is_reference
 
     def work(batch: torch.Tensor, indices: range) -> list[np.ndarray | None]:
         batch = batch.to(accelerator.device)
@@ -68,7 +68,7 @@ def measure_images(
         work,
         accelerator,
         batch_size=args.batch_size,
-        threads=threads,
+        threads=args.num_cpu_threads,
         num_workers=args.dataloader_num_workers,
         description=description,
     )
@@ -164,9 +164,12 @@ def _cleanfid_statistics(args) -> FeatureStatistics:
         return FeatureStatistics.load(Path(folder) / "statistics.npz")
 
 
-def measure_reference(
-    reference, extractor, accelerator: Accelerator, args, *, threads: int, keep_features: bool
-) -> tuple[Measured, dict]:
+def keeps_features(args) -> bool:
+    """Whether one of `--metrics` needs all features, and not their mean and covariance alone."""
+    return bool({"kid", "pr"} & set(args.metrics))
+
+
+def measure_reference(reference, extractor, accelerator: Accelerator, args) -> tuple[Measured, dict]:
     """The reference's statistics, and features if they are kept, and its protocol; from the cache where it was
     measured before. The key is the images' bytes and all that decides their features."""
     if isinstance(reference, FeatureStatistics):
@@ -198,13 +201,11 @@ def measure_reference(
         "versions": versions("torch", "pillow", "numpy"),
     }
     cached = _Cache(args.cache_dir, key)
-    measured = cached.load(keep_features) if accelerator.is_main_process else None
+    measured = cached.load(keeps_features(args)) if accelerator.is_main_process else None
     found = [measured is not None]
     broadcast_object_list(found)
     if not found[0]:
-        measured = measure_images(
-            reference, extractor, accelerator, args, "reference", threads=threads, keep_features=keep_features
-        )
+        measured = measure_images(reference, extractor, accelerator, args, "reference", is_reference=True)
         if accelerator.is_main_process:
             cached.save(measured)
     if accelerator.is_main_process:

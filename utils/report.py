@@ -35,6 +35,18 @@ COSTS = {  # key in metrics.json -> (label, factor, unit)
 }
 
 
+def report(content: dict) -> str:
+    """What metrics.json holds, for people: counts, metrics, costs, warnings."""
+    protocol, costs = content["protocol"], content.get("cost")
+    references = protocol["reference"]["count"] or "an unknown number of"
+    lines = [f"{protocol['samples']['count']:,} samples, {references} reference images"]
+    lines.append(metrics_table(content["metrics"], protocol["extractor"]))
+    if costs:
+        names = protocol["samples"]["name"], protocol["arguments"]["compare_to"]
+        lines += ["", cost_table(names[0], costs, names[1], content.get("compare_to"))]
+    return "\n".join(lines + [f"Warning: {text}" for text in content["warnings"]])
+
+
 def metrics_table(metrics: dict[str, float], extractor: dict) -> str:
     """One line a metric."""
     inception = extractor["name"] == "inception"
