@@ -14,7 +14,6 @@ from PIL import Image
 
 import analyze_error
 from utils.analysis import (
-    CorrectedDenoiser,
     ErrorStatistics,
     group_map,
     group_sizes,
@@ -23,12 +22,14 @@ from utils.analysis import (
     split_groups,
     summarize,
 )
+from utils.analysis_arguments import parse_args
+from utils.analysis_output import FIGURES
 from utils.backbones import choose_backbone
+from utils.corrected import CorrectedDenoiser
 from utils.extractors import FeatureExtractor
 from utils.feature_statistics import FeatureStatistics
 from utils.losses import place_loss
 from utils.metrics import frechet_distance
-from utils.plots import FIGURES
 from utils.randomness import seed_from, shuffled
 from utils.validation import VALIDATION_STREAM
 
@@ -286,7 +287,7 @@ def sampled(args, student: UNet2DModel) -> dict[str, torch.Tensor]:
 
 def test_correcting_an_affine_student_recovers_the_teachers_samples(tmp_path, flags, save, teacher_dir):
     teacher = UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")
-    args = analyze_error.parse_args([*flags(save(teacher)), "--output_dir", str(tmp_path / "out")])
+    args = parse_args("", [*flags(save(teacher)), "--output_dir", str(tmp_path / "out")])
     images = sampled(args, affine_image(teacher))
     assert (images["student"] - images["teacher"]).abs().float().mean() > 10
     assert (images["corrected"] - images["teacher"]).abs().max() <= 1
@@ -295,7 +296,7 @@ def test_correcting_an_affine_student_recovers_the_teachers_samples(tmp_path, fl
 
 def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teacher_dir):
     folder = save(affine_image(UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")))
-    args = analyze_error.parse_args([*flags(folder, "--batch_size", 2), "--output_dir", str(tmp_path / "out")])
+    args = parse_args("", [*flags(folder, "--batch_size", 2), "--output_dir", str(tmp_path / "out")])
     backbone, student = choose_backbone(args).load(args), UNet2DModel.from_pretrained(folder)
     numbers, shown = analyze_error.measure_samples(args, backbone, student, None, None, None)
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(3)]
@@ -311,7 +312,7 @@ def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teache
 
 def test_correcting_another_student_does_not(tmp_path, flags, save):
     student = build_unet(seed=1)
-    args = analyze_error.parse_args([*flags(save(student)), "--output_dir", str(tmp_path / "out")])
+    args = parse_args("", [*flags(save(student)), "--output_dir", str(tmp_path / "out")])
     images = sampled(args, student)
     assert (images["corrected"] - images["teacher"]).abs().max() > 20
     assert not torch.equal(images["corrected"], images["student"])
@@ -423,7 +424,7 @@ def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir,
     assert gaps["corrected"] < 0.1 < 10 < gaps["student"]
     assert all(row["slope"]["median"] == pytest.approx(1 / 0.6, rel=1e-4) for row in analysis["timesteps"])
 
-    args = analyze_error.parse_args([*flags(folder), "--output_dir", str(output / "unused")])
+    args = parse_args("", [*flags(folder), "--output_dir", str(output / "unused")])
     backbone, extractor = choose_backbone(args).load(args), FeatureExtractor(str(CLASSIFIER))
     real, drawn = FeatureStatistics(), FeatureStatistics()
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(12)]

@@ -1,19 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures and the table of `analyze_error.py`, made from what it writes: `analysis.json`, maps and samples.
+"""The charts of `analyze_error.py`, made from what it writes in `analysis.json`.
 
 Colours are Okabe and Ito's, which stay apart for colour-blind readers; widths fit a two-column page. Figures are made
 without pyplot, so nothing global is touched and no display is needed.
 """
 
 import os
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
-
-FIGURES = ("coarse_fine.png", "line.png", "samples.png", "error_maps.png")
 
 COARSE, FINE, TOTAL, BLUE, GREY = "#E69F00", "#56B4E9", "#222222", "#0072B2", "#777777"
 STYLE = {
@@ -27,16 +24,6 @@ STYLE = {
     "savefig.bbox": "tight",
 }
 TIMESTEP = "timestep $t$ (larger is noisier)"
-
-
-def save_figures(analysis: dict, maps: dict, samples: dict[str, np.ndarray], folder: Path) -> None:
-    """All of `FIGURES`: `analysis` as in analysis.json, `maps` as in error_maps.npz, `samples` as `samples_figure`."""
-    distances = analysis["samples"].get("frechet_distance", {})
-    rows = {who + (f"\nFrechet {distances[who]:.2f}" if distances else ""): images for who, images in samples.items()}
-    coarse_fine_figure(analysis, folder / FIGURES[0])
-    line_figure(analysis, folder / FIGURES[1])
-    samples_figure(rows, folder / FIGURES[2])
-    error_maps_figure(maps, analysis["protocol"]["group_size"], folder / FIGURES[3])
 
 
 def coarse_fine_figure(analysis: dict, path: str | os.PathLike) -> None:
@@ -119,88 +106,3 @@ def line_figure(analysis: dict, path: str | os.PathLike) -> None:
             )
         axes.legend(fontsize=10)
         figure.savefig(path)
-
-
-def samples_figure(rows: dict[str, np.ndarray], path: str | os.PathLike) -> None:
-    """A row of pictures for every label: uint8 (B, H, W, C), column by column from the same noise."""
-    count = len(next(iter(rows.values())))
-    with matplotlib.rc_context(STYLE):
-        figure, grid = _picture_grid(len(rows), count)
-        for line, (label, images) in zip(grid, rows.items(), strict=True):
-            for axes, image in zip(line, images, strict=True):
-                axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            _row_label(line, label)
-        figure.savefig(path)
-
-
-def error_maps_figure(maps: dict[str, np.ndarray], group_size: int, path: str | os.PathLike) -> None:
-    """Where the error is at a few timesteps: one image, its error, its PLACE groups, and the error of all images.
-
-    `maps`: timestep (T,), and image, image_error, group_rank and mean_error (T, H, W).
-    """
-    last_rank = int(maps["group_rank"].max())
-    rows = (  # key, label, colours, range; None is each picture's own
-        ("image", "an image,\nnoised", "gray", None),
-        ("image_error", "its error\n$|e_T - e_S|$", "magma", None),
-        ("group_rank", f"its groups of {group_size},\nby rank", "cividis", (0, max(last_rank, 1))),
-        ("mean_error", "mean error\nof all images", "magma", None),
-    )
-    with matplotlib.rc_context(STYLE):
-        figure, grid = _picture_grid(len(rows), len(maps["timestep"]), width=1.75, height=1.35)
-        for line, (key, label, colours, limits) in zip(grid, rows, strict=True):
-            for column, (axes, values) in enumerate(zip(line, maps[key], strict=True), start=1):
-                lowest, highest = limits or ((0 if key != "image" else values.min()), values.max())
-                picture = axes.imshow(values, cmap=colours, vmin=lowest, vmax=highest, interpolation="nearest")
-                bar = figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03)
-                bar.locator = matplotlib.ticker.MaxNLocator(3, integer=limits is not None)
-                bar.ax.tick_params(labelsize=8)
-                bar.outline.set_visible(False)
-                bar.ax.set_visible(key.endswith("error") or (key == "group_rank" and column == len(line)))
-            _row_label(line, label)
-        for axes, timestep in zip(grid[0], maps["timestep"], strict=True):
-            axes.set_title(f"$t$ = {timestep}", loc="center")
-        figure.savefig(path)
-
-
-def error_table(analysis: dict) -> str:
-    """The split by timestep, and what correcting it brings."""
-
-    def line(name, row: dict) -> str:
-        parts = "".join(f"{row[part]:11.3e}" if part in row else " " * 11 for part in ("total", "coarse", "fine"))
-        shares = [part["coarse_share"] for part in (row, row["place"])]
-        shares = "".join("        -" if value is None else f"{value:9.1%}" for value in shares)
-        medians = "".join(f"{row[key]['median']:11.4f}" for key in ("slope", "intercept") if key in row)
-        return f"{name:>8}{parts}{shares}{medians}"
-
-    samples = analysis["samples"]
-    distances = samples.get("frechet_distance", {})
-    group = f"{analysis['protocol']['group_size']} each"
-    lines = [
-        f"{'':8}{'mean squared error':^33}{'coarse share, line':>19}{'median over lines':>21}",
-        f"{'timestep':>8}{'total':>11}{'coarse':>11}{'fine':>11}{'channel':>9}{group:>9}{'slope':>11}{'intercept':>11}",
-        *(line(row["timestep"], row) for row in analysis["timesteps"]),
-        line("mean", analysis["mean"]),
-        line("chance", analysis["chance"]),
-        "",
-        f"{samples['num_samples']:,} samples each, from the same noise",
-        f"{'':12}{'pixels from the teacher (of 255)':>36}" + ("Frechet distance".rjust(20) if distances else ""),
-    ]
-    for who, gap in samples["pixel_difference_to_teacher"].items():
-        lines.append(f"{who:<12}{gap:36.2f}" + (f"{distances[who]:20.2f}" if distances else ""))
-    if samples.get("warning"):
-        lines.append(samples["warning"])
-    return "\n".join(lines)
-
-
-def _picture_grid(rows: int, columns: int, width: float = 1.05, height: float = 1.05) -> tuple[Figure, np.ndarray]:
-    """Axes (rows, columns) of about `width` by `height` inches for pictures, without ticks or frames."""
-    figure = Figure(figsize=(1.5 + width * columns, 0.3 + height * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    return figure, grid
-
-
-def _row_label(line: np.ndarray, label: str) -> None:
-    line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
