@@ -8,11 +8,11 @@
 Teacher and student see the same noisy images and predict e_T and e_S. A least-squares line e_T ~ b0 + b1 * e_S splits
 their difference (Han, Yeo, Yoo, CVPR 2026, the paper's probe): the coarse part is what the line removes, a wrong mean
 or scale; the fine part is what it leaves. The student is then also sampled corrected, every prediction moved along its
-line: how much better those samples are is how much the coarse part cost. Nothing is trained.
+line: a probe, no sampler, as it runs the teacher at every step. The gap that it closes between student and teacher is
+what the coarse part cost. Nothing is trained.
 """
 
 import importlib.metadata
-import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 
 from utils.analysis import ErrorStatistics, summarize
 from utils.analysis_arguments import HOW_TO_READ, parse_args
-from utils.analysis_output import FIGURES, error_table, save_figures
+from utils.analysis_output import FIGURES, MAPS_FILE, error_table, save_analysis, save_figures, weight_hashes
 from utils.backbones import choose_backbone
 from utils.corrected import CorrectedDenoiser
 from utils.data import ImageRows, fingerprint, load_rows, sample_batch
@@ -42,22 +42,52 @@ NOISE_STREAM, ENCODE_STREAM = 2**33, 2**34  # counters that no micro-step reache
 MAPS = 5  # timesteps with error maps
 
 
-def spread_timesteps(count: int, num_train_timesteps: int) -> list[int]:
-    """Midpoints of `count` equal stretches of the schedule, so that their plain mean stands for all of it.
+def refuse_mismatches(args, num_rows: int, image_channels: int, num_train_timesteps: int) -> None:
+    """Raises ValueError, naming the flag, where data or teacher cannot give what was asked for."""
+    for flag in ("num_timesteps", "num_inference_steps"):
+        if getattr(args, flag) > num_train_timesteps:
+            raise ValueError(
+                f"--{flag} is {getattr(args, flag)}; the teacher's schedule has {num_train_timesteps}. Take fewer."
+            )
+    if args.num_samples > num_rows:
+        raise ValueError(
+            f"--num_samples is {args.num_samples}; split '{args.validation_split}' has {num_rows} images. Take "
+            "fewer, or another --validation_split."
+        )
+    if args.feature_extractor and num_rows < 2:
+        raise ValueError(
+            f"--feature_extractor: a distance needs at least 2 images, and split '{args.validation_split}' has "
+            f"{num_rows}. Take another --validation_split, or leave the distance out."
+        )
+    if args.feature_extractor and image_channels == 4:
+        raise ValueError(
+            "--feature_extractor: it sees grey or RGB images, and the teacher's have 4 channels (RGBA). Leave it out."
+        )
 
-    ValueError: more stretches than timesteps.
-    """
-    if count > num_train_timesteps:
-        raise ValueError(f"--num_timesteps is {count}; the teacher's schedule has {num_train_timesteps}.")
+
+def spread_timesteps(count: int, num_train_timesteps: int) -> list[int]:
+    """Midpoints of `count` equal stretches of the schedule, so that their plain mean stands for all of it."""
     return [(2 * i + 1) * num_train_timesteps // (2 * count) for i in range(count)]
 
 
-def image_noise(shape: tuple[int, ...], seed: int, first: int) -> torch.Tensor:
+def image_noise(shape: tuple[int, ...], seed: int, first: int, stream: int = NOISE_STREAM) -> torch.Tensor:
     """Standard normal noise of `shape` (B, ...): that of image `first` + i is a function of (seed, its index)."""
     noise = torch.empty(shape)
     for i, image in enumerate(noise, start=first):
-        image.normal_(generator=torch.Generator().manual_seed(seed_from(seed, NOISE_STREAM, i)))
+        image.normal_(generator=torch.Generator().manual_seed(seed_from(seed, stream, i)))
     return noise
+
+
+class EncodeRandom(StepRandom):
+    """What a backbone draws to encode images, the same for an image in whatever batch it comes."""
+
+    def __init__(self, seed: int, first: int, device: torch.device):
+        super().__init__(seed, ENCODE_STREAM + first, device=device)
+        self.seed, self.first = seed, first
+
+    def normal(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """As `image_noise`: the VAE's, drawn once."""
+        return image_noise(shape, self.seed, self.first, ENCODE_STREAM).to(self.generator.device)
 
 
 def image_batches(args, images: ImageRows) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
@@ -68,7 +98,7 @@ def image_batches(args, images: ImageRows) -> Iterator[tuple[int, dict[str, torc
 
 @torch.no_grad()
 def measure_error(args, backbone, student: nn.Module, images: ImageRows, timesteps: list[int]):
-    """One `ErrorStatistics` a timestep, and the first channel of the first image noised for each, (*S).
+    """One `ErrorStatistics` a timestep, and the first image noised for each, (C, *S).
 
     An image has the same noise at every timestep, so that curves compare like with like.
     """
@@ -77,7 +107,7 @@ def measure_error(args, backbone, student: nn.Module, images: ImageRows, timeste
     progress = tqdm(total=len(images) * len(timesteps), desc="error", unit="image")
     for first, batch in image_batches(args, images):
         batch = {name: value.to(device) for name, value in batch.items()}
-        clean, condition = backbone.encode(batch, StepRandom(args.seed, ENCODE_STREAM + first, device=device))
+        clean, condition = backbone.encode(batch, EncodeRandom(args.seed, first, device))
         noise = image_noise(clean.shape, args.seed, first).to(clean)
         for t, at_timestep in zip(timesteps, statistics, strict=True):
             noised = backbone.noise_at(clean, noise, torch.full((len(clean),), t, device=device))
@@ -85,7 +115,7 @@ def measure_error(args, backbone, student: nn.Module, images: ImageRows, timeste
             teacher_pred = backbone.predict(teacher, noised, condition)
             at_timestep.update(student_pred.output, teacher_pred.output)
             if first == 0:
-                first_inputs.append(noised.x_t[0, 0].cpu())
+                first_inputs.append(noised.x_t[0].cpu())
             progress.update(len(clean))
     progress.close()
     return statistics, first_inputs
@@ -96,20 +126,27 @@ def measure_samples(
 ) -> tuple[dict, dict]:
     """Samples of student, corrected student and teacher from the same noise, and of the same prompts where there are
     any: numbers, and the first few as arrays (B, H, W, C). With an extractor also the Frechet distance of each to the
-    `real` images."""
+    `real` images, and as many prompts as there are samples or captions.
+
+    ValueError: samples that are not finite.
+    """
     corrected = CorrectedDenoiser(student, backbone.teacher)
     denoisers = {"student": student, "corrected": corrected, "teacher": backbone.teacher}
     count = args.validation_num_samples if extractor else args.validation_images
+    prompted, num_prompts = (real, count) if extractor else (images, None)  # all captions, or those of the pictures
     features = {who: FeatureStatistics() for who in denoisers}
     gaps, shown = dict.fromkeys(denoisers, 0.0), {who: [] for who in denoisers}
     progress = tqdm(total=len(denoisers) * count, desc="samples", unit="image")
     for first in range(0, count, args.batch_size):
         numbers = range(first, min(first + args.batch_size, count))
         seeds = [seed_from(args.seed, VALIDATION_STREAM, i) for i in numbers]  # those of the training scripts
-        conditions = backbone.conditions(images, first, len(seeds))
+        conditions = backbone.conditions(prompted, first, len(seeds), num_prompts)
         samples = {}
         for who, denoiser in denoisers.items():
-            samples[who] = backbone.sample(denoiser, seeds, args.num_inference_steps, conditions)
+            try:
+                samples[who] = backbone.sample(denoiser, seeds, args.num_inference_steps, conditions)
+            except FloatingPointError as error:
+                raise ValueError(f"Sampling ({who}) after {first} samples: {error}") from error
             progress.update(len(seeds))
         for who, drawn in samples.items():
             gap = (drawn.double() - samples["teacher"].double()).abs()
@@ -119,6 +156,8 @@ def measure_samples(
                 features[who].update(extractor(drawn.to(extractor.device)))
     progress.close()
     measured = {"num_samples": count, "pixel_difference_to_teacher": gaps}
+    if prompts := {prompt for prompt in backbone.conditions(prompted, 0, count, num_prompts) if prompt is not None}:
+        measured["num_prompts"] = len(prompts)
     if extractor:
         reference = FeatureStatistics()
         batches = tqdm(image_batches(args, real), desc="real images", total=-(-len(real) // args.batch_size))
@@ -133,8 +172,9 @@ def measure_samples(
 
 
 def error_maps(statistics: list[ErrorStatistics], inputs: list[torch.Tensor], timesteps: list[int]) -> dict:
-    """What `error_maps.npz` holds: `timestep` (T,), a few of them, and (T, H, W) each: `image`, the first one noised,
-    `image_error` and `group_rank`, its own, and `mean_error`, that of all images and channels."""
+    """What `error_maps.npz` holds: `timestep` (T,), a few of them; `image`, the first one noised, and `image_error`,
+    its own, (T, C, H, W); `group_rank`, that of its channel 0, and `mean_error` of all images and channels, (T, H, W).
+    """
     chosen = np.unique(np.linspace(0, len(timesteps) - 1, MAPS).round().astype(int))
     return {
         "timestep": np.array(timesteps)[chosen],
@@ -157,19 +197,17 @@ def main(argv: list[str] | None = None) -> None:
     backbone = choose_backbone(args).load(args)
     num_train_timesteps = backbone.scheduler.config.num_train_timesteps
     timesteps = spread_timesteps(args.num_timesteps, num_train_timesteps)
-    rows = load_rows(args, args.validation_split, split_flag="--validation_split")
-    if args.num_samples > len(rows):
-        raise ValueError(
-            f"--num_samples is {args.num_samples}; split '{args.validation_split}' has {len(rows)} images. Take "
-            "fewer, or another --validation_split."
-        )
+    rows, transform = load_rows(args, args.validation_split, split_flag="--validation_split"), backbone.transform(args)
+    refuse_mismatches(args, len(rows), len(transform.mode), num_train_timesteps)
     extractor = None
     if args.feature_extractor:
         extractor = load_extractor(
             args.feature_extractor, device=accelerator.device, inception_path=args.inception_path
         )
-    chosen, transform = rows.select(shuffled(args.seed, 0, len(rows))[: args.num_samples]), backbone.transform(args)
-    images = ImageRows(chosen, transform, args.seed, skip_bad_images=args.skip_bad_images)
+    numbers = shuffled(args.seed, 0, len(rows))[: args.num_samples]
+    images = ImageRows(
+        rows.select(numbers), transform, args.seed, skip_bad_images=args.skip_bad_images, numbers=numbers
+    )
     real = ImageRows(rows, transform, args.seed, skip_bad_images=args.skip_bad_images) if extractor else None
     student, sizes = backbone.make_student(args, sample_batch(images, args.batch_size, args.seed))
     print(sizes, flush=True)
@@ -177,9 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     backbone.teacher.to(accelerator.device)
 
     statistics, first_inputs = measure_error(args, backbone, student, images, timesteps)
-    measured, pictures = measure_samples(args, backbone, student, images, extractor, real)
 
-    # The numbers first, then the figures
+    # The numbers first, those of the error before sampling begins, then the figures
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     analysis = {
         "protocol": {
@@ -188,20 +225,33 @@ def main(argv: list[str] | None = None) -> None:
             "device": accelerator.device.type,
             "data_fingerprint": fingerprint(rows),
             "num_rows": len(rows),
-            "undecodable_rows": len((real or images).bad_rows),
+            "teacher_sha256": weight_hashes(args.pretrained_model_name_or_path),
+            "student_sha256": weight_hashes(args.student_model_name_or_path),
+            "resolution": backbone.resolution,
             "num_train_timesteps": num_train_timesteps,
             "group_size": args.group_size,
+            "sampler": {
+                "name": "DDIM",
+                "eta": 0,
+                "steps": args.num_inference_steps,
+                "guidance_scale": backbone.guidance_scale,
+            },
         },
         **summarize(statistics, timesteps),
-        "samples": measured,
     }
-    maps = error_maps(statistics, first_inputs, timesteps)
-    folder = Path(args.output_dir)
+    maps, folder = error_maps(statistics, first_inputs, timesteps), Path(args.output_dir)
+    analysis["error_maps"] = {"file": MAPS_FILE, "timesteps": maps["timestep"].tolist()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "analysis.json").write_text(json.dumps(analysis, indent=1, allow_nan=False) + "\n")
-    np.savez(folder / "error_maps.npz", **maps)
+    for figure in FIGURES:  # of an analysis that this one replaces
+        (folder / figure).unlink(missing_ok=True)
+    save_analysis(analysis, folder)
+    np.savez(folder / MAPS_FILE, **maps)
+    analysis["samples"], pictures = measure_samples(args, backbone, student, images, extractor, real)
+    analysis["protocol"]["undecodable_rows"] = len((real or images).bad_rows)
+    save_analysis(analysis, folder)
     save_figures(analysis, maps, pictures, folder)
-    print(f"{error_table(analysis)}\n\n{HOW_TO_READ}\n\nSaved in {folder}: analysis.json, {', '.join(FIGURES)}")
+    print(f"{error_table(analysis)}\n\n{HOW_TO_READ}\n")
+    print(f"Saved in {folder}: analysis.json, {MAPS_FILE}, {', '.join(FIGURES)}")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 """The command line of analyze_error.py, in groups. What contradicts itself is refused here."""
 
 import argparse
+import warnings
 from pathlib import Path
 
 from utils.arguments import ArgumentParser
@@ -11,11 +12,13 @@ HOW_TO_READ = """\
 How to read it
   coarse share  what lines remove of the squared error: one line per image and channel, or one per PLACE group. High:
                 mean and scale are off, which is easy to learn. Low: the rest needs capacity, features or training.
-                A line through K elements removes 2 / K of any error by chance, the last row.
+                Of an error without structure, independent from element to element, a line through K elements
+                removes 2 / K on average: the last row, chance.
   slope         above 1 the student's predictions are too weak, below 1 too strong; intercept: their mean is off, in
                 units of the prediction (noise has a standard deviation of 1). line.png shows the spread over images.
-  corrected     the student sampled with every prediction moved along its line: as much nearer to the teacher as its
-                samples are, so much did the coarse part cost. What still differs is the fine part."""
+  corrected     the student sampled with every prediction moved along its line to the teacher's. A probe, no sampler:
+                it runs the teacher at every step. The gap that it closes between student and teacher is what the
+                coarse part cost; what still differs is the fine part."""
 
 
 def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
@@ -23,7 +26,11 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     parser = ArgumentParser(description=description, epilog=HOW_TO_READ)
     group = parser.add_argument_group("teacher and student")
     group.add_argument("--pretrained_model_name_or_path", help="the teacher: a diffusers pipeline folder or Hub id")
-    group.add_argument("--student_model_name_or_path", help="the student: its denoiser's or pipeline's folder")
+    group.add_argument(
+        "--student_model_name_or_path",
+        help="the student: its pipeline's folder, or its U-Net's alone, of "
+        "which the schedule it was trained on cannot be checked",
+    )
     group.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
     group.add_argument("--variant", help="weight file variant of the teacher, such as fp16")
     group.add_argument("--pretrained_vae_model_name_or_path", help="another VAE of the same latent space")
@@ -61,7 +68,11 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
     group.add_argument("--validation_images", type=int, default=8, help="columns of samples.png (default: 8)")
-    group.add_argument("--validation_prompts", nargs="+", help="of the samples; default: the first images' captions")
+    group.add_argument(
+        "--validation_prompts",
+        nargs="+",
+        help="of the samples; default: captions of the data, with an extractor as many as there are samples",
+    )
     group.add_argument("--validation_guidance_scale", type=float, help="classifier-free guidance (default: 7.5)")
     group.add_argument(
         "--feature_extractor",
@@ -95,6 +106,16 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
     )
     args = parser.parse_args(argv)
     _check(args)
+    for flag, reason in (
+        ("inception_path", args.feature_extractor != "inception" and "it goes with --feature_extractor inception"),
+        (
+            "validation_num_samples",
+            not args.feature_extractor and "without --feature_extractor no distance is measured",
+        ),
+        ("dataset_config_name", args.train_data_dir and "a --train_data_dir has no configurations"),
+    ):
+        if reason and getattr(args, flag) != parser.get_default(flag):
+            warnings.warn(f"--{flag} has no effect: {reason}.", stacklevel=2)
     return args
 
 

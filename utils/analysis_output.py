@@ -1,19 +1,42 @@
 # SPDX-License-Identifier: Apache-2.0
 """What `analyze_error.py` leaves and prints: the figures by name, and the table."""
 
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 
+from utils.inception import sha256
 from utils.pictures import error_maps_figure, samples_figure
 from utils.plots import coarse_fine_figure, line_figure
 
+MAPS_FILE = "error_maps.npz"
 FIGURES = ("coarse_fine.png", "line.png", "samples.png", "error_maps.png")
+
+
+def save_analysis(analysis: dict, folder: Path) -> None:
+    """Write `analysis.json` beside and rename it; a list of numbers is one line, however long."""
+    text = json.dumps(analysis, indent=1, allow_nan=False)
+    text = re.sub(r"\[\n[-+\d.e,\s]+\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
+    beside = folder / ".analysis.json.partial"
+    beside.write_text(text + "\n")
+    beside.replace(folder / "analysis.json")
+
+
+def weight_hashes(name_or_path: str) -> dict[str, str] | None:
+    """SHA-256 of a denoiser's weight files, by their path in its folder; None for a name on the Hub."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return None
+    files = [path for path in (*folder.glob("*"), *folder.glob("unet/*")) if path.suffix in (".safetensors", ".bin")]
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
 
 
 def save_figures(analysis: dict, maps: dict, samples: dict[str, np.ndarray], folder: Path) -> None:
     """All of `FIGURES`: `analysis` as in analysis.json, `maps` as in error_maps.npz, `samples` as `samples_figure`."""
-    distances = analysis["samples"].get("frechet_distance", {})
+    # few samples have a distance far above that of many: the table says so beside the numbers, a picture could not
+    distances = {} if analysis["samples"].get("warning") else analysis["samples"].get("frechet_distance", {})
     rows = {who + (f"\nFrechet {distances[who]:.2f}" if distances else ""): images for who, images in samples.items()}
     coarse_fine_figure(analysis, folder / FIGURES[0])
     line_figure(analysis, folder / FIGURES[1])
