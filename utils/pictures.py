@@ -38,7 +38,7 @@ def error_maps_figure(maps: dict[str, np.ndarray], group_size: int, path: str | 
     """
     channels, last_rank = maps["image"].shape[1], int(maps["group_rank"].max())
     noised = "an image" if channels in (1, 3) else "channel 0"
-    over, of = (" mean of channels,", " of\nchannel 0") if channels > 1 else ("", "")
+    over, of = (" mean of channels,", "\nof channel 0") if channels > 1 else ("", "")
     rows = (  # label, pictures, colours
         (f"{noised},\nnoised", [_as_picture(image) for image in maps["image"]], "gray"),
         (f"its error,{over}\n$|e_T - e_S|$", maps["image_error"].mean(axis=1), "magma"),
