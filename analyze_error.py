@@ -8,11 +8,11 @@
 Teacher and student see the same noisy images and predict e_T and e_S. A least-squares line e_T ~ b0 + b1 * e_S splits
 their difference (Han, Yeo, Yoo, CVPR 2026, the paper's probe): the coarse part is what the line removes, a wrong mean
 or scale; the fine part is what it leaves. The student is then also sampled corrected, every prediction moved along its
-line: how much better those samples are is how much the coarse part cost. Nothing is trained.
+line: a probe, no sampler, as it runs the teacher at every step. The gap that it closes between student and teacher is
+what the coarse part cost. Nothing is trained.
 """
 
 import importlib.metadata
-import json
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +23,17 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from utils.analysis import CorrectedDenoiser, ErrorStatistics, summarize
-from utils.arguments import ArgumentParser
+from utils.analysis import ErrorStatistics, summarize
+from utils.analysis_arguments import HOW_TO_READ, parse_args
+from utils.analysis_output import FIGURES, MAPS_FILE, error_table, save_analysis, save_figures, weight_hashes
 from utils.backbones import choose_backbone
-from utils.checkpoint import check_output_dir
+from utils.corrected import CorrectedDenoiser
 from utils.data import ImageRows, fingerprint, load_rows, sample_batch
 from utils.export import PACKAGES
 from utils.extractors import load_extractor
 from utils.feature_statistics import FeatureStatistics
 from utils.features import Tapped
 from utils.metrics import frechet_distance, rank_warning
-from utils.plots import FIGURES, error_table, save_figures
 from utils.randomness import StepRandom, seed_from, shuffled
 from utils.speed import use_cpu_threads
 from utils.validation import VALIDATION_STREAM
@@ -41,146 +41,53 @@ from utils.validation import VALIDATION_STREAM
 NOISE_STREAM, ENCODE_STREAM = 2**33, 2**34  # counters that no micro-step reaches: this noise is no training noise
 MAPS = 5  # timesteps with error maps
 
-HOW_TO_READ = """\
-How to read it
-  coarse share  what lines remove of the squared error: one line per image and channel, or one per PLACE group. High:
-                mean and scale are off, which is easy to learn. Low: the rest needs capacity, features or training.
-                A line through K elements removes 2 / K of any error by chance, the last row.
-  slope         above 1 the student's predictions are too weak, below 1 too strong; intercept: their mean is off, in
-                units of the prediction (noise has a standard deviation of 1). line.png shows the spread over images.
-  corrected     the student sampled with every prediction moved along its line: as much nearer to the teacher as its
-                samples are, so much did the coarse part cost. What still differs is the fine part."""
 
-
-def parse_args(argv: list[str] | None = None):
-    """The command line, checked. Raises ValueError naming the flag, what was found and what to do."""
-    parser = ArgumentParser(description=__doc__, epilog=HOW_TO_READ)
-    group = parser.add_argument_group("teacher and student")
-    group.add_argument("--pretrained_model_name_or_path", help="the teacher: a diffusers pipeline folder or Hub id")
-    group.add_argument("--student_model_name_or_path", help="the student: its denoiser's or pipeline's folder")
-    group.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
-    group.add_argument("--variant", help="weight file variant of the teacher, such as fp16")
-    group.add_argument("--pretrained_vae_model_name_or_path", help="another VAE of the same latent space")
-    group.add_argument(
-        "--allow_pickle_weights", action="store_true", help="load a teacher whose weights are .bin files"
-    )
-
-    group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="a dataset on the Hub, or a local folder in its layout (parquet)")
-    group.add_argument("--dataset_config_name", help="the dataset's configuration, where it has several")
-    group.add_argument("--train_data_dir", help="or: a folder of image files, read as `imagefolder`")
-    group.add_argument("--validation_split", default="train", help="split to take images from (default: train)")
-    group.add_argument("--image_column", default="image", help="column of the images (default: image)")
-    group.add_argument("--resolution", type=int, help="pixels a side; default: the teacher's sample_size")
-    group.add_argument("--skip_bad_images", action="store_true", help="put the next good row where one is damaged")
-    group.add_argument("--caption_column", help="column of the captions of a text-to-image teacher (default: text)")
-
-    group = parser.add_argument_group("error")
-    group.add_argument(
-        "--num_timesteps",
-        type=int,
-        default=20,
-        help="timesteps, the midpoints of as many equal stretches of the schedule (default: 20)",
-    )
-    group.add_argument(
-        "--num_samples", type=int, default=256, help="images, each seen at every timestep (default: 256)"
-    )
-    group.add_argument(
-        "--group_size",
-        type=int,
-        default=16,
-        help="elements of a PLACE group, from 2 to those of a channel (default: 16, the paper's)",
-    )
-
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
-    group.add_argument("--validation_images", type=int, default=8, help="columns of samples.png (default: 8)")
-    group.add_argument("--validation_prompts", nargs="+", help="of the samples; default: the first images' captions")
-    group.add_argument("--validation_guidance_scale", type=float, help="classifier-free guidance (default: 7.5)")
-    group.add_argument(
-        "--feature_extractor",
-        help="inception, or a transformers image model, folder or Hub id; measures the Frechet distance from the "
-        "whole split to samples of student, corrected student and teacher. Default: none is measured",
-    )
-    group.add_argument("--inception_path", help="folder of Inception's weights, where they cannot be downloaded")
-    group.add_argument(
-        "--validation_num_samples", type=int, default=2048, help="samples of each for that distance (default: 2048)"
-    )
-
-    group = parser.add_argument_group("run and output")
-    group.add_argument("--output_dir", default="analysis", help="for analysis.json and figures (default: analysis)")
-    group.add_argument("--overwrite_output_dir", action="store_true", help="replace an analysis that is there")
-    group.add_argument("--batch_size", type=int, default=128, help="images at once (default: 128)")
-    group.add_argument("--seed", type=int, default=0, help="images, noise and samples follow from it (default: 0)")
-    group.add_argument("--num_cpu_threads", type=int, help="threads on the CPU; default: one for each core")
-    parser.set_defaults(  # what a backbone asks of training and is settled here
-        pruning_ratio=None,
-        student_config=None,
-        center_crop=True,
-        random_flip=False,
-        max_train_samples=None,
-        snr_gamma=None,
-        student_preset=None,
-        lora_rank=None,
-        cache_dir=None,
-        cache_variants=None,
-        noise_offset=0.0,
-        proportion_empty_prompts=0.0,
-    )
-    args = parser.parse_args(argv)
-    _check(args)
-    return args
-
-
-def _check(args) -> None:
-    for flag, what in (("pretrained_model_name_or_path", "teacher"), ("student_model_name_or_path", "student")):
-        if not getattr(args, flag):
-            raise ValueError(f"--{flag} is missing: name the {what}'s folder. The error is between the two.")
-    if bool(args.dataset_name) == bool(args.train_data_dir):
-        found = "both" if args.dataset_name else "neither"
-        raise ValueError(f"Give one of --dataset_name and --train_data_dir; found {found}.")
-    for name in (
-        "resolution num_timesteps num_samples num_inference_steps validation_images validation_num_samples batch_size "
-        "num_cpu_threads"
-    ).split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be above 0.")
-    if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}; it must not be negative.")
-    if args.group_size < 2:
-        raise ValueError(f"--group_size is {args.group_size}; a line needs at least 2 elements, the paper has 16.")
-    if args.feature_extractor and args.validation_num_samples < max(2, args.validation_images):
+def refuse_mismatches(args, num_rows: int, image_channels: int, num_train_timesteps: int) -> None:
+    """Raises ValueError, naming the flag, where data or teacher cannot give what was asked for."""
+    for flag in ("num_timesteps", "num_inference_steps"):
+        if getattr(args, flag) > num_train_timesteps:
+            raise ValueError(
+                f"--{flag} is {getattr(args, flag)}; the teacher's schedule has {num_train_timesteps}. Take fewer."
+            )
+    if args.num_samples > num_rows:
         raise ValueError(
-            f"--validation_num_samples is {args.validation_num_samples}; a distance needs at least 2 samples, and the "
-            f"first --validation_images {args.validation_images} of them are shown."
+            f"--num_samples is {args.num_samples}; split '{args.validation_split}' has {num_rows} images. Take "
+            "fewer, or another --validation_split."
         )
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file.")
-    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
+    if args.feature_extractor and num_rows < 2:
         raise ValueError(
-            f"--output_dir {folder} is not empty. Choose another folder, or replace the analysis in it with "
-            "--overwrite_output_dir."
+            f"--feature_extractor: a distance needs at least 2 images, and split '{args.validation_split}' has "
+            f"{num_rows}. Take another --validation_split, or leave the distance out."
         )
-    check_output_dir(args)
+    if args.feature_extractor and image_channels == 4:
+        raise ValueError(
+            "--feature_extractor: it sees grey or RGB images, and the teacher's have 4 channels (RGBA). Leave it out."
+        )
 
 
 def spread_timesteps(count: int, num_train_timesteps: int) -> list[int]:
-    """Midpoints of `count` equal stretches of the schedule, so that their plain mean stands for all of it.
-
-    ValueError: more stretches than timesteps.
-    """
-    if count > num_train_timesteps:
-        raise ValueError(f"--num_timesteps is {count}; the teacher's schedule has {num_train_timesteps}.")
+    """Midpoints of `count` equal stretches of the schedule, so that their plain mean stands for all of it."""
     return [(2 * i + 1) * num_train_timesteps // (2 * count) for i in range(count)]
 
 
-def image_noise(shape: tuple[int, ...], seed: int, first: int) -> torch.Tensor:
+def image_noise(shape: tuple[int, ...], seed: int, first: int, stream: int = NOISE_STREAM) -> torch.Tensor:
     """Standard normal noise of `shape` (B, ...): that of image `first` + i is a function of (seed, its index)."""
     noise = torch.empty(shape)
     for i, image in enumerate(noise, start=first):
-        image.normal_(generator=torch.Generator().manual_seed(seed_from(seed, NOISE_STREAM, i)))
+        image.normal_(generator=torch.Generator().manual_seed(seed_from(seed, stream, i)))
     return noise
+
+
+class EncodeRandom(StepRandom):
+    """What a backbone draws to encode images, the same for an image in whatever batch it comes."""
+
+    def __init__(self, seed: int, first: int, device: torch.device):
+        super().__init__(seed, ENCODE_STREAM + first, device=device)
+        self.seed, self.first = seed, first
+
+    def normal(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """As `image_noise`: the VAE's, drawn once."""
+        return image_noise(shape, self.seed, self.first, ENCODE_STREAM).to(self.generator.device)
 
 
 def image_batches(args, images: ImageRows) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
@@ -191,7 +98,7 @@ def image_batches(args, images: ImageRows) -> Iterator[tuple[int, dict[str, torc
 
 @torch.no_grad()
 def measure_error(args, backbone, student: nn.Module, images: ImageRows, timesteps: list[int]):
-    """One `ErrorStatistics` a timestep, and the first channel of the first image noised for each, (*S).
+    """One `ErrorStatistics` a timestep, and the first image noised for each, (C, *S).
 
     An image has the same noise at every timestep, so that curves compare like with like.
     """
@@ -200,7 +107,7 @@ def measure_error(args, backbone, student: nn.Module, images: ImageRows, timeste
     progress = tqdm(total=len(images) * len(timesteps), desc="error", unit="image")
     for first, batch in image_batches(args, images):
         batch = {name: value.to(device) for name, value in batch.items()}
-        clean, condition = backbone.encode(batch, StepRandom(args.seed, ENCODE_STREAM + first, device=device))
+        clean, condition = backbone.encode(batch, EncodeRandom(args.seed, first, device))
         noise = image_noise(clean.shape, args.seed, first).to(clean)
         for t, at_timestep in zip(timesteps, statistics, strict=True):
             noised = backbone.noise_at(clean, noise, torch.full((len(clean),), t, device=device))
@@ -208,7 +115,7 @@ def measure_error(args, backbone, student: nn.Module, images: ImageRows, timeste
             teacher_pred = backbone.predict(teacher, noised, condition)
             at_timestep.update(student_pred.output, teacher_pred.output)
             if first == 0:
-                first_inputs.append(noised.x_t[0, 0].cpu())
+                first_inputs.append(noised.x_t[0].cpu())
             progress.update(len(clean))
     progress.close()
     return statistics, first_inputs
@@ -219,20 +126,27 @@ def measure_samples(
 ) -> tuple[dict, dict]:
     """Samples of student, corrected student and teacher from the same noise, and of the same prompts where there are
     any: numbers, and the first few as arrays (B, H, W, C). With an extractor also the Frechet distance of each to the
-    `real` images."""
+    `real` images, and as many prompts as there are samples or captions.
+
+    ValueError: samples that are not finite.
+    """
     corrected = CorrectedDenoiser(student, backbone.teacher)
     denoisers = {"student": student, "corrected": corrected, "teacher": backbone.teacher}
     count = args.validation_num_samples if extractor else args.validation_images
+    prompted, num_prompts = (real, count) if extractor else (images, None)  # all captions, or those of the pictures
     features = {who: FeatureStatistics() for who in denoisers}
     gaps, shown = dict.fromkeys(denoisers, 0.0), {who: [] for who in denoisers}
     progress = tqdm(total=len(denoisers) * count, desc="samples", unit="image")
     for first in range(0, count, args.batch_size):
         numbers = range(first, min(first + args.batch_size, count))
         seeds = [seed_from(args.seed, VALIDATION_STREAM, i) for i in numbers]  # those of the training scripts
-        conditions = backbone.conditions(images, first, len(seeds))
+        conditions = backbone.conditions(prompted, first, len(seeds), num_prompts)
         samples = {}
         for who, denoiser in denoisers.items():
-            samples[who] = backbone.sample(denoiser, seeds, args.num_inference_steps, conditions)
+            try:
+                samples[who] = backbone.sample(denoiser, seeds, args.num_inference_steps, conditions)
+            except FloatingPointError as error:
+                raise ValueError(f"Sampling ({who}) after {first} samples: {error}") from error
             progress.update(len(seeds))
         for who, drawn in samples.items():
             gap = (drawn.double() - samples["teacher"].double()).abs()
@@ -242,6 +156,8 @@ def measure_samples(
                 features[who].update(extractor(drawn.to(extractor.device)))
     progress.close()
     measured = {"num_samples": count, "pixel_difference_to_teacher": gaps}
+    if prompts := {prompt for prompt in backbone.conditions(prompted, 0, count, num_prompts) if prompt is not None}:
+        measured["num_prompts"] = len(prompts)
     if extractor:
         reference = FeatureStatistics()
         batches = tqdm(image_batches(args, real), desc="real images", total=-(-len(real) // args.batch_size))
@@ -256,8 +172,9 @@ def measure_samples(
 
 
 def error_maps(statistics: list[ErrorStatistics], inputs: list[torch.Tensor], timesteps: list[int]) -> dict:
-    """What `error_maps.npz` holds: `timestep` (T,), a few of them, and (T, H, W) each: `image`, the first one noised,
-    `image_error` and `group_rank`, its own, and `mean_error`, that of all images and channels."""
+    """What `error_maps.npz` holds: `timestep` (T,), a few of them; `image`, the first one noised, and `image_error`,
+    its own, (T, C, H, W); `group_rank`, that of its channel 0, and `mean_error` of all images and channels, (T, H, W).
+    """
     chosen = np.unique(np.linspace(0, len(timesteps) - 1, MAPS).round().astype(int))
     return {
         "timestep": np.array(timesteps)[chosen],
@@ -270,7 +187,7 @@ def error_maps(statistics: list[ErrorStatistics], inputs: list[torch.Tensor], ti
 
 def main(argv: list[str] | None = None) -> None:
     """Load, measure, sample, write: in the order of the lines."""
-    args = parse_args(argv)
+    args = parse_args(__doc__, argv)
     accelerator = Accelerator(mixed_precision="no")
     if accelerator.num_processes > 1:
         raise ValueError(f"analyze_error.py is one process, found {accelerator.num_processes}: start it with python.")
@@ -280,19 +197,17 @@ def main(argv: list[str] | None = None) -> None:
     backbone = choose_backbone(args).load(args)
     num_train_timesteps = backbone.scheduler.config.num_train_timesteps
     timesteps = spread_timesteps(args.num_timesteps, num_train_timesteps)
-    rows = load_rows(args, args.validation_split, split_flag="--validation_split")
-    if args.num_samples > len(rows):
-        raise ValueError(
-            f"--num_samples is {args.num_samples}; split '{args.validation_split}' has {len(rows)} images. Take "
-            "fewer, or another --validation_split."
-        )
+    rows, transform = load_rows(args, args.validation_split, split_flag="--validation_split"), backbone.transform(args)
+    refuse_mismatches(args, len(rows), len(transform.mode), num_train_timesteps)
     extractor = None
     if args.feature_extractor:
         extractor = load_extractor(
             args.feature_extractor, device=accelerator.device, inception_path=args.inception_path
         )
-    chosen, transform = rows.select(shuffled(args.seed, 0, len(rows))[: args.num_samples]), backbone.transform(args)
-    images = ImageRows(chosen, transform, args.seed, skip_bad_images=args.skip_bad_images)
+    numbers = shuffled(args.seed, 0, len(rows))[: args.num_samples]
+    images = ImageRows(
+        rows.select(numbers), transform, args.seed, skip_bad_images=args.skip_bad_images, numbers=numbers
+    )
     real = ImageRows(rows, transform, args.seed, skip_bad_images=args.skip_bad_images) if extractor else None
     student, sizes = backbone.make_student(args, sample_batch(images, args.batch_size, args.seed))
     print(sizes, flush=True)
@@ -300,9 +215,8 @@ def main(argv: list[str] | None = None) -> None:
     backbone.teacher.to(accelerator.device)
 
     statistics, first_inputs = measure_error(args, backbone, student, images, timesteps)
-    measured, pictures = measure_samples(args, backbone, student, images, extractor, real)
 
-    # The numbers first, then the figures
+    # The numbers first, those of the error before sampling begins, then the figures
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     analysis = {
         "protocol": {
@@ -311,20 +225,33 @@ def main(argv: list[str] | None = None) -> None:
             "device": accelerator.device.type,
             "data_fingerprint": fingerprint(rows),
             "num_rows": len(rows),
-            "undecodable_rows": len((real or images).bad_rows),
+            "teacher_sha256": weight_hashes(args.pretrained_model_name_or_path),
+            "student_sha256": weight_hashes(args.student_model_name_or_path),
+            "resolution": backbone.resolution,
             "num_train_timesteps": num_train_timesteps,
             "group_size": args.group_size,
+            "sampler": {
+                "name": "DDIM",
+                "eta": 0,
+                "steps": args.num_inference_steps,
+                "guidance_scale": backbone.guidance_scale,
+            },
         },
         **summarize(statistics, timesteps),
-        "samples": measured,
     }
-    maps = error_maps(statistics, first_inputs, timesteps)
-    folder = Path(args.output_dir)
+    maps, folder = error_maps(statistics, first_inputs, timesteps), Path(args.output_dir)
+    analysis["error_maps"] = {"file": MAPS_FILE, "timesteps": maps["timestep"].tolist()}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "analysis.json").write_text(json.dumps(analysis, indent=1, allow_nan=False) + "\n")
-    np.savez(folder / "error_maps.npz", **maps)
+    for figure in FIGURES:  # of an analysis that this one replaces
+        (folder / figure).unlink(missing_ok=True)
+    save_analysis(analysis, folder)
+    np.savez(folder / MAPS_FILE, **maps)
+    analysis["samples"], pictures = measure_samples(args, backbone, student, images, extractor, real)
+    analysis["protocol"]["undecodable_rows"] = len((real or images).bad_rows)
+    save_analysis(analysis, folder)
     save_figures(analysis, maps, pictures, folder)
-    print(f"{error_table(analysis)}\n\n{HOW_TO_READ}\n\nSaved in {folder}: analysis.json, {', '.join(FIGURES)}")
+    print(f"{error_table(analysis)}\n\n{HOW_TO_READ}\n")
+    print(f"Saved in {folder}: analysis.json, {MAPS_FILE}, {', '.join(FIGURES)}")
 
 
 if __name__ == "__main__":

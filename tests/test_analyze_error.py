@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The diagnosis: coarse and fine error, groups, corrected sampling, and the script on tiny models."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -10,11 +11,15 @@ import pytest
 import torch
 from conftest import build_unet, save_images
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers.models.unets.unet_2d import UNet2DOutput
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
+from torch import nn
 
 import analyze_error
+import utils.analysis
 from utils.analysis import (
-    CorrectedDenoiser,
     ErrorStatistics,
     group_map,
     group_sizes,
@@ -23,12 +28,17 @@ from utils.analysis import (
     split_groups,
     summarize,
 )
+from utils.analysis_arguments import parse_args
+from utils.analysis_output import FIGURES, save_figures
 from utils.backbones import choose_backbone
+from utils.backbones.ddpm import DDPM
+from utils.corrected import CorrectedDenoiser
 from utils.extractors import FeatureExtractor
 from utils.feature_statistics import FeatureStatistics
 from utils.losses import place_loss
 from utils.metrics import frechet_distance
-from utils.plots import FIGURES
+from utils.pictures import error_maps_figure, samples_figure
+from utils.plots import coarse_fine_figure, line_figure
 from utils.randomness import seed_from, shuffled
 from utils.validation import VALIDATION_STREAM
 
@@ -193,6 +203,15 @@ def test_errors_grow_with_the_rank(group_size, groups):
             assert split.total[b, c].tolist() == pytest.approx(totals, rel=1e-5)
 
 
+@pytest.mark.parametrize("group_size, fits", [(2, 2), (5, 2), (41, 1), (42, 1)])
+def test_groups_are_fitted_together(monkeypatch, group_size, fits):
+    """All but the last at once: a line at a time is slow."""
+    calls, fit = [], utils.analysis.split_error
+    monkeypatch.setattr(utils.analysis, "split_error", lambda *preds: calls.append(preds) or fit(*preds))
+    split_groups(*predictions(), group_size)
+    assert len(calls) == fits
+
+
 def test_one_group_is_a_constant_map():
     student, teacher = predictions()
     assert torch.equal(group_map(student, teacher, 42), torch.zeros(5, 3, 6, 7, dtype=torch.int64))
@@ -221,7 +240,7 @@ def test_batches_add_up_to_the_whole():
     expected = (teacher - student).double().abs()
     for statistics in (whole, parts):
         assert torch.allclose(statistics.error_map(), expected.mean((0, 1)), rtol=1e-6)
-        assert torch.allclose(statistics.first_error, expected[0, 0], rtol=1e-6)
+        assert torch.allclose(statistics.first_error, expected[0], rtol=1e-6)
         assert torch.equal(statistics.first_ranks, group_map(student, teacher, 16)[0, 0])
 
 
@@ -238,11 +257,26 @@ def test_channels_are_kept_apart():
     assert third["total"] == 0 and third["coarse_share"] is None
 
 
+def test_the_spread_of_a_ranks_lines():
+    statistics, (student, teacher) = ErrorStatistics(20), predictions()
+    statistics.update(student[:3], teacher[:3])
+    statistics.update(student[3:], teacher[3:])
+    lines, ranks = split_groups(student, teacher, 20), statistics.summary()["place"]["ranks"]
+    for name in ("slope", "intercept"):
+        values = getattr(lines, name).flatten(0, 1).numpy()  # (15, 2)
+        assert ranks[name]["mean"] == pytest.approx(values.mean(0), rel=1e-5)
+        assert ranks[name]["std"] == pytest.approx(values.std(0), rel=1e-5)
+        for key, quantile in (("q25", 0.25), ("median", 0.5), ("q75", 0.75)):
+            assert ranks[name][key] == pytest.approx(np.quantile(values, quantile, axis=0), rel=1e-5)
+
+
 def test_predictions_that_are_not_finite():
     student, teacher = predictions()
     student[3, 1, 2, 2] = torch.nan
-    with pytest.raises(ValueError, match="student predicts NaN"):
+    with pytest.raises(ValueError, match="--student_model_name_or_path: the student predicts NaN"):
         ErrorStatistics(16).update(student, teacher)
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path: the teacher predicts NaN"):
+        ErrorStatistics(16).update(teacher, student)
 
 
 def test_noise_is_a_function_of_seed_and_index():
@@ -250,6 +284,8 @@ def test_noise_is_a_function_of_seed_and_index():
     assert torch.equal(analyze_error.image_noise((3, 1, 8, 8), seed=3, first=2), whole[2:])
     assert len({image.sum().item() for image in whole}) == 5
     assert not torch.equal(analyze_error.image_noise((5, 1, 8, 8), seed=4, first=0), whole)
+    drawn = [analyze_error.EncodeRandom(3, first, "cpu").normal((5 - first, 4, 8, 8)) for first in (0, 2)]
+    assert torch.equal(drawn[0][2:], drawn[1]) and not torch.equal(drawn[0][:, :1], whole)
 
 
 def test_timesteps_are_midpoints_of_the_schedule():
@@ -274,6 +310,32 @@ def test_a_line_for_every_sample_and_channel():
         assert torch.equal(corrected(x_t, timestep, return_dict=False)[0], found)
 
 
+class Plain(nn.Module):
+    """A denoiser that predicts `values`, whatever it sees."""
+
+    config, dtype, device = None, torch.float32, torch.device("cpu")
+
+    def __init__(self, values: torch.Tensor):
+        super().__init__()
+        self.values = values
+
+    def forward(self, *_, **__):
+        return UNet2DOutput(self.values)
+
+
+def test_lines_of_sampling_are_fitted_in_float64():
+    """Far from 0, float32 sums of squares know nothing of a spread; the moved prediction has the student's dtype."""
+    student = (1000 + 1e-2 * torch.randn((2, 1, 64, 64), generator=torch.Generator().manual_seed(0))).float()
+    teacher = 2 * student - 1500
+    found = CorrectedDenoiser(Plain(student), Plain(teacher))(None).sample
+    line = [
+        value.double().view(2, 1, 1, 1)
+        for value in least_squares_line(student.double().flatten(2), teacher.double().flatten(2))
+    ]
+    assert torch.equal(found, (line[1] + line[0] * student.double()).float())
+    assert CorrectedDenoiser(Plain(student.bfloat16()), Plain(teacher))(None).sample.dtype == torch.bfloat16
+
+
 def sampled(args, student: UNet2DModel) -> dict[str, torch.Tensor]:
     backbone = choose_backbone(args).load(args)
     denoisers = {
@@ -286,7 +348,7 @@ def sampled(args, student: UNet2DModel) -> dict[str, torch.Tensor]:
 
 def test_correcting_an_affine_student_recovers_the_teachers_samples(tmp_path, flags, save, teacher_dir):
     teacher = UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")
-    args = analyze_error.parse_args([*flags(save(teacher)), "--output_dir", str(tmp_path / "out")])
+    args = parse_args("", [*flags(save(teacher)), "--output_dir", str(tmp_path / "out")])
     images = sampled(args, affine_image(teacher))
     assert (images["student"] - images["teacher"]).abs().float().mean() > 10
     assert (images["corrected"] - images["teacher"]).abs().max() <= 1
@@ -295,7 +357,7 @@ def test_correcting_an_affine_student_recovers_the_teachers_samples(tmp_path, fl
 
 def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teacher_dir):
     folder = save(affine_image(UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")))
-    args = analyze_error.parse_args([*flags(folder, "--batch_size", 2), "--output_dir", str(tmp_path / "out")])
+    args = parse_args("", [*flags(folder, "--batch_size", 2), "--output_dir", str(tmp_path / "out")])
     backbone, student = choose_backbone(args).load(args), UNet2DModel.from_pretrained(folder)
     numbers, shown = analyze_error.measure_samples(args, backbone, student, None, None, None)
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(3)]
@@ -311,7 +373,7 @@ def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teache
 
 def test_correcting_another_student_does_not(tmp_path, flags, save):
     student = build_unet(seed=1)
-    args = analyze_error.parse_args([*flags(save(student)), "--output_dir", str(tmp_path / "out")])
+    args = parse_args("", [*flags(save(student)), "--output_dir", str(tmp_path / "out")])
     images = sampled(args, student)
     assert (images["corrected"] - images["teacher"]).abs().max() > 20
     assert not torch.equal(images["corrected"], images["student"])
@@ -372,7 +434,8 @@ def test_a_run_on_a_trained_student(run, analyze, data_dir):
 
     with np.load(folder / "error_maps.npz", allow_pickle=False) as maps:
         assert maps["timestep"].tolist() == [125, 375, 625, 875]
-        assert all(maps[name].shape == (4, 8, 8) for name in ("image", "image_error", "group_rank", "mean_error"))
+        assert all(maps[name].shape == (4, 1, 8, 8) for name in ("image", "image_error"))
+        assert all(maps[name].shape == (4, 8, 8) for name in ("group_rank", "mean_error"))
         for t, row in enumerate(rows):
             assert np.square(maps["mean_error"][t]).mean() <= row["total"]  # the square of a mean
             order = np.argsort(maps["image_error"][t].ravel(), kind="stable")
@@ -423,7 +486,7 @@ def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir,
     assert gaps["corrected"] < 0.1 < 10 < gaps["student"]
     assert all(row["slope"]["median"] == pytest.approx(1 / 0.6, rel=1e-4) for row in analysis["timesteps"])
 
-    args = analyze_error.parse_args([*flags(folder), "--output_dir", str(output / "unused")])
+    args = parse_args("", [*flags(folder), "--output_dir", str(output / "unused")])
     backbone, extractor = choose_backbone(args).load(args), FeatureExtractor(str(CLASSIFIER))
     real, drawn = FeatureStatistics(), FeatureStatistics()
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(12)]
@@ -486,6 +549,153 @@ def _close(ours, theirs, rel=1e-9) -> bool:
     return ours == pytest.approx(theirs, rel=rel, abs=1e-9)
 
 
+def test_what_fails_while_sampling_leaves_the_error(analyze, save, tmp_path, monkeypatch):
+    folder = save(build_unet(seed=1))
+    _, output = analyze(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(DDPM, "sample", lambda *_: (_ for _ in ()).throw(FloatingPointError("a sample holds NaN")))
+        with pytest.raises(ValueError, match=r"Sampling \(student\) after 0 samples: a sample holds NaN"):
+            analyze(folder, "--overwrite_output_dir", "--num_timesteps", 2)
+    left = json.loads((output / "analysis.json").read_text())
+    assert [row["timestep"] for row in left["timesteps"]] == [250, 750] and "samples" not in left
+    assert {path.name for path in output.iterdir()} == {"analysis.json", "error_maps.npz"}  # no older figures
+    with np.load(output / "error_maps.npz") as maps:
+        assert maps["timestep"].tolist() == left["error_maps"]["timesteps"] == [250, 750]
+
+
+def test_the_file_is_compact_and_says_how_it_was_made(analyze, save, teacher_dir):
+    folder = save(build_unet(seed=1))
+    analysis, output = analyze(folder, "--group_size", 2)
+    text = (output / "analysis.json").read_text()
+    assert len(analysis["timesteps"][0]["place"]["ranks"]["fine"]) == 32
+    assert max(line.count(",") for line in text.splitlines()) >= 31 and len(text.splitlines()) < 400
+    protocol = analysis["protocol"]
+    assert protocol["sampler"] == {"name": "DDIM", "eta": 0, "steps": 3, "guidance_scale": None}
+    assert protocol["resolution"] == 8 and "num_prompts" not in analysis["samples"]
+    name = "diffusion_pytorch_model.safetensors"
+    for key, path, stored in (("teacher", teacher_dir, f"unet/{name}"), ("student", folder, name)):
+        digest = hashlib.sha256((Path(path) / stored).read_bytes()).hexdigest()
+        assert protocol[f"{key}_sha256"] == {stored: digest}
+
+
+def test_flags_without_effect_are_warned_of(flags, tmp_path):
+    other = ("--inception_path", "inception", "--validation_num_samples", 9, "--dataset_config_name", "one")
+    argv = [*flags("student", *other), "--dataset_name", "", "--train_data_dir", "images"]
+    with pytest.warns(UserWarning) as caught:
+        parse_args("", [*argv, "--output_dir", str(tmp_path / "out")])
+    named = ("inception_path", "validation_num_samples", "dataset_config_name")
+    assert [str(warning.message).split(":")[0] for warning in caught] == [f"--{name} has no effect" for name in named]
+
+
+# Figures
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that are saved, by file name."""
+    saved, save_figure = {}, Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, path: saved.update({Path(path).name: f}) or save_figure(f, path))
+    return saved
+
+
+def texts(figure: Figure) -> str:
+    """All that is written in a figure."""
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def analysis_of(student, teacher, timesteps: int, group_size: int = 16) -> dict:
+    statistics = []
+    for t in range(timesteps):
+        statistics.append(ErrorStatistics(group_size))
+        statistics[t].update(student * (1 + t / 100), teacher)
+    protocol = {"num_train_timesteps": 1000, "group_size": group_size}
+    return {"protocol": protocol, **summarize(statistics, analyze_error.spread_timesteps(timesteps, 1000))}
+
+
+def test_channels_in_the_line_figure(figures, tmp_path):
+    for channels, lines, words in ((1, 1, "quartiles of images"), (3, 3, "channel 2: median"), (5, 1, "and channels")):
+        analysis = analysis_of(*predictions((4, channels, 6, 7)), timesteps=3)
+        line_figure(analysis, tmp_path / "line.png")
+        for axes, name in zip(figures["line.png"].axes, ("slope", "intercept"), strict=True):
+            drawn = axes.lines[1:]  # after that of a perfect student
+            assert len(drawn) == len(axes.collections) == lines and len({line.get_color() for line in drawn}) == lines
+            of = [row["channels"][0] if lines > 1 else row for row in analysis["timesteps"]]
+            assert drawn[0].get_ydata() == pytest.approx([row[name]["median"] for row in of])
+        assert words in texts(figures["line.png"])
+
+
+def test_one_timestep_can_be_seen(figures, tmp_path):
+    analysis = analysis_of(*predictions(), timesteps=1)
+    coarse_fine_figure(analysis, tmp_path / "coarse_fine.png")
+    assert all(line.get_marker() not in ("", "None", None) for line in figures["coarse_fine.png"].axes[0].lines)
+    line_figure(analysis, tmp_path / "line.png")
+    slope = analysis["timesteps"][0]["channels"][0]["slope"]
+    bar = figures["line.png"].axes[0].collections[0].get_segments()[0]
+    assert bar[:, 1] == pytest.approx([slope["q25"], slope["q75"]])
+
+
+@pytest.mark.parametrize("timesteps", [7, 300])
+def test_many_timesteps_and_groups(figures, tmp_path, timesteps):
+    """Stretches without gaps, one shape each for the coarse and the fine part, and no markers on top of each other."""
+    analysis = analysis_of(*predictions((1, 1, 16, 16)), timesteps=timesteps, group_size=2)
+    coarse_fine_figure(analysis, tmp_path / "coarse_fine.png")
+    size, share, group = figures["coarse_fine.png"].axes
+    assert {line.get_marker() for line in size.lines[1:]} == ({""} if timesteps > 40 else {"o", "s"})
+    assert [len(axes.patches) for axes in (share, group)] == [3, 2]
+    fine, coarse = (patch.get_data() for patch in share.patches[:2])
+    assert fine.edges == pytest.approx(np.linspace(0, 1000, timesteps + 1)) and (fine.values == 1).all()
+    assert coarse.values == pytest.approx([row["coarse_share"] for row in analysis["timesteps"]])
+    assert len(group.patches[0].get_data().values) == 128
+    assert "fitted per image and channel" in texts(figures["coarse_fine.png"])
+
+
+def test_no_error_and_one_group_in_figures(figures, tmp_path):
+    student, _ = predictions((2, 1, 8, 8))
+    coarse_fine_figure(analysis_of(student, student, timesteps=1, group_size=64), tmp_path / "coarse_fine.png")
+    assert texts(figures["coarse_fine.png"]).count("no error") == 3
+    assert figures["coarse_fine.png"].axes[2].get_xticks().tolist() == [0]
+    empty = {"timestep": np.array([5]), "image": np.zeros((1, 1, 8, 8)), "image_error": np.zeros((1, 1, 8, 8))}
+    empty |= {"group_rank": np.zeros((1, 8, 8), int), "mean_error": np.zeros((1, 8, 8))}
+    error_maps_figure(empty, 64, tmp_path / "error_maps.png")
+    drawn = [axes.images[0] for axes in figures["error_maps.png"].axes if axes.images]
+    assert all(image.norm.vmin == 0 and image.norm.vmax == 1 for image in drawn[1:4])
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_error_maps_name_their_channels(figures, tmp_path, channels):
+    random = np.random.default_rng(0)
+    maps = {name: random.normal(size=(2, channels, 8, 8)) for name in ("image", "image_error")}
+    maps |= {"timestep": np.array([5, 500]), "mean_error": random.normal(size=(2, 8, 8))}
+    maps |= {"group_rank": random.integers(0, 4, (2, 8, 8))}
+    error_maps_figure(maps, 16, tmp_path / "error_maps.png")
+    grid = figures["error_maps.png"].axes
+    assert grid[0].images[0].get_array().shape == ((8, 8, 3) if channels == 3 else (8, 8))
+    assert np.allclose(grid[2].images[0].get_array(), maps["image_error"][0].mean(0))
+    labels = texts(figures["error_maps.png"]).replace("\n", " ")
+    assert ("groups of 16 of channel 0, by rank" in labels) == ("mean of channels" in labels) == (channels > 1)
+    assert ("channel 0, noised" in labels) == (channels == 4)
+
+
+def test_many_samples_wrap(figures, tmp_path):
+    rows = {name: np.full((20, 4, 4, 1), value, np.uint8) for name, value in (("student", 255), ("teacher", 0))}
+    samples_figure(rows, tmp_path / "samples.png")
+    grid = figures["samples.png"].axes
+    assert len(grid) == 4 * 16 and sum(bool(axes.images) for axes in grid) == 2 * 20
+    assert [axes.images[0].get_array().max() for axes in grid[::16]] == [255, 0, 255, 0]
+    assert grid[0].spines["top"].get_visible()
+
+
+def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path):
+    rows = {name: np.zeros((2, 4, 4, 1), np.uint8) for name in ("student", "corrected", "teacher")}
+    maps = {name: np.zeros((1, 1, 8, 8)) for name in ("image", "image_error")}
+    maps |= {"timestep": np.array([5]), "mean_error": np.zeros((1, 8, 8)), "group_rank": np.zeros((1, 8, 8), int)}
+    analysis = analysis_of(*predictions(), timesteps=1)
+    for warning in (None, "8 samples in 64 dimensions"):
+        analysis["samples"] = {"frechet_distance": dict.fromkeys(rows, 1.5), "warning": warning}
+        save_figures(analysis, maps, rows, tmp_path)
+        assert ("Frechet 1.50" in texts(figures["samples.png"])) == (warning is None)
+
+
 # What is refused, before anything is measured or written
 
 
@@ -495,7 +705,11 @@ def _close(ours, theirs, rel=1e-9) -> bool:
         (("--group_size", 1), "--group_size is 1"),
         (("--group_size", 65), "--group_size 65: a channel of 8x8 has only 64"),
         (("--num_timesteps", 0), "--num_timesteps is 0"),
-        (("--num_timesteps", 1001), "--num_timesteps is 1001; the teacher's schedule has 1000"),
+        (("--num_timesteps", 1001), "--num_timesteps is 1001; the teacher's schedule has 1000. Take fewer"),
+        (
+            ("--num_inference_steps", 1001),
+            "--num_inference_steps is 1001; the teacher's schedule has 1000. Take fewer",
+        ),
         (("--num_samples", 25), "--num_samples is 25; split 'train' has 24 images"),
         (("--num_samples", 0), "--num_samples is 0"),
         (("--batch_size", -1), "--batch_size is -1"),
@@ -526,6 +740,35 @@ def test_bad_input(analyze, save, tmp_path, monkeypatch, changes, message):
 def test_a_student_of_another_shape(analyze, save):
     with pytest.raises(ValueError, match="--student_model_name_or_path: the student has in_channels 3, the teacher 1"):
         analyze(save(build_unet(in_channels=3, out_channels=3)))
+
+
+def test_data_that_have_no_distance(analyze, save, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze_error, "measure_error", lambda *_: pytest.fail("measured before it was refused"))
+    one, extractor = save_images(tmp_path / "one", count=1), ("--feature_extractor", CLASSIFIER)
+    with pytest.raises(ValueError, match="--feature_extractor: .* split 'train' has 1"):
+        analyze(save(build_unet()), "--dataset_name", one, "--num_samples", 1, *extractor)
+    four = {"in_channels": 4, "out_channels": 4}
+    DDPMPipeline(build_unet(**four), DDPMScheduler()).save_pretrained(tmp_path / "teacher4")
+    teacher = ("--pretrained_model_name_or_path", tmp_path / "teacher4")
+    with pytest.raises(ValueError, match="--feature_extractor: .* 4 channels"):
+        analyze(save(build_unet(**four), "student4"), *teacher, *extractor)
+
+
+def test_a_damaged_image_is_named_by_its_row(analyze, save, tmp_path):
+    random = np.random.default_rng(0)
+    for i in range(5):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (8, 8), np.uint8)).save(tmp_path / "images" / f"{i}.png")
+    row = int(shuffled(0, 0, 5)[0])  # the first that is chosen
+    assert row != 0
+    (tmp_path / "images" / f"{row}.png").write_bytes(b"no image")
+    data = ("--dataset_name", "", "--train_data_dir", tmp_path / "images", "--num_samples", 2)
+    with pytest.raises(ValueError, match=f"row {row} .*{row}.png"):
+        analyze(save(build_unet()), *data)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "notes.txt").write_text("no image")
+    with pytest.raises(ValueError, match="--train_data_dir .*as a folder of images .are there any"):
+        analyze(save(build_unet()), "--dataset_name", "", "--train_data_dir", tmp_path / "text")
 
 
 def test_an_output_folder_that_is_a_file(analyze, save, tmp_path):

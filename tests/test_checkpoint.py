@@ -355,6 +355,12 @@ def test_an_output_folder_that_cannot_be_written(run):
         run("train_place", "--output_dir", "/proc/student")
 
 
+def test_a_refused_run_leaves_no_folders(run, tmp_path):
+    with pytest.raises(ValueError, match="--pretrained_model_name_or_path"):
+        run("train_place", "--pretrained_model_name_or_path", tmp_path / "none", output="new/nested/student")
+    assert not (tmp_path / "new").exists()
+
+
 def test_dry_run_leaves_nothing(run, tmp_path, capsys):
     folder = run("train_place", "--dry_run")
     assert not folder.exists()

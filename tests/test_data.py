@@ -428,6 +428,9 @@ def test_a_damaged_image_is_named(tmp_path, monkeypatch, hold, kind):
     rows = damaged(tmp_path / "data", **{kind: [4]})
     with pytest.raises(ValueError, match="row 4 .*cannot be decoded.*--skip_bad_images"):
         ImageRows(rows, transform(), 0, quiet=True).__getitems__([(0, 1), (0, 4)])
+    chosen = [5, 4, 1]
+    with pytest.raises(ValueError, match="row 4 .*cannot be decoded"):  # of the dataset, whatever was chosen of it
+        ImageRows(rows.select(chosen), transform(), 0, numbers=chosen, quiet=True).__getitems__([(0, 1)])
 
 
 def test_a_damaged_file_is_named_by_its_path(tmp_path):

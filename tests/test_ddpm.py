@@ -160,6 +160,14 @@ def test_weights_that_lack_a_tensor_are_refused(load, save):
         load(teacher=folder)
 
 
+def test_samples_that_are_not_finite(load):
+    backbone = load()
+    with torch.no_grad():
+        backbone.teacher.conv_out.bias.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="a sample holds NaN or infinity"):
+        backbone.sample(backbone.teacher, [0], 2)
+
+
 # What is refused before weights load
 
 
@@ -187,6 +195,45 @@ def test_a_teacher_without_a_unet(load, save):
     folder = save()
     shutil.rmtree(folder / "unet")
     refused(load, "--pretrained_model_name_or_path .*holds no config of a UNet2DModel", teacher=folder)
+
+
+@pytest.mark.parametrize("text", [None, "{"])
+def test_a_teacher_without_a_schedule(load, save, text):
+    path = save() / "scheduler" / "scheduler_config.json"
+    path.unlink()
+    if text:
+        path.write_text(text)
+    refused(load, "--pretrained_model_name_or_path .*holds no config of a DDPMScheduler", teacher=path.parents[1])
+
+
+@pytest.mark.parametrize("changes", [{"num_class_embeds": 10}, {"class_embed_type": "timestep"}])
+def test_models_that_are_told_a_class(load, save, changes):
+    name, flag = next(iter(changes)), "--student_model_name_or_path"
+    classes, plain = save(unet=build_unet(**changes)), save(name="plain")
+    refused(load, f"--pretrained_model_name_or_path: .*{name} is", flag, plain, teacher=classes)
+    refused(load, f"{flag}: .*{name} is", flag, classes)
+
+
+@pytest.mark.parametrize(
+    "scheduler, message",
+    [
+        (DDPMScheduler(prediction_type="v_prediction"), "its scheduler predicts v_prediction, the teacher's epsilon"),
+        (DDIMScheduler(prediction_type="sample"), "its scheduler predicts sample, the teacher's epsilon"),
+        (DDPMScheduler(num_train_timesteps=500), "its scheduler has num_train_timesteps 500, the teacher's 1000"),
+        (DDPMScheduler(beta_start=0.001), "has beta_start 0.001, the teacher's 0.0001"),
+        (DDPMScheduler(beta_end=0.01), "has beta_end 0.01, the teacher's 0.02"),
+        (
+            DDPMScheduler(beta_schedule="squaredcos_cap_v2"),
+            "has beta_schedule squaredcos_cap_v2, the teacher's linear",
+        ),
+        (DDPMScheduler(rescale_betas_zero_snr=True), "has rescale_betas_zero_snr True, the teacher's False"),
+    ],
+)
+def test_students_of_another_schedule(load, save, scheduler, message):
+    flag, folder = "--student_model_name_or_path", save(scheduler)
+    refused(load, f"{flag} .*{message}", flag, folder)
+    load(flag, folder / "unet")  # which does not say
+    load(flag, save(DDIMScheduler(clip_sample=False), name="same"))  # how it samples may differ
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"_class_name": "UNet2DConditionModel"}'])

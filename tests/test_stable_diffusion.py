@@ -6,6 +6,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -363,7 +364,12 @@ def test_a_cache_of_another_teacher_is_refused(train, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SD1_AND_SLOWLY_XL)
-def test_lora_trains_adapters_alone(train, kind):
+def test_lora_trains_adapters_alone(train, teachers, kind):
+    def named_student(folder) -> dict[str, torch.Tensor]:
+        flags = ["--pretrained_model_name_or_path", teachers[kind], "--train_data_dir", "unused"]
+        args = parsed(*flags, "--student_model_name_or_path", folder)
+        return choose_backbone(args).load(args).make_student(args, {})[0].state_dict()
+
     flags = ["--lora_rank", "2", "--use_ema", "--ema_decay", "0.5", "--learning_rate", "1e-2"]
     untouched = train(kind, "--learning_rate", "1e-9", output="untouched")
     folder, fused = train(kind, *flags, output="lora"), train(kind, *flags, "--fuse_lora", output="fused")
@@ -378,10 +384,14 @@ def test_lora_trains_adapters_alone(train, kind):
 
     pipeline = DiffusionPipeline.from_pretrained(folder)
     plain = image(pipeline)
+    torch.testing.assert_close(named_student(folder), unet_tensors(fused), atol=1e-5, rtol=0)
     pipeline.load_lora_weights(folder)
     adapted = image(pipeline)
     assert abs(adapted - plain).max() > 1e-3
     assert abs(adapted - image(DiffusionPipeline.from_pretrained(fused))).max() < 1e-3
+    (folder / "pytorch_lora_weights.safetensors").write_bytes(b"broken")
+    with pytest.raises(ValueError, match="--student_model_name_or_path .*pytorch_lora_weights.safetensors does not"):
+        named_student(folder)
 
 
 # Resume
@@ -524,13 +534,22 @@ def test_cached_rows_are_picklable(train, teachers, tmp_path):
 # The other scripts
 
 
-def test_analyze_error(train, teachers, pictures, tmp_path):
+def test_analyze_error(train, teachers, pictures, tmp_path, monkeypatch):
     student = train("xl", "--student_preset", "bk_base", "--learning_rate", "1e-2")
     argv = ["--pretrained_model_name_or_path", teachers["xl"], "--student_model_name_or_path", student]
     argv += ["--train_data_dir", pictures, "--num_timesteps", "3", "--num_samples", "4", "--num_inference_steps", "2"]
     argv += ["--validation_images", "3", "--output_dir", tmp_path / "analysis", "--num_cpu_threads", "1"]
+    argv += ["--feature_extractor", "assets/classifier", "--validation_num_samples", "14", "--batch_size", "3"]
+    drawn = []  # conditions of the samples, of student, corrected student and teacher in turn
+    sample = StableDiffusion.sample
+    monkeypatch.setattr(StableDiffusion, "sample", lambda *a: drawn.append(a[-1]) or sample(*a))
     analyze_error.main([str(word) for word in argv])
     analysis = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
+    captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    assert sum(drawn[::3], []) == [*captions, *captions[:2]]
+    assert analysis["samples"]["num_prompts"] == 12 and analysis["protocol"]["sampler"]["guidance_scale"] == 7.5
+    with np.load(tmp_path / "analysis" / "error_maps.npz") as maps:
+        assert maps["image"].shape == maps["image_error"].shape == (3, 4, 16, 16)
     mean = analysis["mean"]
     assert mean["total"] > 0 and mean["coarse"] + mean["fine"] == pytest.approx(mean["total"], rel=1e-6)
     gaps = analysis["samples"]["pixel_difference_to_teacher"]

@@ -16,8 +16,9 @@ Shape suffixes as in `utils/losses.py`: B batch, C channel, N elements of a chan
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.losses import fit_line
 
@@ -79,13 +80,12 @@ def split_groups(student_pred: Tensor, teacher_pred: Tensor, group_size: int) ->
     sizes = group_sizes(student_BCN.shape[-1], group_size)
     order_BCN = (teacher_BCN - student_BCN).abs().argsort(dim=-1, stable=True)
     student_BCN, teacher_BCN = student_BCN.gather(-1, order_BCN), teacher_BCN.gather(-1, order_BCN)
-    if sizes[-1] == group_size:
-        return split_error(student_BCN.unflatten(-1, (-1, group_size)), teacher_BCN.unflatten(-1, (-1, group_size)))
-    lines = [  # unequal groups: one at a time
-        split_error(student, teacher)
-        for student, teacher in zip(student_BCN.split(sizes, -1), teacher_BCN.split(sizes, -1), strict=True)
-    ]
-    return Split(*(torch.stack(entries, dim=-1) for entries in zip(*lines, strict=True)))
+    equal = sum(sizes[:-1])  # elements of all groups but the last, which also takes the remainder
+    parts = [split_error(student_BCN[..., None, equal:], teacher_BCN[..., None, equal:])]
+    if equal:
+        groups = [pred_BCN[..., :equal].unflatten(-1, (-1, group_size)) for pred_BCN in (student_BCN, teacher_BCN)]
+        parts.insert(0, split_error(*groups))
+    return Split(*(torch.cat(entries, dim=-1) for entries in zip(*parts, strict=True)))
 
 
 def group_map(student_pred: Tensor, teacher_pred: Tensor, group_size: int) -> Tensor:
@@ -106,10 +106,11 @@ class ErrorStatistics:
     def __init__(self, group_size: int):
         self.group_size = group_size
         self._lines: list[Split] = []  # (B, C) per batch
-        self._group_sums: Tensor | None = None  # (5, G), entries of Split summed over samples and channels
+        self._group_lines: list[Tensor] = []  # float32 (2, B * C, G) per batch: slopes and intercepts of the groups
+        self._group_sums: Tensor | None = None  # (3, G), parts of their error summed over samples and channels
         self._error_sum: Tensor | None = None  # (*S), |e_T - e_S| summed over samples and channels
-        self.first_error: Tensor | None = None  # (*S), |e_T - e_S| of the first sample's first channel
-        self.first_ranks: Tensor | None = None  # (*S), its group map
+        self.first_error: Tensor | None = None  # (C, *S), |e_T - e_S| of the first sample
+        self.first_ranks: Tensor | None = None  # (*S), group map of its first channel
 
     def update(self, student_pred: Tensor, teacher_pred: Tensor) -> None:
         """Add predictions (B, C, *S) of student and teacher for one noisy batch.
@@ -117,15 +118,20 @@ class ErrorStatistics:
         ValueError: a prediction that is not finite; otherwise as `group_sizes`.
         """
         student, teacher = student_pred.detach().cpu(), teacher_pred.detach().cpu()
-        for name, pred in (("student", student), ("teacher", teacher)):
+        for flag, name, pred in (
+            ("--student_model_name_or_path", "student", student),
+            ("--pretrained_model_name_or_path", "teacher", teacher),
+        ):
             if not pred.isfinite().all():
-                raise ValueError(f"The {name} predicts NaN or infinity: its error has no size.")
+                raise ValueError(f"{flag}: the {name} predicts NaN or infinity, of which no error has a size.")
         self._lines.append(split_error(student.flatten(2), teacher.flatten(2)))
-        group_sums = torch.stack([entry.sum((0, 1)) for entry in split_groups(student, teacher, self.group_size)])
+        slope_BCG, intercept_BCG, *parts = split_groups(student, teacher, self.group_size)
+        self._group_lines.append(torch.stack([slope_BCG, intercept_BCG]).flatten(1, 2).float())
+        group_sums = torch.stack([part_BCG.sum((0, 1)) for part_BCG in parts])
         error = (teacher.double() - student.double()).abs()
         if self._group_sums is None:
             self._group_sums, self._error_sum = group_sums, error.sum((0, 1))
-            self.first_error = error[0, 0]
+            self.first_error = error[0]
             self.first_ranks = group_map(student[:1, :1], teacher[:1, :1], self.group_size)[0, 0]
         else:
             self._group_sums += group_sums
@@ -143,22 +149,28 @@ class ErrorStatistics:
         lines = Split(*(torch.cat(entries) for entries in zip(*self._lines, strict=True)))
         num_lines, elements = lines.slope.numel(), self._error_sum.numel()
         sizes = group_sizes(elements, self.group_size)
-        slope_G, intercept_G, *parts_G = self._group_sums / num_lines
+        parts_G = self._group_sums / num_lines
         shares_G = torch.tensor(sizes, dtype=torch.float64) / elements
-        ranks = {"slope": slope_G, "intercept": intercept_G, **dict(zip(Split._fields[2:], parts_G, strict=True))}
+        ranks = {part: part_G.tolist() for part, part_G in zip(Split._fields[2:], parts_G, strict=True)}
+        slope_LG, intercept_LG = torch.cat(self._group_lines, dim=1)
         return {
             **_described(lines),
             "channels": [_described(Split(*(entry[:, c] for entry in lines))) for c in range(lines.slope.shape[1])],
             "place": {
                 **_shared(*((part_G * shares_G).sum().item() for part_G in parts_G)),
-                "ranks": {"elements": sizes, **{name: values.tolist() for name, values in ranks.items()}},
+                "ranks": {
+                    "elements": sizes,
+                    "slope": _spread(slope_LG),
+                    "intercept": _spread(intercept_LG),
+                    **ranks,
+                },
             },
         }
 
 
 def _described(lines: Split) -> dict:
     parts = _shared(*(part.mean().item() for part in lines[2:]))
-    return {**parts, "slope": _spread(lines.slope), "intercept": _spread(lines.intercept)}
+    return {**parts, "slope": _spread(lines.slope.flatten()), "intercept": _spread(lines.intercept.flatten())}
 
 
 def _shared(total: float, coarse: float, fine: float) -> dict[str, float | None]:
@@ -166,40 +178,13 @@ def _shared(total: float, coarse: float, fine: float) -> dict[str, float | None]
     return {"total": total, "coarse": coarse, "fine": fine, "coarse_share": coarse / total if total > 0 else None}
 
 
-def _spread(values: Tensor) -> dict[str, float]:
-    """Mean, standard deviation (biased) and quartiles over lines."""
-    quartiles = torch.quantile(values.flatten(), values.new_tensor([0.25, 0.5, 0.75])).tolist()
-    mean, std = values.mean().item(), values.std(correction=0).item()
-    return {"mean": mean, "std": std, **dict(zip(("q25", "median", "q75"), quartiles, strict=True))}
-
-
-class CorrectedDenoiser(nn.Module):
-    """The paper's probe (section 1 of its method): a student whose every prediction is moved along the line to the
-    teacher's for the same input, b0 + b1 * e_S with one line per sample and channel.
-
-    It stands in for a denoiser in any diffusers sampler. What it cannot mend is the fine part of the error.
-    """
-
-    def __init__(self, student: nn.Module, teacher: nn.Module):
-        super().__init__()
-        self.student, self.teacher = student, teacher
-        self.config, self.dtype, self.device = student.config, student.dtype, student.device
-
-    def __getattr__(self, name: str):  # pipelines look at their denoiser's parts
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("student"), name)
-
-    def forward(self, *inputs, return_dict: bool = True, **condition):
-        """As the student's own forward, and in its output class."""
-        output = self.student(*inputs, **condition)
-        teacher_pred = self.teacher(*inputs, **condition).sample
-        slope_BC, intercept_BC = least_squares_line(output.sample.flatten(2), teacher_pred.flatten(2))
-        per_channel = (*slope_BC.shape, *(1,) * (output.sample.ndim - 2))
-        corrected = intercept_BC.view(per_channel) + slope_BC.view(per_channel) * output.sample
-        corrected = corrected.to(output.sample.dtype)
-        return type(output)(sample=corrected) if return_dict else (corrected,)
+def _spread(values_L: Tensor) -> dict[str, float | list[float]]:
+    """Mean, standard deviation (biased) and quartiles over L lines, (L,) -> numbers; (L, G) -> lists of G. A slope of
+    few elements is a ratio with heavy tails: its median says more than its mean."""
+    values = values_L.double().numpy()
+    q25, median, q75 = np.quantile(values, (0.25, 0.5, 0.75), axis=0)  # torch's takes 16 million values at most
+    spread = {"mean": values.mean(0), "std": values.std(0), "q25": q25, "median": median, "q75": q75}
+    return {name: value.tolist() for name, value in spread.items()}
 
 
 def summarize(statistics: list[ErrorStatistics], timesteps: list[int]) -> dict:

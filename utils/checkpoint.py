@@ -39,15 +39,17 @@ def check_output_dir(args) -> None:
     behind."""
     wanted_checkpoint(args)
     folder = Path(args.output_dir)
-    existed = folder.exists()
+    made = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-        if not existed:
-            folder.rmdir()
     except OSError as error:
         raise ValueError(f"--output_dir {folder} cannot be written: {error}") from error
+    finally:
+        for path in made:
+            if path.exists():
+                path.rmdir()
 
 
 def wanted_checkpoint(args) -> Path | None:

@@ -8,7 +8,7 @@ batch_size on. Nothing else decides the order, so resuming is starting at anothe
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +49,8 @@ def load_rows(args, split: str = "train", *, split_flag: str | None = None) -> "
         else:
             splits = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, drop_labels=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise ValueError(f"{flag} {name} cannot be loaded as a dataset: {error}") from error
+        kind = "a dataset" if args.dataset_name else "a folder of images (are there any?)"
+        raise ValueError(f"{flag} {name} cannot be loaded as {kind}: {error}") from error
     if split not in splits:
         raise ValueError(f"{split_flag or flag}: {name} has no split '{split}', only {', '.join(splits)}.")
     rows = splits[split]
@@ -92,13 +93,16 @@ class ImageRows(Dataset):
         *,
         skip_bad_images: bool = False,
         variants: int | None = None,
+        numbers: Sequence[int] | None = None,
         quiet: bool = False,
     ):
         """`variants`: crop and flip every row in this many ways, one after the other; None is another way each epoch.
+        `numbers`: where `rows` are a selection, the place of each in its dataset, for errors to name.
 
         Raises ValueError as `transform.check` and, where the images are held, `decode` do."""
         self.rows, self.transform, self.seed = rows, transform, seed
         self.skip_bad_images, self.variants = skip_bad_images, variants
+        self.numbers = range(len(rows)) if numbers is None else numbers
         self.bad_rows: set[int] = set()
         self.stand_ins: dict[int, int] = {}  # rows that others were decoded for
         transform.check(rows)
@@ -130,8 +134,8 @@ class ImageRows(Dataset):
                 if not self.skip_bad_images:
                     path = (stored[self.transform.image_column] or {}).get("path") or "stored in the dataset"
                     raise ValueError(
-                        f"row {candidate} ({path}) cannot be decoded as an image: {error}. Mend or remove it, or put "
-                        "the next good one in its place with --skip_bad_images."
+                        f"row {self.numbers[candidate]} ({path}) cannot be decoded as an image: {error}. Mend or "
+                        "remove it, or put the next good one in its place with --skip_bad_images."
                     ) from error
         raise ValueError(f"none of the {len(self)} images can be decoded.")
 

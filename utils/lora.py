@@ -10,7 +10,9 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 
+WEIGHTS = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
@@ -34,6 +36,20 @@ def without_lora(denoiser: ModelMixin, fuse: bool) -> ModelMixin:
 
 
 def save_lora(denoiser: ModelMixin, folder: Path) -> None:
-    """Write `pytorch_lora_weights.safetensors`, which the pipeline's `load_lora_weights` reads."""
+    """Write `WEIGHTS`, which the pipeline's `load_lora_weights` reads."""
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
     StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+
+
+def fuse_saved_lora(denoiser: ModelMixin, folder: str, flag: str) -> None:
+    """Add to a student's weights the adapters that `save_lora` left beside them, where it did: it is both.
+
+    Raises ValueError naming `flag` where they do not fit."""
+    if not (Path(folder) / WEIGHTS).is_file():
+        return
+    try:
+        denoiser.load_lora_adapter(folder, prefix="unet", weight_name=WEIGHTS)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{flag} {folder}: its {WEIGHTS} does not load: {error}") from error
+    denoiser.fuse_lora()
+    denoiser.unload_lora()

@@ -1,21 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures and the table of `analyze_error.py`, made from what it writes: `analysis.json`, maps and samples.
+"""The charts of `analyze_error.py`, made from what it writes in `analysis.json`.
 
-Colours are Okabe and Ito's, which stay apart for colour-blind readers; widths fit a two-column page. Figures are made
-without pyplot, so nothing global is touched and no display is needed.
+Colours are Okabe and Ito's, which stay apart for colour-blind readers. Figures are made without pyplot, so nothing
+global is touched and no display is needed.
 """
 
 import os
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-FIGURES = ("coarse_fine.png", "line.png", "samples.png", "error_maps.png")
-
-COARSE, FINE, TOTAL, BLUE, GREY = "#E69F00", "#56B4E9", "#222222", "#0072B2", "#777777"
+COARSE, FINE, TOTAL, GREY = "#E69F00", "#56B4E9", "#222222", "#777777"
+CHANNELS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # as many as can be told apart in one chart
 STYLE = {
     "font.size": 11,
     "axes.titlesize": 11,
@@ -27,70 +25,81 @@ STYLE = {
     "savefig.bbox": "tight",
 }
 TIMESTEP = "timestep $t$ (larger is noisier)"
-
-
-def save_figures(analysis: dict, maps: dict, samples: dict[str, np.ndarray], folder: Path) -> None:
-    """All of `FIGURES`: `analysis` as in analysis.json, `maps` as in error_maps.npz, `samples` as `samples_figure`."""
-    distances = analysis["samples"].get("frechet_distance", {})
-    rows = {who + (f"\nFrechet {distances[who]:.2f}" if distances else ""): images for who, images in samples.items()}
-    coarse_fine_figure(analysis, folder / FIGURES[0])
-    line_figure(analysis, folder / FIGURES[1])
-    samples_figure(rows, folder / FIGURES[2])
-    error_maps_figure(maps, analysis["protocol"]["group_size"], folder / FIGURES[3])
+MANY = 40  # timesteps beyond which markers would hide the lines
 
 
 def coarse_fine_figure(analysis: dict, path: str | os.PathLike) -> None:
     """Size and share of the coarse and the fine part by timestep, and their size by PLACE group."""
     rows, timesteps = analysis["timesteps"], [row["timestep"] for row in analysis["timesteps"]]
     last, group_size = analysis["protocol"]["num_train_timesteps"], analysis["protocol"]["group_size"]
-    stretch = last / len(rows)  # of the schedule, for which a timestep stands
-    # None, the share of no error at all, becomes nan, which is not drawn
-    by_channel = np.array([row["coarse_share"] for row in rows], dtype=float)
-    by_group = np.array([row["place"]["coarse_share"] for row in rows], dtype=float)
+    thin = len(rows) > MANY
 
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(12, 3.9), layout="constrained")
+        figure = Figure(figsize=(12, 4.1), layout="constrained")
         figure.get_layout_engine().set(wspace=0.06)
-        size, share, group = figure.subplots(1, 3)
+        size, share, group = panels = figure.subplots(1, 3)
 
-        for name, marker, color in (("total", "", TOTAL), ("fine", "o", FINE), ("coarse", "s", COARSE)):
+        # the total wide and pale below: it lies on the fine part wherever that is nearly all
+        widths = {"total": 6, "fine": 1 if thin else 2, "coarse": 1 if thin else 2}
+        markers = {"total": "_" if len(rows) == 1 else "", "fine": "" if thin else "o", "coarse": "" if thin else "s"}
+        for name, color in (("total", "#C8C8C8"), ("fine", FINE), ("coarse", COARSE)):
             values = np.array([row[name] for row in rows])
             values = np.where(values > 0, values, np.nan)  # a logarithm has no place for none
-            size.plot(timesteps, values, marker=marker, color=color, linewidth=2, markersize=4, label=name)
+            size.plot(
+                timesteps,
+                values,
+                marker=markers[name],
+                color=color,
+                linewidth=widths[name],
+                markersize=24 if name == "total" else 4,
+                markeredgewidth=5 if name == "total" else None,
+                label=name,
+            )
         if any(row["total"] > 0 for row in rows):
             size.set_yscale("log")
         size.set(
-            title="(a) size, a line per channel", xlabel=TIMESTEP, ylabel="mean of $(e_T - e_S)^2$", xlim=(0, last)
+            title="(a) squared error,\nfitted per image and channel",
+            xlabel=TIMESTEP,
+            ylabel="mean of $(e_T - e_S)^2$",
+            xlim=(0, last),
         )
 
-        share.bar(timesteps, 1 - by_channel, bottom=by_channel, width=stretch, color=FINE)
-        coarse = share.bar(timesteps, by_channel, width=stretch, color=COARSE)
-        edges = np.linspace(0, last, len(rows) + 1)
-        place_line = share.stairs(by_group, edges, baseline=None, color=TOTAL, linewidth=1.8, linestyle="--")
+        edges = np.linspace(0, last, len(rows) + 1)  # of the stretches of the schedule for which timesteps stand
+        by_channel, by_group = (
+            np.array([part["coarse_share"] for part in parts], dtype=float)  # None, a share of no error, becomes nan
+            for parts in (rows, [row["place"] for row in rows])
+        )
+        place_width = 0.8 if thin else 1.8
+        share.stairs((by_channel >= 0).astype(float), edges, fill=True, color=FINE)
+        share.stairs(np.nan_to_num(by_channel), edges, fill=True, color=COARSE)
+        place_line = share.stairs(
+            by_group, edges, baseline=None, color=TOTAL, linewidth=place_width, linestyle="-" if thin else "--"
+        )
         share.set(
-            title="(b) share, a line per channel",
-            xlabel=TIMESTEP,
-            ylabel="share of the squared error",
-            xlim=(0, last),
-            ylim=(0, 1),
+            title="(b) share of it", xlabel=TIMESTEP, ylabel="share of the squared error", xlim=(0, last), ylim=(0, 1)
         )
         share.yaxis.set_major_formatter(PercentFormatter(1))
 
         ranks = analysis["mean"]["place"]["ranks"]
-        place = np.arange(len(ranks["total"]))
-        fine = group.bar(place, ranks["fine"], bottom=ranks["coarse"], width=1, color=FINE)
-        group.bar(place, ranks["coarse"], width=1, color=COARSE)
+        edges = np.arange(len(ranks["total"]) + 1) - 0.5
+        fine = group.stairs(ranks["total"], edges, fill=True, color=FINE)
+        coarse = group.stairs(ranks["coarse"], edges, fill=True, color=COARSE)
         group.set(
-            title=f"(c) size, a line per group of {group_size}",
+            title=f"(c) squared error,\nfitted per group of {group_size}",
             xlabel="group rank (0: smallest errors)",
             ylabel="mean of $(e_T - e_S)^2$, all $t$",
-            xlim=(-0.5, len(place) - 0.5),
+            xlim=(edges[0], edges[-1]),
         )
         group.xaxis.get_major_locator().set_params(integer=True)
+        if len(edges) == 2:
+            group.set_xticks([0])
 
+        if analysis["mean"]["total"] == 0:
+            for axes in panels:
+                axes.text(0.5, 0.5, "no error", transform=axes.transAxes, ha="center", color=GREY)
         figure.legend(
             [coarse, fine, size.lines[0], place_line],
-            ["coarse: removed by the line", "fine: left", "total", f"coarse with a line per group of {group_size}"],
+            ["coarse: removed by the fit", "fine: left", "total", f"coarse, fitted per group of {group_size}"],
             loc="outside lower center",
             ncols=4,
         )
@@ -98,109 +107,42 @@ def coarse_fine_figure(analysis: dict, path: str | os.PathLike) -> None:
 
 
 def line_figure(analysis: dict, path: str | os.PathLike) -> None:
-    """Slope and intercept by timestep: median and quartiles over the lines."""
+    """Slope and intercept by timestep: median and quartiles over images, of each of up to four channels."""
     rows, timesteps = analysis["timesteps"], [row["timestep"] for row in analysis["timesteps"]]
+    channels = len(rows[0]["channels"])
+    if 1 < channels <= len(CHANNELS):
+        curves = [[row["channels"][c] for row in rows] for c in range(channels)]
+        labels, band = [f"channel {c}: median" for c in range(channels)], "quartiles of images"
+    else:
+        curves, labels = [rows], ["median"]
+        band = "quartiles of images" + " and channels" * (channels > 1)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.4, 3.5), layout="constrained")
         figure.get_layout_engine().set(wspace=0.06)
         for axes, name, symbol, perfect in zip(
             figure.subplots(1, 2), ("slope", "intercept"), ("b_1", "b_0"), (1, 0), strict=True
         ):
-            lower, middle, upper = ([row[name][key] for row in rows] for key in ("q25", "median", "q75"))
             axes.axhline(perfect, color=GREY, linestyle="--", linewidth=1, label="perfect student")
-            axes.fill_between(
-                timesteps, lower, upper, color=BLUE, alpha=0.25, linewidth=0, label="quartiles of images"
-            )
-            axes.plot(timesteps, middle, "o-", color=BLUE, markersize=4, label="median")
+            for c, (curve, label) in enumerate(zip(curves, labels, strict=True)):
+                spreads = [entry[name] for entry in curve]
+                _draw_spread(axes, timesteps, spreads, label, band if c == 0 else None, CHANNELS[c])
             axes.set(
                 xlabel=TIMESTEP,
                 ylabel=f"{name} ${symbol}$" + " (units of the prediction)" * (name == "intercept"),
                 xlim=(0, analysis["protocol"]["num_train_timesteps"]),
             )
+            axes.ticklabel_format(axis="y", useOffset=False)
         axes.legend(fontsize=10)
         figure.savefig(path)
 
 
-def samples_figure(rows: dict[str, np.ndarray], path: str | os.PathLike) -> None:
-    """A row of pictures for every label: uint8 (B, H, W, C), column by column from the same noise."""
-    count = len(next(iter(rows.values())))
-    with matplotlib.rc_context(STYLE):
-        figure, grid = _picture_grid(len(rows), count)
-        for line, (label, images) in zip(grid, rows.items(), strict=True):
-            for axes, image in zip(line, images, strict=True):
-                axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-            _row_label(line, label)
-        figure.savefig(path)
-
-
-def error_maps_figure(maps: dict[str, np.ndarray], group_size: int, path: str | os.PathLike) -> None:
-    """Where the error is at a few timesteps: one image, its error, its PLACE groups, and the error of all images.
-
-    `maps`: timestep (T,), and image, image_error, group_rank and mean_error (T, H, W).
-    """
-    last_rank = int(maps["group_rank"].max())
-    rows = (  # key, label, colours, range; None is each picture's own
-        ("image", "an image,\nnoised", "gray", None),
-        ("image_error", "its error\n$|e_T - e_S|$", "magma", None),
-        ("group_rank", f"its groups of {group_size},\nby rank", "cividis", (0, max(last_rank, 1))),
-        ("mean_error", "mean error\nof all images", "magma", None),
-    )
-    with matplotlib.rc_context(STYLE):
-        figure, grid = _picture_grid(len(rows), len(maps["timestep"]), width=1.75, height=1.35)
-        for line, (key, label, colours, limits) in zip(grid, rows, strict=True):
-            for column, (axes, values) in enumerate(zip(line, maps[key], strict=True), start=1):
-                lowest, highest = limits or ((0 if key != "image" else values.min()), values.max())
-                picture = axes.imshow(values, cmap=colours, vmin=lowest, vmax=highest, interpolation="nearest")
-                bar = figure.colorbar(picture, ax=axes, fraction=0.046, pad=0.03)
-                bar.locator = matplotlib.ticker.MaxNLocator(3, integer=limits is not None)
-                bar.ax.tick_params(labelsize=8)
-                bar.outline.set_visible(False)
-                bar.ax.set_visible(key.endswith("error") or (key == "group_rank" and column == len(line)))
-            _row_label(line, label)
-        for axes, timestep in zip(grid[0], maps["timestep"], strict=True):
-            axes.set_title(f"$t$ = {timestep}", loc="center")
-        figure.savefig(path)
-
-
-def error_table(analysis: dict) -> str:
-    """The split by timestep, and what correcting it brings."""
-
-    def line(name, row: dict) -> str:
-        parts = "".join(f"{row[part]:11.3e}" if part in row else " " * 11 for part in ("total", "coarse", "fine"))
-        shares = [part["coarse_share"] for part in (row, row["place"])]
-        shares = "".join("        -" if value is None else f"{value:9.1%}" for value in shares)
-        medians = "".join(f"{row[key]['median']:11.4f}" for key in ("slope", "intercept") if key in row)
-        return f"{name:>8}{parts}{shares}{medians}"
-
-    samples = analysis["samples"]
-    distances = samples.get("frechet_distance", {})
-    group = f"{analysis['protocol']['group_size']} each"
-    lines = [
-        f"{'':8}{'mean squared error':^33}{'coarse share, line':>19}{'median over lines':>21}",
-        f"{'timestep':>8}{'total':>11}{'coarse':>11}{'fine':>11}{'channel':>9}{group:>9}{'slope':>11}{'intercept':>11}",
-        *(line(row["timestep"], row) for row in analysis["timesteps"]),
-        line("mean", analysis["mean"]),
-        line("chance", analysis["chance"]),
-        "",
-        f"{samples['num_samples']:,} samples each, from the same noise",
-        f"{'':12}{'pixels from the teacher (of 255)':>36}" + ("Frechet distance".rjust(20) if distances else ""),
-    ]
-    for who, gap in samples["pixel_difference_to_teacher"].items():
-        lines.append(f"{who:<12}{gap:36.2f}" + (f"{distances[who]:20.2f}" if distances else ""))
-    if samples.get("warning"):
-        lines.append(samples["warning"])
-    return "\n".join(lines)
-
-
-def _picture_grid(rows: int, columns: int, width: float = 1.05, height: float = 1.05) -> tuple[Figure, np.ndarray]:
-    """Axes (rows, columns) of about `width` by `height` inches for pictures, without ticks or frames."""
-    figure = Figure(figsize=(1.5 + width * columns, 0.3 + height * rows), layout="constrained")
-    grid = figure.subplots(rows, columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    return figure, grid
-
-
-def _row_label(line: np.ndarray, label: str) -> None:
-    line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
+def _draw_spread(axes, timesteps: list[int], spreads: list[dict], label: str, band: str | None, color: str) -> None:
+    """Median and quartiles by timestep; of a single one, a point and a bar, as a band would have no width."""
+    lower, middle, upper = np.array([[spread[key] for spread in spreads] for key in ("q25", "median", "q75")])
+    if len(timesteps) == 1:
+        bars = [middle - lower, upper - middle]
+        axes.errorbar(timesteps, middle, yerr=bars, fmt="none", ecolor=color, elinewidth=6, alpha=0.25, label=band)
+    else:
+        axes.fill_between(timesteps, lower, upper, color=color, alpha=0.25, linewidth=0, label=band)
+    thin = len(timesteps) > MANY
+    axes.plot(timesteps, middle, "-" if thin else "o-", color=color, linewidth=1 if thin else 1.5, ms=4, label=label)

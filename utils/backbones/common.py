@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the backbones with a diffusion scheduler and a U-Net share."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
@@ -14,6 +15,8 @@ from utils.randomness import StepRandom
 
 class UNetBackbone:
     """What is the same for every U-Net with a diffusion scheduler. `args` and `scheduler` are the subclass's."""
+
+    guidance_scale: float | None = None  # of `sample`; None: there is no guidance
 
     def noise_at(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> Noised:
         """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4) and the target of the scheduler's
@@ -51,6 +54,17 @@ class UNetBackbone:
             return F.mse_loss(prediction.output, noised.target)
         error = (prediction.output - noised.target).square().flatten(1).mean(dim=1)
         return (noised.weight * error).mean()
+
+
+def to_uint8(images: np.ndarray) -> torch.Tensor:
+    """A pipeline's images (B, H, W, C) from 0 to 1 -> uint8 (B, C, H, W).
+
+    FloatingPointError: NaN or infinity, which the cast would make grey values of."""
+    if not np.isfinite(images).all():
+        raise FloatingPointError(
+            "a sample holds NaN or infinity: the denoiser predicted it, or overflowed on the way."
+        )
+    return torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2).contiguous()
 
 
 class InFloat32(torch.nn.Module):

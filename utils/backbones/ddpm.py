@@ -8,11 +8,18 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
-from utils.backbones.common import InFloat32, UNetBackbone
-from utils.backbones.loading import component_config, load_component, read_json_config
+from utils.backbones.common import InFloat32, UNetBackbone, to_uint8
+from utils.backbones.loading import (
+    component_config,
+    load_component,
+    load_schedule,
+    pipeline_class_name,
+    read_json_config,
+)
 from utils.backbones.types import Noised
 from utils.export import save_pipeline
 from utils.images import ImageTransform
@@ -62,6 +69,8 @@ class DDPM(UNetBackbone):
         if not args.pretrained_model_name_or_path:
             return cls(args, None, DDPMScheduler(), DDPMPipeline, channels, resolution)
         source, flag = args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"
+        # DDIM teachers too are trained with the DDPM forward process; a private copy keeps its tables on our device
+        scheduler = load_schedule(args)
         teacher = load_component(
             UNet2DModel,
             source,
@@ -71,10 +80,8 @@ class DDPM(UNetBackbone):
             allow_pickle=args.allow_pickle_weights,
         )
         teacher.eval().requires_grad_(False)
-        pipeline = DiffusionPipeline.from_pretrained(source, revision=args.revision, unet=teacher)
-        # DDIM teachers too are trained with the DDPM forward process; a private copy keeps its tables on our device
-        scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-        return cls(args, teacher, scheduler, type(pipeline), channels, resolution)
+        pipeline_class = getattr(diffusers, pipeline_class_name(source, args.revision, flag))
+        return cls(args, teacher, scheduler, pipeline_class, channels, resolution)
 
     @classmethod
     def check(cls, args) -> tuple[int, int]:
@@ -108,6 +115,13 @@ class DDPM(UNetBackbone):
             student = component_config(UNet2DModel, args.student_model_name_or_path, flag)
         if student.get("_class_name", "UNet2DModel") != "UNet2DModel":
             raise ValueError(f"{flag}: the student is a {student['_class_name']}; this teacher needs a UNet2DModel.")
+        for config, source in ((teacher, "--pretrained_model_name_or_path"), (student, flag)):
+            for key in ("num_class_embeds", "class_embed_type") if config else ():
+                if config.get(key) is not None:
+                    raise ValueError(
+                        f"{source}: the U-Net is told a class ({key} is {config[key]}); pixel teachers and students "
+                        "here are unconditional. Choose one without classes."
+                    )
         for key in ("in_channels", "out_channels") if teacher else ():
             if student.get(key, 3) != teacher.get(key, 3):
                 raise ValueError(
@@ -225,7 +239,7 @@ class DDPM(UNetBackbone):
         timestep = self.random_timesteps(clean.shape[0], rng)
         return self.noise_at(clean, rng.normal(clean.shape), timestep)
 
-    def conditions(self, dataset, first: int, count: int) -> list[None]:
+    def conditions(self, dataset, first: int, count: int, num_prompts: int | None = None) -> list[None]:
         """What the samples `first` and on are of: nothing is asked for."""
         return [None] * count
 
@@ -248,4 +262,4 @@ class DDPM(UNetBackbone):
         images = pipeline(
             batch_size=len(generators), generator=generators, num_inference_steps=num_inference_steps, output_type="np"
         ).images
-        return torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2).contiguous()
+        return to_uint8(images)

@@ -13,13 +13,13 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
-from utils.backbones.common import InFloat32, UNetBackbone
-from utils.backbones.loading import component_config, load_component, read_json_config
+from utils.backbones.common import InFloat32, UNetBackbone, to_uint8
+from utils.backbones.loading import component_config, load_component, load_schedule, read_json_config
 from utils.backbones.types import Noised
 from utils.captions import CaptionedTransform
 from utils.encoders import Encoders
 from utils.export import save_student
-from utils.lora import add_lora, save_lora, without_lora
+from utils.lora import add_lora, fuse_saved_lora, save_lora, without_lora
 from utils.randomness import StepRandom
 from utils.students import blocks
 from utils.students.sizes import model_size, model_table
@@ -37,6 +37,8 @@ class StableDiffusion(UNetBackbone):
     ):
         self.args, self.teacher, self.scheduler = args, teacher, scheduler
         self.resolution = resolution
+        scale = args.validation_guidance_scale
+        self.guidance_scale = 7.5 if scale is None else scale
         self.xl = teacher.config.addition_embed_type == "text_time"
         self.pipeline_class = diffusers.StableDiffusionXLPipeline if self.xl else diffusers.StableDiffusionPipeline
         self.latent_size = resolution // vae_factor(vae_config)
@@ -57,16 +59,15 @@ class StableDiffusion(UNetBackbone):
             ValueError: see `check`.
         """
         vae_config, resolution = cls.check(args)
-        source = args.pretrained_model_name_or_path
+        scheduler = load_schedule(args)
         teacher = load_component(
             UNet2DConditionModel,
-            source,
+            args.pretrained_model_name_or_path,
             TEACHER,
             revision=args.revision,
             variant=args.variant,
             allow_pickle=args.allow_pickle_weights,
         )
-        scheduler = DDPMScheduler.from_pretrained(source, subfolder="scheduler", revision=args.revision)
         return cls(args, teacher.eval().requires_grad_(False), scheduler, vae_config, resolution)
 
     @classmethod
@@ -139,6 +140,7 @@ class StableDiffusion(UNetBackbone):
             flag = "--student_model_name_or_path"
             source, pickled = args.student_model_name_or_path, args.allow_pickle_weights
             student = load_component(UNet2DConditionModel, source, flag, allow_pickle=pickled)
+            fuse_saved_lora(student, source, flag)
             table = model_table(*(model_size(m.config, UNet2DConditionModel) for m in (self.teacher, student)))
         else:
             config = args.student_preset or read_json_config(args.student_config, "--student_config")
@@ -221,9 +223,11 @@ class StableDiffusion(UNetBackbone):
             noise = noise + self.args.noise_offset * rng.normal((*clean.shape[:2], 1, 1))
         return self.noise_at(clean, noise, timestep)
 
-    def conditions(self, dataset, first: int, count: int) -> list[str]:
-        """The prompts of samples `first` and on: `--validation_prompts`, else captions of the data's first rows."""
-        prompts = self.args.validation_prompts or dataset.captions(self.args.validation_images or count)
+    def conditions(self, dataset, first: int, count: int, num_prompts: int | None = None) -> list[str]:
+        """The prompts of samples `first` and on: `--validation_prompts`, else captions of the data's first rows, over
+        and over: of `num_prompts` rows, by default --validation_images."""
+        rows = num_prompts or self.args.validation_images or count
+        prompts = self.args.validation_prompts or dataset.captions(rows)
         return [prompts[i % len(prompts)] for i in range(first, first + count)]
 
     @torch.no_grad()
@@ -246,19 +250,18 @@ class StableDiffusion(UNetBackbone):
             **({} if self.xl else {"requires_safety_checker": False}),
         )
         pipeline.set_progress_bar_config(disable=True)
-        scale = self.args.validation_guidance_scale
         images = pipeline(
             **{name: value.float() for name, value in arguments.items()},
             height=self.resolution,
             width=self.resolution,
             num_inference_steps=num_inference_steps,
-            guidance_scale=7.5 if scale is None else scale,
+            guidance_scale=self.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="np",
         ).images
         if self.args.cache_dir:
             self.free_encoders()
-        return torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2).contiguous()
+        return to_uint8(images)
 
     def save(self, denoiser: UNet2DConditionModel, folder: Path) -> None:
         """The stock pipeline in `folder`: the denoiser's own files, everything else the teacher's, byte for byte."""
