@@ -23,6 +23,7 @@ import train_place
 from train_place import add_method_arguments
 from utils.arguments import parse_args
 from utils.backbones import choose_backbone
+from utils.backbones.ddpm import DDPM
 from utils.data import ImageRows, load_rows, sample_batch
 from utils.losses import place_loss
 from utils.randomness import StepRandom, shuffled
@@ -315,3 +316,15 @@ def test_launched_under_dynamo(run, tmp_path, teacher_dir, data_dir):
     assert "Saved:" in done.stdout and "Next:" in done.stdout
     for key, tensor in weights(plain).items():
         torch.testing.assert_close(weights(compiled)[key], tensor, rtol=1e-4, atol=1e-6)
+
+
+def test_samples_that_overflow_do_not_end_a_run(run, monkeypatch, caplog):
+    def overflow(self, *_):
+        raise FloatingPointError("a sample holds NaN or infinity")
+
+    monkeypatch.setattr(DDPM, "sample", overflow)
+    given = ["--validation_feature_extractor", str(ROOT / "assets" / "classifier"), "--validation_num_samples", "4"]
+    folder = run("train_place", *given, "--validation_steps", "2")
+    assert (folder / "unet" / "config.json").exists() and len(read_log(folder)) == 4
+    assert "The validation of step 2 was left out: a sample holds NaN" in caplog.text
+    assert "The validation of the references was left out" in caplog.text

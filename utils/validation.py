@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -22,6 +23,8 @@ from utils.feature_statistics import FeatureStatistics
 from utils.metrics import frechet_distance
 from utils.randomness import seed_from
 from utils.speed import with_gradients
+
+logger = get_logger(__name__)
 
 VALIDATION_STREAM = 2**32  # a counter that no micro-step reaches: validation noise is no training noise
 
@@ -59,31 +62,39 @@ class Validation:
         """Distances to read the student's beside: noise, the student before training, the teacher."""
         if self.extractor is None:
             return
-        self.distances = {
-            "noise": self._distance(self._noise_images()),
-            "student before training": self._distance(self._sampled(self.untrained.to(self.accelerator.device))),
-            **self.distances,
-        }
-        if self.backbone.teacher is not None:
-            self.distances["teacher"] = self._distance(self._sampled(self.backbone.teacher))
+        with self._at_any_rate("the references"):
+            self.distances = {"noise": self._distance(self._noise_images()), **self.distances}
+            untrained = self._distance(self._sampled(self.untrained.to(self.accelerator.device)))
+            self.distances = {"noise": self.distances["noise"], "student before training": untrained, **self.distances}
+            if self.backbone.teacher is not None:
+                self.distances["teacher"] = self._distance(self._sampled(self.backbone.teacher))
 
     def run(self, student: nn.Module, step: int) -> dict[str, float]:
         """Grid and distance of `student`, as it is inside `evaluated`; values to log."""
-        if not self.accelerator.is_main_process:
-            return {}
-        if self.args.validation_images:
-            self._grid(student, step)
         values = {}
-        if self.extractor is not None:
-            distance = self._distance(self._sampled(student))
-            self.distances["student"] = values["frechet_distance"] = distance
-            if self.best is None or distance < self.best[0]:
-                self.best = (distance, step)
-                self.backbone.save(student, self.folder / "best")
-                (self.folder / "best" / "distance.json").write_text(
-                    json.dumps({"step": step, "frechet_distance": distance})
-                )
+        if not self.accelerator.is_main_process:
+            return values
+        with self._at_any_rate(f"step {step}"):
+            if self.args.validation_images:
+                self._grid(student, step)
+            if self.extractor is not None:
+                distance = self._distance(self._sampled(student))
+                self.distances["student"] = values["frechet_distance"] = distance
+                if self.best is None or distance < self.best[0]:
+                    self.best = (distance, step)
+                    self.backbone.save(student, self.folder / "best")
+                    (self.folder / "best" / "distance.json").write_text(
+                        json.dumps({"step": step, "frechet_distance": distance})
+                    )
         return values
+
+    @contextlib.contextmanager
+    def _at_any_rate(self, what: str) -> Iterator[None]:
+        """Samples that overflow end a validation, not the run: its weights may be sound, in another dtype at least."""
+        try:
+            yield
+        except FloatingPointError as error:
+            logger.warning(f"The validation of {what} was left out: {error}")
 
     def state(self) -> dict:
         """What a resumed run must know."""
