@@ -227,7 +227,7 @@ def test_gradcheck_of_the_coarse_part(loss):
         (("place", 5, "signed"), lambda s, t, **k: place_loss(s, t, group_size=5, grouping="signed", **k)),
         (("place", 4, "patch"), lambda s, t, **k: place_loss(s, t, group_size=4, grouping="patch", **k)),
     ],
-    ids=str,
+    ids=["channel", "sample", "error", "signed", "patch"],
 )
 def test_adaptive_gradient_is_that_of_frozen_weight_groups_and_fine_coefficients(method, loss, coarse_norm):
     """Finite differences of coarse + w0 * mean (b0 + b1 * s - t)^2: w0, b0, b1 and the groups are constants."""
