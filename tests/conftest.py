@@ -7,7 +7,11 @@ import os
 import signal
 from pathlib import Path
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the libraries read it: a missing folder is not looked for there
+# Before the libraries read them: a missing folder is not looked for on the Hub, and threads of the scripts that tests
+# start wait asleep, for spinning they would take the cores from the other worker
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import datasets  # noqa: E402
 import numpy as np  # noqa: E402
