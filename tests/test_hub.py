@@ -111,6 +111,7 @@ def test_push_and_from_pretrained(hub, home, pushed):
     assert comes_back(hub, home, "tiny", pushed.folder) == ["DDIMPipeline", str(len(tensors)), "(8, 8)\n"]
 
 
+@pytest.mark.slow
 def test_push_of_a_latent_student(hub, home, tmp_path):
     """All the pipeline's parts go, the teacher's as they are, and come back."""
     teacher = latent_pipelines.save_pipeline(tmp_path / "sd1")
@@ -203,6 +204,7 @@ def test_offline_is_refused_in_the_process(run, tmp_path, monkeypatch):
     assert TOKEN not in str(caught.value) and not (tmp_path / "student").exists()
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_in_the_upload(hub, home, train, tmp_path, teacher_dir):
     folder = tmp_path / "student"
     with HubServer() as dying:

@@ -306,6 +306,7 @@ def launch(*flags, cwd=ROOT, before=(), **environment) -> subprocess.CompletedPr
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_launched_under_dynamo(run, tmp_path, teacher_dir, data_dir):
     flags = ["--max_train_steps", "2", "--train_batch_size", "4", "--lambda_kd_feat", "1", "--use_ema"]
     flags += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--num_cpu_threads", "1"]
