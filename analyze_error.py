@@ -23,22 +23,20 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from utils.analysis import ErrorStatistics, summarize
-from utils.analysis_arguments import HOW_TO_READ, parse_args
-from utils.analysis_output import FIGURES, MAPS_FILE, error_table, save_analysis, save_figures, weight_hashes
+from utils.analysis.arguments import HOW_TO_READ, parse_args
+from utils.analysis.corrected import CorrectedDenoiser
+from utils.analysis.error import ErrorStatistics, summarize
+from utils.analysis.report import FIGURES, MAPS_FILE, error_table, save_analysis, save_figures, weight_hashes
 from utils.backbones import choose_backbone
-from utils.corrected import CorrectedDenoiser
-from utils.data import ImageRows, fingerprint, load_rows, sample_batch
-from utils.export import PACKAGES
-from utils.extractors import load_extractor
-from utils.feature_statistics import FeatureStatistics
-from utils.features import Tapped
-from utils.metrics import frechet_distance, rank_warning
-from utils.randomness import StepRandom, seed_from, shuffled
-from utils.speed import use_cpu_threads
-from utils.validation import VALIDATION_STREAM
+from utils.data.rows import ImageRows, fingerprint, load_rows, sample_batch
+from utils.devices import use_cpu_threads
+from utils.distillation.features import Tapped
+from utils.files import PACKAGES
+from utils.metrics.distances import frechet_distance, rank_warning
+from utils.metrics.extractors import load_extractor
+from utils.metrics.statistics import FeatureStatistics
+from utils.randomness import ENCODE_STREAM, NOISE_STREAM, VALIDATION_STREAM, StepRandom, seed_from, shuffled
 
-NOISE_STREAM, ENCODE_STREAM = 2**33, 2**34  # counters that no micro-step reaches: this noise is no training noise
 MAPS = 5  # timesteps with error maps
 
 

@@ -22,16 +22,21 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from utils.blocks import block_threads, check_processes
-from utils.checkpoint import check_output_dir
-from utils.clip import ClipScorer
-from utils.cost import Meter, cost, free, measure
+from utils.devices import DTYPES
 from utils.distributed import long_timeout, main_process_first, on_main_process
-from utils.evaluation_arguments import METRICS, PR_NEIGHBOURS, parse_args
-from utils.extractors import load_extractor
-from utils.image_sets import ImageSet, image_files
-from utils.inception import sha256, versions
-from utils.metrics import (
+from utils.evaluation.arguments import METRICS, PR_NEIGHBOURS, parse_args
+from utils.evaluation.cost import Meter, cost, free, measure
+from utils.evaluation.image_sets import ImageSet, image_files
+from utils.evaluation.measure import Measured, measure_images
+from utils.evaluation.parallel import block_threads, check_processes
+from utils.evaluation.pipelines import load_pipeline, pipeline_files, pipeline_folder, use_scheduler
+from utils.evaluation.reference import measure_reference, open_reference
+from utils.evaluation.report import COSTS, open_card, report, update_model_card
+from utils.evaluation.sample_folder import SampleFolder, clear_evaluation
+from utils.evaluation.sampler import Sampler, read_prompts
+from utils.files import sha256, versions, write_json
+from utils.metrics.clip import ClipScorer
+from utils.metrics.distances import (
     clip_score,
     frechet_distance,
     inception_score,
@@ -40,13 +45,9 @@ from utils.metrics import (
     rank_warning,
     subset_warning,
 )
-from utils.pipelines import load_pipeline, pipeline_files, pipeline_folder, use_scheduler
-from utils.reference import Measured, measure_images, measure_reference, open_reference
-from utils.report import COSTS, open_card, report, update_model_card, write_json
-from utils.sample_folder import SampleFolder, clear_evaluation
-from utils.sampling import Sampler, read_prompts
-from utils.speed import DTYPES
-from utils.validation import image_grid
+from utils.metrics.extractors import load_extractor
+from utils.output_dir import check_output_dir
+from utils.pixels import image_grid
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
 GRID_IMAGES = 32
@@ -181,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     check_processes(accelerator)
     args.num_cpu_threads = block_threads(args.num_cpu_threads, accelerator)
     quiet = not accelerator.is_local_main_process
-    on_main_process(accelerator, check_output_dir, args)
+    on_main_process(accelerator, check_output_dir, args.output_dir)
     if args.update_model_card:
         open_card(Path(args.pretrained_model_name_or_path))  # what it would refuse, now and not at the end
 

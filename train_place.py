@@ -17,22 +17,23 @@ from accelerate import Accelerator
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
-from utils.arguments import parse_args
 from utils.backbones import choose_backbone
-from utils.cache import encoded_once, open_dataset
-from utils.card import write_card
-from utils.checkpoint import Checkpoints, check_output_dir, prepare_output_dir
-from utils.data import sample_batch, training_batches
+from utils.data.cache import encoded_once, open_dataset
+from utils.data.rows import sample_batch, training_batches
+from utils.devices import apply_speed_flags, use_cpu_threads
+from utils.distillation.features import feature_loss, tap_pair
+from utils.distillation.losses import fine_weight, place_loss
 from utils.distributed import long_timeout, on_main_process
-from utils.export import save_arguments
-from utils.features import feature_loss, tap_pair
-from utils.hub import prepare_push, push
-from utils.logs import RunLog, error_per_sample, summary, tracker_names
-from utils.losses import fine_weight, place_loss
-from utils.plan import plan
-from utils.speed import apply_speed_flags, make_optimizer, use_cpu_threads, with_gradients
-from utils.stop import Stop
-from utils.validation import Validation, evaluated
+from utils.output_dir import check_output_dir, prepare_output_dir
+from utils.publishing.card import write_card
+from utils.publishing.hub import prepare_push, push
+from utils.training.arguments import parse_args
+from utils.training.checkpoint import Checkpoints
+from utils.training.log import RunLog, error_per_sample, tracker_names
+from utils.training.optimizer import make_optimizer, with_gradients
+from utils.training.report import plan, save_arguments, summary
+from utils.training.stop import Stop
+from utils.training.validation import Validation, evaluated
 
 
 def add_method_arguments(group) -> None:
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
         kwargs_handlers=[long_timeout()],
     )
     use_cpu_threads(args, accelerator)
-    on_main_process(accelerator, check_output_dir, args)
+    on_main_process(accelerator, check_output_dir, args.output_dir)
 
     # Teacher: frozen, in eval mode, never prepared
     backbone = choose_backbone(args).load(args)
@@ -110,12 +111,13 @@ def main(argv: list[str] | None = None) -> None:
     checkpoints = Checkpoints(
         args,
         accelerator,
-        student,
-        ema,
-        optimizer,
-        lr_scheduler,
-        records={"log": log, "validation": validation},
-        facts={"data": dataset.fingerprint()},
+        student=student,
+        ema=ema,
+        optimizer=optimizer,
+        lr_scheduler=lr_scheduler,
+        log=log,
+        validation=validation,
+        fingerprint=dataset.fingerprint(),
     )
     step = checkpoints.resume()
     if accelerator.is_main_process:

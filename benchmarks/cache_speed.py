@@ -74,7 +74,7 @@ def run_once(steps: int, argv: list[str]) -> None:
     import resource
 
     import train_place
-    from utils.logs import RunLog
+    from utils.training.log import RunLog
 
     class Done(Exception):
         pass

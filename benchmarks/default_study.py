@@ -22,9 +22,9 @@ from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.extractors import FeatureExtractor  # noqa: E402
-from utils.feature_statistics import FeatureStatistics  # noqa: E402
-from utils.metrics import frechet_distance  # noqa: E402
+from utils.metrics.distances import frechet_distance  # noqa: E402
+from utils.metrics.extractors import FeatureExtractor  # noqa: E402
+from utils.metrics.statistics import FeatureStatistics  # noqa: E402
 from utils.randomness import seed_from  # noqa: E402
 
 ROWS = {

@@ -36,9 +36,9 @@ from transformers import AutoModelForImageClassification, CLIPTextConfig, CLIPTe
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks.make_assets import DEBIAN_FOLDER, LABELS, MIT_LICENSE, read_idx  # noqa: E402
-from utils.extractors import FeatureExtractor  # noqa: E402
-from utils.feature_statistics import FeatureStatistics  # noqa: E402
-from utils.metrics import frechet_distance  # noqa: E402
+from utils.metrics.distances import frechet_distance  # noqa: E402
+from utils.metrics.extractors import FeatureExtractor  # noqa: E402
+from utils.metrics.statistics import FeatureStatistics  # noqa: E402
 
 NOUNS = ["a t-shirt", "trousers", "a pullover", "a dress", "a coat"]
 NOUNS += ["a sandal", "a shirt", "a sneaker", "a bag", "an ankle boot"]  # in the order of LABELS

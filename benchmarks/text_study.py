@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT))
 from make_text_teacher import NOUNS, load_split  # noqa: E402
 
-from utils.extractors import load_extractor  # noqa: E402
-from utils.feature_statistics import FeatureStatistics  # noqa: E402
-from utils.metrics import frechet_distance  # noqa: E402
+from utils.metrics.distances import frechet_distance  # noqa: E402
+from utils.metrics.extractors import load_extractor  # noqa: E402
+from utils.metrics.statistics import FeatureStatistics  # noqa: E402
+from utils.pixels import image_grid  # noqa: E402
 from utils.randomness import seed_from  # noqa: E402
-from utils.validation import image_grid  # noqa: E402
 
 ROWS = {
     "without distillation": ("train_lift.py", ["--lambda_kd_output", "0"]),

@@ -12,7 +12,8 @@ import pytest
 
 import train_lift
 import train_place
-from utils.arguments import DEFAULT_RECIPE, ArgumentParser, parse_args
+from utils.command_line import ArgumentParser
+from utils.training.arguments import DEFAULT_RECIPE, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_lift": train_lift, "train_place": train_place}
@@ -137,7 +138,8 @@ def test_an_output_folder_in_use(parse, tmp_path):
     (folder / "log.jsonl").touch()
     with pytest.raises(ValueError, match="--output_dir .*not empty.*--resume_from_checkpoint.*--overwrite_output_dir"):
         parse()
-    assert parse("--resume_from_checkpoint", "latest").resume_from_checkpoint == "latest"
+    with pytest.raises(ValueError, match="has no checkpoint"):  # nor is it the folder of a run
+        parse("--resume_from_checkpoint", "latest")
     assert parse("--overwrite_output_dir").overwrite_output_dir
     assert (folder / "log.jsonl").exists()  # parsing deletes nothing
 

@@ -17,7 +17,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from safetensors.torch import load_file, save_file
 
 import train_place
-import utils.data
+import utils.data.rows
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = (
@@ -74,7 +74,7 @@ def assert_same_run(ours: Path, theirs: Path, step: int = 6) -> None:
 @pytest.mark.parametrize("stop_at", [2, 4])  # 20 rows: in epoch 1; 40 rows: in epoch 2 of 24
 def test_resume_is_exact(run, rows_seen, dropout_teacher, tmp_path, monkeypatch, workers, stop_at):
     if workers:
-        monkeypatch.setattr(utils.data, "HOLD_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", 0)
     flags = ["--pretrained_model_name_or_path", dropout_teacher, *EVERYTHING, "--dataloader_num_workers", workers]
     whole = run("train_place", *flags, output="whole")
     rows_whole = rows_seen.copy()
@@ -128,7 +128,7 @@ def flags_for(teacher: str, data: str, folder: Path) -> list[str]:
 def signal_in_a_window(number: signal.Signals) -> str:
     """Code that sends the signal in the middle of the accumulation window of step 3."""
     return (
-        "import os, signal, utils.losses as L; f, n = L.place_loss, [0]\n"
+        "import os, signal, utils.distillation.losses as L; f, n = L.place_loss, [0]\n"
         f"def g(*a, **k):\n n[0] += 1\n n[0] == 5 and os.kill(os.getpid(), {int(number)})\n return f(*a, **k)\n"
         "L.place_loss = g\npass"
     )
@@ -158,7 +158,7 @@ def test_a_new_process_goes_on_exactly(run, dropout_teacher, data_dir, tmp_path)
 
 def test_a_second_signal_ends_at_once(dropout_teacher, data_dir, tmp_path):
     code = (
-        "import os, signal, time, utils.losses as L\n"
+        "import os, signal, time, utils.distillation.losses as L\n"
         "def g(*a, **k):\n os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); time.sleep(600)\n"
         "L.place_loss = g\npass"
     )
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(dropout_teacher, data_dir, 
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "out")
     # room for everything up to step 2; then the limit falls below a checkpoint's files
     code = (
-        "import resource, utils.checkpoint as C; w = C.Checkpoints._write\n"
+        "import resource, utils.training.checkpoint as C; w = C.Checkpoints._write\n"
         "def g(self, folder, step, records):\n"
         " step > 2 and resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))\n"
         " return w(self, folder, step, records)\n"
@@ -308,9 +308,34 @@ def test_allow_changed_arguments(run, caplog):
     assert (folder / "checkpoints" / "step-0000005").is_dir()
 
 
-def test_resume_from_what_is_no_checkpoint(run, tmp_path):
-    with pytest.raises(ValueError, match="no checkpoint in"):
+def test_latest_without_a_checkpoint_begins_anew_and_says_so(run, tmp_path, capsys):
+    """As a requeued job needs: before its first start, and after one that died before its first checkpoint."""
+    plain = run("train_place", output="plain")
+    for output, left in (("first", None), ("again", '{"step": 1, "loss": 9}\n')):
+        if left:
+            (tmp_path / output / "checkpoints" / ".step-0000002.1.partial").mkdir(parents=True)
+            (tmp_path / output / "log.jsonl").write_text(left)
+        folder = run("train_place", "--resume_from_checkpoint", "latest", output=output)
+        assert "so from step 0" in capsys.readouterr().out
+        assert read_log(folder) == read_log(plain)
+
+
+def test_a_finished_student_without_checkpoints_is_not_begun_anew(run, tmp_path):
+    shutil.rmtree(run("train_place") / "checkpoints" / "step-0000004")
+    with pytest.raises(ValueError, match="has no checkpoint"):
         run("train_place", "--resume_from_checkpoint", "latest")
+
+
+def test_a_checkpoint_of_an_earlier_version_is_refused(run):
+    state_file = run("train_place") / "checkpoints" / "step-0000004" / "state.json"
+    state = json.loads(state_file.read_text())
+    del state["format"]
+    state_file.write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="earlier version.*--latent_cache_dir"):
+        run("train_place", "--resume_from_checkpoint", "latest")
+
+
+def test_resume_from_what_is_no_checkpoint(run, tmp_path):
     with pytest.raises(ValueError, match="is not a checkpoint"):
         run("train_place", "--resume_from_checkpoint", tmp_path)
     assert not (tmp_path / "student").exists()

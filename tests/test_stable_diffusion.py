@@ -25,14 +25,14 @@ from safetensors.torch import load_file
 import analyze_error
 import evaluate_fid
 import train_place
-from utils.arguments import parse_args
 from utils.backbones import choose_backbone
+from utils.backbones.encoders import Encoders
 from utils.backbones.stable_diffusion import StableDiffusion
-from utils.cache import CachedRows
-from utils.data import ImageRows, StreamSampler, load_rows
-from utils.encoders import Encoders
-from utils.losses import place_loss
+from utils.data.cache import CachedRows
+from utils.data.rows import ImageRows, StreamSampler, load_rows
+from utils.distillation.losses import place_loss
 from utils.randomness import StepRandom, shuffled
+from utils.training.arguments import parse_args
 
 KINDS = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
 SD1_AND_SLOWLY_XL = ["sd1", pytest.param("xl", marks=pytest.mark.slow)]
@@ -318,7 +318,7 @@ def test_the_encoders_are_freed(train, tmp_path, monkeypatch):
 
 
 def test_a_stopped_cache_goes_on(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.cache.BLOCK", 4)
+    monkeypatch.setattr("utils.data.cache.BLOCK", 4)
     folder = tmp_path / "cache"
     train("sd1", "--cache_dir", folder, output="first")
     files = {path: path.read_bytes() for path in folder.glob("*.safetensors")}

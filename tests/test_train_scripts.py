@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 
 import train_place
 from train_place import add_method_arguments
-from utils.arguments import parse_args
 from utils.backbones import choose_backbone
 from utils.backbones.ddpm import DDPM
-from utils.data import ImageRows, load_rows, sample_batch
-from utils.losses import place_loss
+from utils.data.rows import ImageRows, load_rows, sample_batch
+from utils.distillation.losses import place_loss
 from utils.randomness import StepRandom, shuffled
+from utils.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINES = {
@@ -61,7 +61,7 @@ def test_the_scripts_differ_in_their_method_alone():
         for line in difflib.ndiff(*(body.splitlines() for body in bodies))
         if line[0] in "+-" and line[2:].strip()
     ]
-    start = "from utils.losses import"
+    start = "from utils.distillation.losses import"
     allowed = re.compile(
         rf"{start}|output = (place|lift|output)_loss\(|if args.output_loss|else:|\)|student_pred.output,|teacher_pred."
         r"output,|(group_size|grouping|coefficients|coarse_norm|coarse_scale)=args\.|weight=fine_weight\("

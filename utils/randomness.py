@@ -8,6 +8,9 @@ The crop and flip of an image depend on (seed, epoch, row); noise, timesteps and
 import numpy as np
 import torch
 
+# Counters that no micro-step reaches, in its place: the noise of samples and of an analysis is no training noise
+VALIDATION_STREAM, NOISE_STREAM, ENCODE_STREAM = 2**32, 2**33, 2**34
+
 
 def counter_hash(*counters: int | np.ndarray) -> np.ndarray:
     """64 random bits for a tuple of non-negative integers (splitmix64's finaliser, applied once per counter).

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the backbones with a diffusion scheduler and a U-Net share."""
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from diffusers.models.unets.unet_2d import UNet2DOutput
 from diffusers.training_utils import compute_snr
 
-from utils.backbones.types import Noised, Prediction, to_dtype
-from utils.features import Tapped
+from utils.backbones.types import Noised, Prediction
+from utils.devices import to_dtype
+from utils.distillation.features import Tapped
 from utils.randomness import StepRandom
 
 
@@ -54,17 +54,6 @@ class UNetBackbone:
             return F.mse_loss(prediction.output, noised.target)
         error = (prediction.output - noised.target).square().flatten(1).mean(dim=1)
         return (noised.weight * error).mean()
-
-
-def to_uint8(images: np.ndarray) -> torch.Tensor:
-    """A pipeline's images (B, H, W, C) from 0 to 1 -> uint8 (B, C, H, W).
-
-    FloatingPointError: NaN or infinity, which the cast would make grey values of."""
-    if not np.isfinite(images).all():
-        raise FloatingPointError(
-            "a sample holds NaN or infinity: the denoiser predicted it, or overflowed on the way."
-        )
-    return torch.from_numpy((images * 255).round().astype("uint8")).permute(0, 3, 1, 2).contiguous()
 
 
 class InFloat32(torch.nn.Module):

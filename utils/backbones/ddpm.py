@@ -12,7 +12,7 @@ import diffusers
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
 
-from utils.backbones.common import InFloat32, UNetBackbone, to_uint8
+from utils.backbones.common import InFloat32, UNetBackbone
 from utils.backbones.loading import (
     component_config,
     load_component,
@@ -20,9 +20,10 @@ from utils.backbones.loading import (
     pipeline_class_name,
     read_json_config,
 )
+from utils.backbones.saving import save_pipeline
 from utils.backbones.types import Noised
-from utils.export import save_pipeline
-from utils.images import ImageTransform
+from utils.data.transforms import ImageTransform
+from utils.pixels import to_uint8
 from utils.randomness import StepRandom
 from utils.students.sizes import model_size, model_table
 from utils.students.width import prune_width, taylor_scores, width_config

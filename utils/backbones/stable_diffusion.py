@@ -13,15 +13,16 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPTokenizer
 
-from utils.backbones.common import InFloat32, UNetBackbone, to_uint8
+from utils.backbones.common import InFloat32, UNetBackbone
+from utils.backbones.encoders import Encoders
 from utils.backbones.loading import component_config, load_component, load_schedule, read_json_config
+from utils.backbones.saving import save_student
 from utils.backbones.types import Noised
-from utils.captions import CaptionedTransform
-from utils.encoders import Encoders
-from utils.export import save_student
-from utils.lora import add_lora, fuse_saved_lora, save_lora, without_lora
+from utils.data.transforms import CaptionedTransform
+from utils.pixels import to_uint8
 from utils.randomness import StepRandom
 from utils.students import blocks
+from utils.students.lora import add_lora, fuse_saved_lora, save_lora, without_lora
 from utils.students.sizes import model_size, model_table
 
 TEACHER = "--pretrained_model_name_or_path"

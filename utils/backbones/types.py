@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What passes between a backbone and the training loop."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -21,10 +21,3 @@ class Prediction(NamedTuple):
 
     output: torch.Tensor  # (B, C, *S)
     features: list[torch.Tensor]  # of the tapped blocks, in the order of the pairs; the student's are projected
-
-
-def to_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """The floating point tensors of a nested dict in `dtype`; everything else as it is."""
-    if isinstance(value, dict):
-        return {name: to_dtype(part, dtype) for name, part in value.items()}
-    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

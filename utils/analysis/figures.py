@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The charts and pictures of `analyze_error.py`, made from what it writes in `analysis.json` and `error_maps.npz`.
+
+Colours are Okabe and Ito's, which stay apart for colour-blind readers. Figures are made without pyplot, so nothing
+global is touched and no display is needed.
+"""
+
+import os
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+COARSE, FINE, TOTAL, GREY = "#E69F00", "#56B4E9", "#222222", "#777777"
+CHANNELS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # as many as can be told apart in one chart
+STYLE = {
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+    "savefig.bbox": "tight",
+}
+TIMESTEP = "timestep $t$ (larger is noisier)"
+MANY = 40  # timesteps beyond which markers would hide the lines
+COLUMNS = 16  # samples in a line; more go below
+
+
+def coarse_fine_figure(analysis: dict, path: str | os.PathLike) -> None:
+    """Size and share of the coarse and the fine part by timestep, and their size by PLACE group."""
+    rows, timesteps = analysis["timesteps"], [row["timestep"] for row in analysis["timesteps"]]
+    last, group_size = analysis["protocol"]["num_train_timesteps"], analysis["protocol"]["group_size"]
+    thin = len(rows) > MANY
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(12, 4.1), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06)
+        size, share, group = panels = figure.subplots(1, 3)
+
+        # the total wide and pale below: it lies on the fine part wherever that is nearly all
+        widths = {"total": 6, "fine": 1 if thin else 2, "coarse": 1 if thin else 2}
+        markers = {"total": "_" if len(rows) == 1 else "", "fine": "" if thin else "o", "coarse": "" if thin else "s"}
+        for name, color in (("total", "#C8C8C8"), ("fine", FINE), ("coarse", COARSE)):
+            values = np.array([row[name] for row in rows])
+            values = np.where(values > 0, values, np.nan)  # a logarithm has no place for none
+            size.plot(
+                timesteps,
+                values,
+                marker=markers[name],
+                color=color,
+                linewidth=widths[name],
+                markersize=24 if name == "total" else 4,
+                markeredgewidth=5 if name == "total" else None,
+                label=name,
+            )
+        if any(row["total"] > 0 for row in rows):
+            size.set_yscale("log")
+        size.set(
+            title="(a) squared error,\nfitted per image and channel",
+            xlabel=TIMESTEP,
+            ylabel="mean of $(e_T - e_S)^2$",
+            xlim=(0, last),
+        )
+
+        edges = np.linspace(0, last, len(rows) + 1)  # of the stretches of the schedule for which timesteps stand
+        by_channel, by_group = (
+            np.array([part["coarse_share"] for part in parts], dtype=float)  # None, a share of no error, becomes nan
+            for parts in (rows, [row["place"] for row in rows])
+        )
+        place_width = 0.8 if thin else 1.8
+        share.stairs((by_channel >= 0).astype(float), edges, fill=True, color=FINE)
+        share.stairs(np.nan_to_num(by_channel), edges, fill=True, color=COARSE)
+        place_line = share.stairs(
+            by_group, edges, baseline=None, color=TOTAL, linewidth=place_width, linestyle="-" if thin else "--"
+        )
+        share.set(
+            title="(b) share of it", xlabel=TIMESTEP, ylabel="share of the squared error", xlim=(0, last), ylim=(0, 1)
+        )
+        share.yaxis.set_major_formatter(PercentFormatter(1))
+
+        ranks = analysis["mean"]["place"]["ranks"]
+        edges = np.arange(len(ranks["total"]) + 1) - 0.5
+        fine = group.stairs(ranks["total"], edges, fill=True, color=FINE)
+        coarse = group.stairs(ranks["coarse"], edges, fill=True, color=COARSE)
+        group.set(
+            title=f"(c) squared error,\nfitted per group of {group_size}",
+            xlabel="group rank (0: smallest errors)",
+            ylabel="mean of $(e_T - e_S)^2$, all $t$",
+            xlim=(edges[0], edges[-1]),
+        )
+        group.xaxis.get_major_locator().set_params(integer=True)
+        if len(edges) == 2:
+            group.set_xticks([0])
+
+        if analysis["mean"]["total"] == 0:
+            for axes in panels:
+                axes.text(0.5, 0.5, "no error", transform=axes.transAxes, ha="center", color=GREY)
+        figure.legend(
+            [coarse, fine, size.lines[0], place_line],
+            ["coarse: removed by the fit", "fine: left", "total", f"coarse, fitted per group of {group_size}"],
+            loc="outside lower center",
+            ncols=4,
+        )
+        figure.savefig(path)
+
+
+def line_figure(analysis: dict, path: str | os.PathLike) -> None:
+    """Slope and intercept by timestep: median and quartiles over images, of each of up to four channels."""
+    rows, timesteps = analysis["timesteps"], [row["timestep"] for row in analysis["timesteps"]]
+    channels = len(rows[0]["channels"])
+    if 1 < channels <= len(CHANNELS):
+        curves = [[row["channels"][c] for row in rows] for c in range(channels)]
+        labels, band = [f"channel {c}: median" for c in range(channels)], "quartiles of images"
+    else:
+        curves, labels = [rows], ["median"]
+        band = "quartiles of images" + " and channels" * (channels > 1)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.4, 3.5), layout="constrained")
+        figure.get_layout_engine().set(wspace=0.06)
+        for axes, name, symbol, perfect in zip(
+            figure.subplots(1, 2), ("slope", "intercept"), ("b_1", "b_0"), (1, 0), strict=True
+        ):
+            axes.axhline(perfect, color=GREY, linestyle="--", linewidth=1, label="perfect student")
+            for c, (curve, label) in enumerate(zip(curves, labels, strict=True)):
+                spreads = [entry[name] for entry in curve]
+                _draw_spread(axes, timesteps, spreads, label, band if c == 0 else None, CHANNELS[c])
+            axes.set(
+                xlabel=TIMESTEP,
+                ylabel=f"{name} ${symbol}$" + " (units of the prediction)" * (name == "intercept"),
+                xlim=(0, analysis["protocol"]["num_train_timesteps"]),
+            )
+            axes.ticklabel_format(axis="y", useOffset=False)
+        axes.legend(fontsize=10)
+        figure.savefig(path)
+
+
+def _draw_spread(axes, timesteps: list[int], spreads: list[dict], label: str, band: str | None, color: str) -> None:
+    """Median and quartiles by timestep; of a single one, a point and a bar, as a band would have no width."""
+    lower, middle, upper = np.array([[spread[key] for spread in spreads] for key in ("q25", "median", "q75")])
+    if len(timesteps) == 1:
+        bars = [middle - lower, upper - middle]
+        axes.errorbar(timesteps, middle, yerr=bars, fmt="none", ecolor=color, elinewidth=6, alpha=0.25, label=band)
+    else:
+        axes.fill_between(timesteps, lower, upper, color=color, alpha=0.25, linewidth=0, label=band)
+    thin = len(timesteps) > MANY
+    axes.plot(timesteps, middle, "-" if thin else "o-", color=color, linewidth=1 if thin else 1.5, ms=4, label=label)
+
+
+def samples_figure(rows: dict[str, np.ndarray], path: str | os.PathLike) -> None:
+    """A row of pictures for every label, uint8 (B, H, W, C), column by column from the same noise; `COLUMNS` of them,
+    and below the next ones."""
+    count = len(next(iter(rows.values())))
+    columns, blocks = min(count, COLUMNS), -(-count // COLUMNS)
+    with matplotlib.rc_context(STYLE):
+        figure, grid = _picture_grid(len(rows) * blocks, columns)
+        for block in range(blocks):
+            lines = grid[block * len(rows) : (block + 1) * len(rows)]
+            for line, (label, images) in zip(lines, rows.items(), strict=True):
+                images = images[block * columns : (block + 1) * columns]
+                for axes, image in zip(line, images, strict=False):
+                    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+                for axes in line[len(images) :]:
+                    axes.set_visible(False)
+                _row_label(line, label)
+        figure.savefig(path)
+
+
+def error_maps_figure(maps: dict[str, np.ndarray], group_size: int, path: str | os.PathLike) -> None:
+    """Where the error is at a few timesteps: one image, its error, its PLACE groups, and the error of all images.
+
+    `maps`: timestep (T,); image and image_error (T, C, H, W); group_rank, of channel 0, and mean_error (T, H, W).
+    """
+    channels, last_rank = maps["image"].shape[1], int(maps["group_rank"].max())
+    noised = "an image" if channels in (1, 3) else "channel 0"
+    over, of = (" mean of channels,", "\nof channel 0") if channels > 1 else ("", "")
+    rows = (  # label, pictures, colours
+        (f"{noised},\nnoised", [_as_picture(image) for image in maps["image"]], "gray"),
+        (f"its error,{over}\n$|e_T - e_S|$", maps["image_error"].mean(axis=1), "magma"),
+        (f"its groups of {group_size}{of},\nby rank", maps["group_rank"], "cividis"),
+        ("mean error\nof all images", maps["mean_error"], "magma"),
+    )
+    with matplotlib.rc_context(STYLE):
+        figure, grid = _picture_grid(len(rows), len(maps["timestep"]), width=1.75, height=1.35)
+        for line, (label, pictures, colours) in zip(grid, rows, strict=True):
+            for axes, values in zip(line, pictures, strict=True):
+                ranks, image = colours == "cividis", colours == "gray"
+                highest = max(last_rank, 1) if ranks else (values.max() or 1)  # of an error of 0, all is dark
+                drawn = axes.imshow(values, cmap=colours, vmin=0, vmax=highest, interpolation="nearest")
+                bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03)
+                bar.locator = matplotlib.ticker.MaxNLocator(3, integer=ranks)
+                if ranks and last_rank == 0:
+                    bar.set_ticks([0])
+                bar.ax.tick_params(labelsize=8)
+                bar.outline.set_visible(False)
+                bar.ax.set_visible(not image and (not ranks or axes is line[-1]))
+            _row_label(line, label)
+        for axes, timestep in zip(grid[0], maps["timestep"], strict=True):
+            axes.set_title(f"$t$ = {timestep}", loc="center")
+        figure.savefig(path)
+
+
+def _as_picture(image: np.ndarray) -> np.ndarray:
+    """(C, H, W) -> what is shown, from 0 to 1: RGB (H, W, 3), or channel 0 (H, W)."""
+    shown = image.transpose(1, 2, 0) if len(image) == 3 else image[0]
+    return (shown - shown.min()) / (shown.max() - shown.min() or 1)
+
+
+def _picture_grid(rows: int, columns: int, width: float = 1.05, height: float = 1.05) -> tuple[Figure, np.ndarray]:
+    """Axes (rows, columns) of about `width` by `height` inches for pictures, without ticks, in thin pale frames that
+    keep white ones apart."""
+    figure = Figure(figsize=(1.5 + width * columns, 0.3 + height * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(visible=True, linewidth=0.5, color="#CCCCCC")
+    return figure, grid
+
+
+def _row_label(line: np.ndarray, label: str) -> None:
+    line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `analyze_error.py` leaves and prints: the figures by name, and the table."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+
+from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure, samples_figure
+from utils.files import sha256, write_file
+
+MAPS_FILE = "error_maps.npz"
+FIGURES = ("coarse_fine.png", "line.png", "samples.png", "error_maps.png")
+
+
+def save_analysis(analysis: dict, folder: Path) -> None:
+    """Write `analysis.json`; a list of numbers is one line, however long."""
+    text = json.dumps(analysis, indent=1, allow_nan=False)
+    text = re.sub(r"\[\n[-+\d.e,\s]+\]", lambda match: re.sub(r"\s+", " ", match[0]), text)
+    write_file(folder / "analysis.json", text + "\n")
+
+
+def weight_hashes(name_or_path: str) -> dict[str, str] | None:
+    """SHA-256 of a denoiser's weight files, by their path in its folder; None for a name on the Hub."""
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return None
+    files = [path for path in (*folder.glob("*"), *folder.glob("unet/*")) if path.suffix in (".safetensors", ".bin")]
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
+
+
+def save_figures(analysis: dict, maps: dict, samples: dict[str, np.ndarray], folder: Path) -> None:
+    """All of `FIGURES`: `analysis` as in analysis.json, `maps` as in error_maps.npz, `samples` as `samples_figure`."""
+    # few samples have a distance far above that of many: the table says so beside the numbers, a picture could not
+    distances = {} if analysis["samples"].get("warning") else analysis["samples"].get("frechet_distance", {})
+    rows = {who + (f"\nFrechet {distances[who]:.2f}" if distances else ""): images for who, images in samples.items()}
+    coarse_fine_figure(analysis, folder / FIGURES[0])
+    line_figure(analysis, folder / FIGURES[1])
+    samples_figure(rows, folder / FIGURES[2])
+    error_maps_figure(maps, analysis["protocol"]["group_size"], folder / FIGURES[3])
+
+
+def error_table(analysis: dict) -> str:
+    """The split by timestep, and what correcting it brings."""
+
+    def line(name, row: dict) -> str:
+        parts = "".join(f"{row[part]:11.3e}" if part in row else " " * 11 for part in ("total", "coarse", "fine"))
+        shares = [part["coarse_share"] for part in (row, row["place"])]
+        shares = "".join("        -" if value is None else f"{value:9.1%}" for value in shares)
+        medians = "".join(f"{row[key]['median']:11.4f}" for key in ("slope", "intercept") if key in row)
+        return f"{name:>8}{parts}{shares}{medians}"
+
+    samples = analysis["samples"]
+    distances = samples.get("frechet_distance", {})
+    group = f"{analysis['protocol']['group_size']} each"
+    lines = [
+        f"{'':8}{'mean squared error':^33}{'coarse share, line':>19}{'median over lines':>21}",
+        f"{'timestep':>8}{'total':>11}{'coarse':>11}{'fine':>11}{'channel':>9}{group:>9}{'slope':>11}{'intercept':>11}",
+        *(line(row["timestep"], row) for row in analysis["timesteps"]),
+        line("mean", analysis["mean"]),
+        line("chance", analysis["chance"]),
+        "",
+        f"{samples['num_samples']:,} samples each, from the same noise",
+        f"{'':12}{'pixels from the teacher (of 255)':>36}" + ("Frechet distance".rjust(20) if distances else ""),
+    ]
+    for who, gap in samples["pixel_difference_to_teacher"].items():
+        lines.append(f"{who:<12}{gap:36.2f}" + (f"{distances[who]:20.2f}" if distances else ""))
+    if samples.get("warning"):
+        lines.append(samples["warning"])
+    return "\n".join(lines)

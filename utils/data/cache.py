@@ -1,0 +1,258 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latents and prompt embeddings on disk: encoded once, read by every later epoch, run and process.
+
+    cache.json                                   what it was made of, and whether it is complete
+    latents-<variant>-<block>.safetensors        latent_mean, latent_std, tokens ... of BLOCK rows, cropped one way
+    text-<block>.safetensors                     prompt_embeds ... of BLOCK different captions
+    empty.safetensors                            the same of the empty prompt
+
+Files are written beside and renamed, so what is there is whole, and a cache whose making was stopped goes on.
+"""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from utils.data.rows import ImageRows, as_is, load_rows
+from utils.files import read_json, write_json, written_beside
+
+BLOCK = 256  # rows, or captions, a file
+
+
+def open_dataset(args, accelerator: Accelerator, backbone) -> Dataset:
+    """The training set as batches of the backbone's tensors; without the dataset's flags, a complete cache.
+
+    Raises:
+        ValueError: as `load_rows`, `ImageRows` and `check_cache`.
+    """
+    if not (args.dataset_name or args.train_data_dir):
+        check_cache(args, accelerator, None, backbone)
+        return CachedRows(Path(args.cache_dir), backbone)
+    dataset = ImageRows(
+        load_rows(args),
+        backbone.transform(args),
+        args.seed,
+        skip_bad_images=args.skip_bad_images,
+        variants=args.cache_variants or (1 if args.cache_dir else None),
+        quiet=not accelerator.is_local_main_process,
+    )
+    if args.cache_dir:
+        check_cache(args, accelerator, dataset, backbone)
+    return dataset
+
+
+def encoded_once(args, accelerator: Accelerator, dataset: Dataset, backbone) -> Dataset:
+    """`dataset` itself without `--cache_dir`; with it its encoded rows, made now where they are missing, by all
+    processes together. The encoders are freed afterwards."""
+    if not args.cache_dir or isinstance(dataset, CachedRows):
+        return dataset
+    folder = Path(args.cache_dir)
+    if accelerator.is_main_process and not (folder / "cache.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "cache.json", {**cache_settings(args, accelerator, dataset, backbone), "complete": False})
+    accelerator.wait_for_everyone()
+    _encode_images(args, accelerator, dataset, backbone)
+    accelerator.wait_for_everyone()
+    _encode_captions(args, accelerator, backbone)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        write_json(folder / "cache.json", {**read_json(folder / "cache.json"), "complete": True})
+    accelerator.wait_for_everyone()
+    backbone.free_encoders()
+    return CachedRows(folder, backbone)
+
+
+def cache_settings(args, accelerator: Accelerator, dataset: Dataset | None, backbone) -> dict:
+    """Everything that the content of a cache depends on; without the dataset, what is not the dataset's."""
+    data = {} if dataset is None else {"data": dataset.fingerprint(), "rows": len(dataset)}
+    return {
+        **data,
+        "encoders": _encoder_hash(args),
+        "dtype": args.teacher_dtype or accelerator.mixed_precision,
+        "resolution": backbone.resolution,
+        "center_crop": args.center_crop,
+        "random_flip": args.random_flip,
+        "caption_column": args.caption_column or "text",
+        "seed": args.seed,
+        "variants": args.cache_variants or 1,
+    }
+
+
+def check_cache(args, accelerator: Accelerator, dataset: Dataset | None, backbone) -> None:
+    """Raises ValueError where `--cache_dir` holds another cache, or, without the dataset, none that is complete."""
+    path = Path(args.cache_dir) / "cache.json"
+    if not path.exists():
+        if dataset is None:
+            raise ValueError(f"--cache_dir {args.cache_dir}: no cache there. Give the data that is to be encoded.")
+        return
+    made, wanted = read_json(path), cache_settings(args, accelerator, dataset, backbone)
+    differing = [
+        f"{name} was {made.get(name)}, is {value}" for name, value in wanted.items() if made.get(name) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"--cache_dir {args.cache_dir} was made with other settings: {'; '.join(differing)}. Give another folder."
+        )
+    if dataset is None and not made["complete"]:
+        raise ValueError(
+            f"--cache_dir {args.cache_dir} is not complete: give the data again, to encode what is missing."
+        )
+
+
+class CachedRows(Dataset):
+    """The rows of a complete cache; indexed by lists of (epoch, row), as `utils.data.rows.ImageRows` is."""
+
+    def __init__(self, folder: Path, backbone):
+        self.folder, self.tokenizers = folder, backbone.tokenizers
+        made = read_json(folder / "cache.json")
+        self.num_rows, self.variants, self.data = made["rows"], made["variants"], made["data"]
+        self.bad_rows: set[int] = set()
+        self.handles: dict[str, safe_open] = {}  # memory maps, opened when first read
+        self.places: dict[int, tuple[str, int]] = {}  # caption -> file and index
+        for path in sorted(folder.glob("text-*.safetensors")):
+            keys = self._open(path.name).get_tensor("caption").tolist()
+            self.places |= {key: (path.name, i) for i, key in enumerate(keys)}
+        backbone.empty = load_file(folder / "empty.safetensors")
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "handles": {}}  # a data worker opens its own
+
+    def __str__(self) -> str:
+        return f"{len(self):,} images, encoded in {self.folder}"
+
+    def fingerprint(self) -> str:
+        """Of the data that was encoded."""
+        return self.data
+
+    def captions(self, count: int) -> list[str]:
+        """Of the first rows, as the tokenizer reads them."""
+        rows = [self._row(0, row)["input_ids_0"] for row in range(min(count, len(self)))]
+        return [self.tokenizers[0].decode(tokens, skip_special_tokens=True) for tokens in rows]
+
+    def __getitems__(self, positions: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        """What `backbone.cache_rows` made of these rows, with `row` and `replaced` as in `ImageRows`."""
+        rows = [self._row(epoch % self.variants, row) for epoch, row in positions]
+        batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if "input_ids" not in name}
+        text = self._text(batch.pop("caption").tolist())
+        numbers = torch.tensor([row for _, row in positions])
+        return {**batch, **text, "row": numbers, "replaced": torch.zeros_like(numbers, dtype=torch.bool)}
+
+    def _open(self, name: str) -> safe_open:
+        if name not in self.handles:
+            self.handles[name] = safe_open(self.folder / name, framework="pt")
+        return self.handles[name]
+
+    def _row(self, variant: int, row: int) -> dict[str, torch.Tensor]:
+        file = self._open(_latents_name(variant, row // BLOCK))
+        return {name: file.get_slice(name)[row % BLOCK] for name in file.keys()}
+
+    def _text(self, captions: list[int]) -> dict[str, torch.Tensor]:
+        places = [self.places[caption] for caption in captions]
+        names = [name for name in self._open(places[0][0]).keys() if name != "caption"]
+        return {name: torch.stack([self._open(file).get_slice(name)[i] for file, i in places]) for name in names}
+
+
+def caption_key(tokens: list[torch.Tensor]) -> int:
+    """63 bits that name a caption: of its tokens, one (T,) tensor for each tokenizer."""
+    content = b"".join(ids.numpy().astype(np.int64).tobytes() for ids in tokens)
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
+def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -> None:
+    folder, variants = Path(args.cache_dir), args.cache_variants or 1
+    blocks = [(variant, block) for variant in range(variants) for block in range(-(-len(dataset) // BLOCK))]
+    blocks = blocks[accelerator.process_index :: accelerator.num_processes]
+    blocks = [each for each in blocks if not (folder / _latents_name(*each)).exists()]
+    batches = [
+        [(variant, row) for row in range(first, min(first + args.train_batch_size, (block + 1) * BLOCK, len(dataset)))]
+        for variant, block in blocks
+        for first in range(block * BLOCK, min((block + 1) * BLOCK, len(dataset)), args.train_batch_size)
+    ]
+    loader = DataLoader(dataset, batch_sampler=batches, num_workers=args.dataloader_num_workers, collate_fn=as_is)
+    pieces: list[dict[str, torch.Tensor]] = []
+    progress = tqdm(
+        total=sum(map(len, batches)), desc="encoding images", unit="image", disable=not accelerator.is_main_process
+    )
+    for positions, batch in zip(batches, loader, strict=True):
+        batch.pop("row")
+        dataset.bad_rows.update(row for (_, row), bad in zip(positions, batch.pop("replaced"), strict=True) if bad)
+        tokens = {name: value for name, value in batch.items() if name.startswith("input_ids")}
+        keys = [caption_key(list(each)) for each in zip(*tokens.values(), strict=True)]
+        encoded = _encoded(backbone, batch, "latents", args.train_batch_size)
+        pieces.append({**encoded, **tokens, "caption": torch.tensor(keys)})
+        progress.update(len(positions))
+        variant, last = positions[-1]
+        if last + 1 == min((last // BLOCK + 1) * BLOCK, len(dataset)):
+            _write(folder / _latents_name(variant, last // BLOCK), pieces)
+            pieces = []
+
+
+def _encode_captions(args, accelerator: Accelerator, backbone) -> None:
+    folder = Path(args.cache_dir)
+    if accelerator.is_main_process and not (folder / "empty.safetensors").exists():
+        _write(folder / "empty.safetensors", [backbone.empty_prompt()])
+    tokens = {}
+    for path in sorted(folder.glob("latents-*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            ids = [file.get_tensor(f"input_ids_{i}") for i in range(len(backbone.tokenizers))]
+            for key, *each in zip(file.get_tensor("caption").tolist(), *ids, strict=True):
+                tokens.setdefault(key, each)
+    keys = list(tokens)
+    blocks = range(-(-len(keys) // BLOCK))[accelerator.process_index :: accelerator.num_processes]
+    missing = [block for block in blocks if not (folder / _text_name(block)).exists()]
+    for block in tqdm(missing, desc="encoding captions", unit="file", disable=not accelerator.is_main_process):
+        pieces = []
+        chosen = keys[block * BLOCK : (block + 1) * BLOCK]
+        for first in range(0, len(chosen), args.train_batch_size):
+            part = chosen[first : first + args.train_batch_size]
+            stacked = [torch.stack(ids) for ids in zip(*(tokens[key] for key in part), strict=True)]
+            batch = {f"input_ids_{i}": ids for i, ids in enumerate(stacked)}
+            encoded = _encoded(backbone, batch, "text", args.train_batch_size)
+            pieces.append({**encoded, "caption": torch.tensor(part)})
+        _write(folder / _text_name(block), pieces)
+
+
+def _encoded(backbone, batch: dict[str, torch.Tensor], part: str, batch_size: int) -> dict[str, torch.Tensor]:
+    """`backbone.cache_rows` of a batch filled up to `batch_size`, so that its last bits are those which training
+    without a cache computes."""
+    count = len(next(iter(batch.values())))
+    filled = {name: value[torch.arange(batch_size) % count] for name, value in batch.items()}
+    return {name: value[:count] for name, value in backbone.cache_rows(filled, (part,)).items()}
+
+
+def _encoder_hash(args) -> str:
+    """Of the weight files of VAE and text encoders."""
+    digest = hashlib.sha256()
+    source = args.pretrained_model_name_or_path
+    if not Path(source).is_dir():
+        source = DiffusionPipeline.download(source, revision=args.revision, variant=args.variant)
+    for part in ("vae", "text_encoder", "text_encoder_2"):
+        for path in sorted((Path(source) / part).glob("*.safetensors")):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+    return f"{digest.hexdigest()[:16]} {args.pretrained_vae_model_name_or_path or ''}".strip()
+
+
+def _write(path: Path, pieces: list[dict[str, torch.Tensor]]) -> None:
+    tensors = {name: torch.cat([piece[name].cpu() for piece in pieces]).contiguous() for name in pieces[0]}
+    with written_beside(path) as beside:
+        save_file(tensors, beside)
+
+
+def _latents_name(variant: int, block: int) -> str:
+    return f"latents-{variant:02d}-{block:06d}.safetensors"
+
+
+def _text_name(block: int) -> str:
+    return f"text-{block:06d}.safetensors"

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A row to tensors: the image decoded, resized, cropped and flipped; the caption of this epoch, tokenised."""
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    import datasets
+
+
+class ImageTransform:
+    """A row to a uint8 image (C, resolution, resolution), in two halves: `decode` is the same every epoch and may be
+    kept, `augment` depends on the random bits it is handed."""
+
+    columns: tuple[str, ...] = ()  # what `batch` needs of a row besides the decoded image
+
+    def __init__(self, image_column: str, channels: int, resolution: int, center_crop: bool, random_flip: bool):
+        self.image_column = image_column
+        self.mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+        self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
+        self.turn_upright = True  # by a photo's EXIF tag, as viewers do
+
+    def decode(self, row: dict) -> torch.Tensor:
+        """Uint8 (C, H, W) with the shorter side at `resolution`.
+
+        Raises:
+            OSError: the bytes are not an image.
+        """
+        stored = row[self.image_column]
+        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
+            if self.turn_upright:
+                image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            image = image.convert(self.mode)
+        if min(image.size) != self.resolution:
+            scale = self.resolution / min(image.size)
+            size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
+            image = image.resize(size, Image.Resampling.BILINEAR)  # Pillow's bilinear filter antialiases
+        array = np.array(image, dtype=np.uint8)
+        return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+    def augment(self, image: torch.Tensor, bits: int) -> torch.Tensor:
+        """Crop (C, H, W) to a square and perhaps flip it. `bits` are 64 random ones: the lowest decides the flip, two
+        fields of 24 the crop."""
+        top, left = self.crop_at(image, bits)
+        image = image[:, top : top + self.resolution, left : left + self.resolution]
+        return image.flip(-1) if self.random_flip and bits & 1 else image
+
+    def crop_at(self, image: torch.Tensor, bits: int) -> tuple[int, int]:
+        """Top and left of the square that `augment` crops."""
+        spare_y, spare_x = (side - self.resolution for side in image.shape[-2:])
+        across_y, across_x = ((bits >> shift & 0xFFFFFF) / 2**24 for shift in (8, 32))
+        if self.center_crop:
+            return spare_y // 2, spare_x // 2
+        return int(across_y * (spare_y + 1)), int(across_x * (spare_x + 1))
+
+    def check(self, rows: "datasets.Dataset") -> None:
+        """Raises ValueError where `rows` lack what `batch` needs."""
+
+    def batch(
+        self, images: torch.Tensor | list[torch.Tensor], columns: dict[str, list], bits: np.ndarray
+    ) -> dict[str, torch.Tensor]:
+        """Decoded images, their values in `self.columns` and random bits, uint64 (B,), to the tensors of a batch."""
+        return {"pixels": self.augment_all(images, bits)}
+
+    def augment_all(self, images: torch.Tensor | list[torch.Tensor], bits: np.ndarray) -> torch.Tensor:
+        """`augment` for a batch, at once where nothing is cropped."""
+        if isinstance(images, torch.Tensor) and images.shape[-2:] == (self.resolution, self.resolution):
+            flipped = torch.from_numpy(bits & np.uint64(1) == 1)[:, None, None, None]
+            return torch.where(flipped, images.flip(-1), images) if self.random_flip else images
+        return torch.stack([self.augment(image, int(b)) for image, b in zip(images, bits, strict=True)])
+
+
+class CaptionedTransform(ImageTransform):
+    """Adds `input_ids_0`, `input_ids_1` ... (B, T), one for each tokenizer, and with `micro_conditioning` SDXL's
+    `time_ids` (B, 6): original height and width, top and left of the crop, height and width of the result."""
+
+    def __init__(self, *image_settings, caption_column: str, tokenizers: Sequence, micro_conditioning: bool):
+        super().__init__(*image_settings)
+        self.caption_column, self.tokenizers = caption_column, tokenizers
+        self.micro_conditioning = micro_conditioning
+        self.columns = (caption_column, self.image_column) if micro_conditioning else (caption_column,)
+
+    def check(self, rows: "datasets.Dataset") -> None:
+        """Raises ValueError where there are no captions."""
+        if self.caption_column not in rows.column_names:
+            raise ValueError(
+                f"--caption_column {self.caption_column}: the dataset has no such column, only "
+                f"{', '.join(rows.column_names)}. A folder of images needs a metadata.jsonl with file_name and text."
+            )
+        caption = rows.select_columns([self.caption_column])[0][self.caption_column]
+        one_of_them = caption[0] if isinstance(caption, list) and caption else caption
+        if not isinstance(one_of_them, str):
+            raise ValueError(
+                f"--caption_column {self.caption_column}: found {one_of_them!r} in the first row; a caption is a "
+                "string or a list of strings."
+            )
+
+    def batch(self, images, columns: dict[str, list], bits: np.ndarray) -> dict[str, torch.Tensor]:
+        """As ImageTransform.batch, with tokens and time ids."""
+        batch = super().batch(images, columns, bits)
+        captions = [choose_caption(given, int(b)) for given, b in zip(columns[self.caption_column], bits, strict=True)]
+        for i, tokenizer in enumerate(self.tokenizers):
+            batch[f"input_ids_{i}"] = tokenize(tokenizer, captions)
+        if self.micro_conditioning:
+            stored = columns[self.image_column]
+            ids = [self._time_ids(*each) for each in zip(images, stored, bits, strict=True)]
+            batch["time_ids"] = torch.tensor(ids, dtype=torch.float32)
+        return batch
+
+    def captions(self, columns: dict[str, list]) -> list[str]:
+        """One caption a row, the first where there are several."""
+        return [choose_caption(given, 0) for given in columns[self.caption_column]]
+
+    def _time_ids(self, image: torch.Tensor, stored: dict, bits: np.uint64) -> tuple[int, ...]:
+        """Podell et al. 2023, section 2.2."""
+        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as original:  # header only
+            turned = original.getexif().get(0x0112, 1) > 4  # an orientation that swaps the sides
+            width, height = original.size[::-1] if turned else original.size
+        top, left = self.crop_at(image, int(bits))
+        if self.random_flip and int(bits) & 1:  # where the crop lies in the flipped image
+            left = image.shape[-1] - self.resolution - left
+        return height, width, top, left, self.resolution, self.resolution
+
+
+def choose_caption(given: str | list[str] | None, bits: int) -> str:
+    """The caption, or a random one of several, by the highest 8 of 64 random bits; none is the empty prompt."""
+    if isinstance(given, list):
+        given = given[(bits >> 56) % len(given)] if given else ""
+    return given or ""
+
+
+def tokenize(tokenizer, prompts: Sequence[str]) -> torch.Tensor:
+    """Int64 (B, T), padded and cut to the model's length, as Stable Diffusion's pipelines do."""
+    options = {"padding": "max_length", "max_length": tokenizer.model_max_length, "truncation": True}
+    return tokenizer(list(prompts), return_tensors="pt", **options).input_ids

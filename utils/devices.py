@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where models run, in which dtype, on how many threads."""
+
+import os
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from torch import nn
+
+logger = get_logger(__name__)
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+
+
+def cpu_share(accelerator: Accelerator) -> int:
+    """Cores of the machine for each process."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // accelerator.num_processes)
+
+
+def use_cpu_threads(args, accelerator: Accelerator) -> None:
+    """On the CPU, take this process's share of the cores: `accelerate launch` sets OMP_NUM_THREADS to 1."""
+    if accelerator.device.type == "cpu":
+        torch.set_num_threads(args.num_cpu_threads or cpu_share(accelerator))
+
+
+def apply_speed_flags(args, accelerator: Accelerator, student: nn.Module, teacher: nn.Module | None) -> None:
+    """The teacher on its device in its inference dtype, TF32, the student's gradient checkpointing, xformers."""
+    if teacher is not None:
+        dtype = DTYPES[args.teacher_dtype or accelerator.mixed_precision]
+        nn.Module.to(teacher, accelerator.device, dtype)  # diffusers' own `to` warns of an empty list of modules
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    if args.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            for model in filter(None, (student, teacher)):
+                model.enable_xformers_memory_efficient_attention()
+        except (ValueError, ModuleNotFoundError) as error:  # on the CPU, and where it is not installed
+            logger.warning(f"--enable_xformers_memory_efficient_attention: PyTorch's attention stays. {error}")
+
+
+def to_dtype(value: Any, dtype: torch.dtype) -> Any:
+    """The floating point tensors of a nested dict in `dtype`; everything else as it is."""
+    if isinstance(value, dict):
+        return {name: to_dtype(part, dtype) for name, part in value.items()}
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

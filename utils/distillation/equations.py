@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The loss of a run in words and equations, as its flags set it; what `utils.distillation.losses` computes."""
+
+COARSE = {"l1": "mean |b1 - 1| + mean |b0|", "l2": "mean (b1 - 1)^2 + mean b0^2"}
+FINE_WEIGHT = {
+    "adaptive": "1 - min(1, mean |b1 - 1| + mean |b0|)",
+    "constant": "1",
+    "linear": "step / steps",
+    "cosine": "(1 - cos(pi * step / steps)) / 2",
+}
+CONVENTIONAL = {"mse": "mean (e_S - e_T)^2", "l1": "mean |e_S - e_T|", "huber": "mean huber(e_S - e_T)"}
+LINES = {  # elements that share a line b0 + b1 * e_S
+    "error": "every {group_size} elements of a channel with similar |e_S - e_T|",
+    "signed": "every {group_size} elements of a channel with similar e_S - e_T",
+    "patch": "every square of {group_size} elements of a channel",
+    "channel": "every channel of every sample",
+    "sample": "every sample",
+}
+
+
+def equations(args: dict) -> tuple[list[str], str]:
+    """The output loss line by line, none without one, and the weighted sum; `args` are the flags of either script."""
+    weights = {"diffusion": "lambda_task", "output": "lambda_kd_output", "feature": "lambda_kd_feat"}
+    total = "loss   = " + " + ".join(f"{args[flag]:g} * {term}" for term, flag in weights.items() if args[flag])
+    if not args["lambda_kd_output"]:
+        return [], total
+    if args.get("output_loss", "lift") != "lift":
+        return [f"output = {CONVENTIONAL[args['output_loss']]}"], total
+    elements = LINES[args.get("grouping") or args["coefficients"]].format(**args)
+    scale = "" if args["coarse_scale"] == 1 else f"{args['coarse_scale']:g} * "
+    lines = [
+        f"e_T ~ b0 + b1 * e_S by least squares, one line for {elements}",
+        "b1     = cov(e_S, e_T) / var(e_S),  b0 = mean(e_T) - b1 * mean(e_S)",
+        f"coarse = {COARSE[args['coarse_norm']]}  (gradient through b0 and b1)",
+        "fine   = mean (b0 + b1 * e_S - e_T)^2  (b0 and b1 detached)",
+        f"w      = {FINE_WEIGHT[args['weighting']]}",
+        f"output = {scale}coarse + w * fine",
+    ]
+    return lines, total

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a pipeline costs: parameters, multiply-adds, time, memory, bytes on disk. Measured while it samples."""
+
+import functools
+import gc
+import re
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from diffusers import DiffusionPipeline
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from tqdm.auto import tqdm
+
+from utils.evaluation.parallel import blocks, mapping
+from utils.evaluation.pipelines import denoiser_of
+from utils.evaluation.sampler import Sampler
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_, **__) -> int:
+    """Of shapes (B, heads, tokens, D): PyTorch 2.14 has no formula for its fused CPU attention, and counts none."""
+    return sdpa_flop_count(query, key, value)
+
+
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+class Meter:
+    """Draws blocks of samples and says what each cost: the first by itself, then `threads` at once."""
+
+    def __init__(self, sampler: Sampler, device: torch.device, threads: int = 1):
+        self.sampler, self.device, self.threads = sampler, device, threads
+        self.forwards, self.forwards_per_image = 0, 0.0  # through the denoiser; guidance sends each sample twice
+        self.macs: int | None = None  # of one forward of one sample
+        self.counting = False
+        reset_peak_memory(device)
+
+    def draw(self, own: Sequence[range], keep: Callable[[range, torch.Tensor, dict], None] | None = None):
+        """Draw every block and yield its record: seconds of the process's time, forwards, bytes at the peak.
+
+        `keep(block, images, record)` is called with each, its images uint8 (B, C, H, W), by the thread that drew it.
+        """
+        if not own:
+            return
+        hook = denoiser_of(self.sampler.pipeline).register_forward_hook(self._count, with_kwargs=True)
+        yield self._draw_block(own[0], keep, warmed_up=False)
+        hook.remove()
+        self.threads = 1 if self.sampler.draws_ambient_noise else max(1, min(self.threads, len(own) - 1))
+        with mapping(self.threads) as map_blocks:
+            yield from map_blocks(functools.partial(self._draw_block, keep=keep), own[1:])
+
+    def _draw_block(self, block: range, keep, warmed_up: bool = True) -> dict:
+        start = time.perf_counter()
+        images = self.sampler(block)  # on the CPU: the device has finished
+        seconds = time.perf_counter() - start
+        if not warmed_up:
+            self.forwards_per_image = self.forwards / len(images)
+        record = {
+            "images": len(images),
+            "seconds": seconds / self.threads if warmed_up else seconds,
+            "warmed_up": warmed_up,
+            "forwards_per_image": self.forwards_per_image,
+            "macs": self.macs,
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+        if keep:
+            keep(block, images, record)
+        return record
+
+    def _count(self, module, args, kwargs, _output) -> None:
+        if self.counting:
+            return
+        inputs = (*args, *kwargs.values())  # the latents come first; some models take a list of them
+        batched = (x for x in inputs if isinstance(x, list) or (isinstance(x, torch.Tensor) and x.ndim > 1))
+        batch_size = len(next(batched))
+        self.forwards += batch_size
+        if self.macs is None:  # once more, to be counted; the samples come from the forward that was not
+            self.counting = True
+            with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+                module(*args, **kwargs)
+            self.counting = False
+            self.macs = counter.get_total_flops() // 2 // batch_size
+
+
+def measure(meter: Meter, accelerator: Accelerator, num_samples: int, batch_size: int, description: str) -> list[dict]:
+    """The records of `num_samples` samples, drawn by all processes as an evaluation draws them, and thrown away."""
+    own = blocks(num_samples, batch_size)[accelerator.process_index :: accelerator.num_processes]
+    quiet = not accelerator.is_local_main_process
+    bar = tqdm(meter.draw(own), desc=description, total=len(own), unit="block", disable=quiet)
+    return gather_object(list(bar))
+
+
+def cost(pipeline: DiffusionPipeline, records: list[dict], files: Sequence[Path], num_processes: int) -> dict:
+    """Sizes of `pipeline` and, from the `records` of its blocks, what a sample took; JSON's types.
+
+    MACs are of the denoiser alone, which does nearly all of the work. Seconds per image are those of one process, at
+    the batch size of the blocks; blocks that warmed a process up count only where there are no others.
+    """
+    timed = [record for record in records if record["warmed_up"]] or records
+    seconds = sum(record["seconds"] for record in timed) / sum(record["images"] for record in timed)
+    images = sum(record["images"] for record in records)
+    calls = sum(record["forwards_per_image"] * record["images"] for record in records) / images
+    macs = records[0]["macs"]
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    return {
+        "parameters": sum(p.numel() for p in denoiser_of(pipeline).parameters()),
+        "parameters_of_pipeline": sum(p.numel() for part in parts for p in part.parameters()),
+        "size_on_disk_bytes": sum(path.stat().st_size for path in files),
+        "macs_per_forward": macs,
+        "forwards_per_image": calls,
+        "macs_per_image": round(macs * calls),
+        "seconds_per_image": seconds,
+        "images_per_second": num_processes / seconds,
+        "timed_images": sum(record["images"] for record in timed),
+        "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
+    }
+
+
+def free(sampler: Sampler) -> None:
+    """Let go of its pipeline, before another's memory is measured."""
+    del sampler.pipeline
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Begin to look for the highest use from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    elif Path("/proc/self/clear_refs").exists():
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: the process's high-water mark
+        except PermissionError:  # in some containers; the mark is then that of the whole run
+            pass
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU, of PyTorch's tensors; else of the whole process, its libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    mark = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if mark:
+        return int(mark[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The numbers of an evaluation for people, for programs, and for the Hub."""
+
+from pathlib import Path
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+
+from utils.files import write_json, written_beside
+from utils.publishing.card import update_card
+from utils.publishing.model_index import card_evaluation, eval_results
+
+LABELS = {  # key in metrics.json -> (with Inception features, with others), each with what is better
+    "frechet_distance": ("FID, lower is better", "Frechet distance, lower is better"),
+    "kernel_distance": ("KID, lower is better", "kernel distance, lower is better"),
+    "kernel_distance_stderr": ("  its standard error over subsets",) * 2,
+    "precision": ("precision, of 1", "precision, of 1"),
+    "recall": ("recall, of 1", "recall, of 1"),
+    "inception_score": ("Inception Score, higher is better", "Inception Score of this classifier, higher is better"),
+    "inception_score_std": ("  its standard deviation over splits",) * 2,
+    "clip_score": ("CLIP score, higher is better",) * 2,
+}
+# what of a sampler's protocol another model must share for its numbers to compare
+SAMPLING = "num_inference_steps scheduler eta guidance_scale height width class_labels prompts dtype seed".split()
+COSTS = {  # key in metrics.json -> (label, factor, unit)
+    "parameters": ("parameters of the denoiser", 1, ""),
+    "parameters_of_pipeline": ("parameters of the pipeline", 1, ""),
+    "size_on_disk_bytes": ("size on disk", 2**-20, "MiB"),
+    "macs_per_forward": ("multiply-adds a forward", 1e-6, "M"),
+    "forwards_per_image": ("forwards an image", 1, ""),
+    "macs_per_image": ("multiply-adds an image", 1e-6, "M"),
+    "seconds_per_image": ("seconds an image, a process", 1, "s"),
+    "images_per_second": ("images a second, all processes", 1, ""),
+    "peak_memory_bytes": ("peak memory", 2**-20, "MiB"),
+}
+
+
+def report(content: dict) -> str:
+    """What metrics.json holds, for people: counts, metrics, costs, warnings."""
+    protocol, costs = content["protocol"], content.get("cost")
+    references = protocol["reference"]["count"] or "an unknown number of"
+    lines = [f"{protocol['samples']['count']:,} samples, {references} reference images"]
+    lines.append(metrics_table(content["metrics"], protocol["extractor"]))
+    if costs:
+        names = protocol["samples"]["name"], protocol["arguments"]["compare_to"]
+        lines += ["", cost_table(names[0], costs, names[1], content.get("compare_to"))]
+    return "\n".join(lines + [f"Warning: {text}" for text in content["warnings"]])
+
+
+def metrics_table(metrics: dict[str, float], extractor: dict) -> str:
+    """One line a metric."""
+    inception = extractor["name"] == "inception"
+    lines = [f"features of {extractor['name']} ({extractor['dimensions']} dimensions, {extractor['resize']})"]
+    lines += [f"  {LABELS[key][not inception]:<52}{value:>14.6g}" for key, value in metrics.items()]
+    return "\n".join(lines)
+
+
+def cost_table(name: str, own: dict, other_name: str | None = None, other: dict | None = None) -> str:
+    """One line a quantity; with another pipeline's, both and the ratio of the first to the second."""
+    header = [name] if other is None else [name, other_name, "ratio"]
+    lines = [f"  {'':<32}" + "".join(f"{_end(text, 20):>22}" for text in header)]
+    for key, (label, factor, unit) in COSTS.items():
+        cells = [_number(costs[key] * factor, unit) for costs in (own, other) if costs is not None]
+        if other is not None:
+            cells.append(f"{own[key] / other[key]:.4g}")
+        lines.append(f"  {label:<32}" + "".join(f"{cell:>22}" for cell in cells))
+    return "\n".join(lines)
+
+
+def _number(value: float, unit: str) -> str:
+    text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if value < 1000 else f"{value:,.1f}"
+    return f"{text} {unit}".strip()
+
+
+def _end(text: str, length: int) -> str:
+    return text if len(text) <= length else "..." + text[3 - length :]
+
+
+def open_card(folder: Path) -> ModelCard:
+    """The model card in `folder`, or an empty one. Raises ValueError where it cannot be read as a card."""
+    path = folder / "README.md"
+    try:
+        return ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: diffusers\n---\n")
+    except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
+        raise ValueError(f"--update_model_card: {path} cannot be read as a model card: {error}") from error
+
+
+def update_model_card(folder: Path, content: dict) -> Path:
+    """Put the metrics of `content`, that of metrics.json, into the model card in `folder`, and metrics.json beside it.
+
+    A card of the training scripts is written again by them, as long as nobody edited it. In any other card the numbers
+    join the `model-index` of the front matter, where the same measurement is replaced; text and other entries stay.
+    """
+    path = folder / "README.md"
+    write_json(folder / "metrics.json", content)
+    if update_card(folder):
+        return path
+    card = open_card(folder)
+    evaluation = card_evaluation(content)
+    drawn = "text-to-image" if evaluation["protocol"]["samples"].get("prompts") else "unconditional-image-generation"
+    task = card.data.get("pipeline_tag") or drawn
+    results = eval_results(evaluation, task, conditions=_conditions(evaluation["protocol"]))
+    present = card.data.eval_results or []
+    kept = [old for old in present if not any(_same_measurement(old, new) for new in results)]
+    card.data.eval_results = kept + results
+    card.data.model_name = card.data.model_name or folder.resolve().name
+    with written_beside(path) as beside:
+        card.save(beside)
+    return path
+
+
+def _same_measurement(old: EvalResult, new: EvalResult) -> bool:
+    """Made under the same conditions; or the same number, in a form that the training scripts' card gave it."""
+    number = (old.metric_type, old.dataset_name, old.metric_value)
+    return new.is_equal_except_value(old) or number == (new.metric_type, new.dataset_name, new.metric_value)
+
+
+def _conditions(protocol: dict) -> dict:
+    """The part of a protocol that another model must share for its numbers to compare."""
+    samples, reference, extractor = (protocol[name] for name in ("samples", "reference", "extractor"))
+    conditions = {
+        "num_samples": samples["count"],
+        **{key: samples.get(key) for key in SAMPLING},
+        "num_reference_images": reference["count"],
+        "reference_resolution": reference.get("resolution"),
+        "resolution": samples.get("resolution"),
+        "feature_extractor": f"{extractor['name']}, {extractor['kind']}, {extractor['resize']}",
+    }
+    return {key: value for key, value in conditions.items() if value is not None}

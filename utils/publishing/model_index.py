@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics in the Hub's form, the `model-index` of a card's front matter; nothing in it names a folder of a machine."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+INCEPTION_NAMES = {"frechet_distance": "fid", "kernel_distance": "kid"}  # what the Hub calls them, of Inception alone
+# keys under which the protocol in metrics.json names the real images
+REFERENCES = ("dataset_name", "train_data_dir", "reference_images", "statistics")
+
+
+def card_evaluation(content: dict) -> dict[str, dict]:
+    """What a card says of metrics.json: the finite `metrics` and their `protocol`, without this machine's paths and
+    without the flags and versions, which stay there."""
+    content = without_paths(content)
+    metrics, protocol = content.get("metrics", {}), content.get("protocol", {})
+    return {
+        "metrics": {k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)},
+        "protocol": {k: v for k, v in protocol.items() if k not in ("arguments", "versions") and v is not None},
+    }
+
+
+def eval_results(
+    evaluation: dict, task: str, data: str | None = None, conditions: dict | None = None
+) -> list[EvalResult]:
+    """The metrics of `card_evaluation` in the Hub's form, with what they may be compared with: the whole protocol, as
+    the `args` of their data set, where it stands once for all; or `conditions`, as those of every metric.
+
+    `data` names the real images where the protocol does not.
+    """
+    protocol = evaluation["protocol"]
+    reference = protocol.get("reference", {})
+    reference = reference if isinstance(reference, dict) else {}
+    name = next((reference[key] for key in REFERENCES if reference.get(key)), data) or "unknown"
+    name = Path(name).name if Path(name).exists() else name  # a folder's last part, or all of a Hub id
+    inception = protocol.get("extractor") and protocol["extractor"].get("name") == "inception"
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type=re.sub(r"[^\w./-]", "-", name),
+            dataset_name=name,
+            dataset_config=reference.get("dataset_config_name"),
+            dataset_split=reference.get("split"),
+            dataset_args=None if conditions else protocol,
+            metric_type=INCEPTION_NAMES.get(metric, metric) if inception else metric,
+            metric_name=metric,
+            metric_args=conditions,
+            metric_value=value,
+        )
+        for metric, value in evaluation["metrics"].items()
+    ]
+
+
+def without_paths(value: Any) -> Any:
+    """JSON with every absolute path cut to its last part: what is published names no folders of a machine."""
+    if isinstance(value, dict):
+        return {key: without_paths(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [without_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value

@@ -1,0 +1,431 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line that both training scripts share, in groups. What contradicts itself is refused here."""
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
+from utils.command_line import ArgumentParser, add_hub_arguments
+from utils.output_dir import wanted_checkpoint
+
+DEFAULT_RECIPE = "assets/default.args"
+
+
+def parse_args(
+    description: str,
+    add_method_arguments: Callable[[argparse.ArgumentParser], None],
+    argv: Sequence[str] | None = None,
+) -> argparse.Namespace:
+    """Parse and check the command line; an empty one means the embedded default recipe.
+
+    Raises:
+        ValueError: an unknown or misspelt flag, a value out of range, or flags that contradict each other.
+    """
+    parser = ArgumentParser(description=description)
+    add_method_arguments(parser.add_argument_group("method"))
+    groups = (_teacher_and_student, _data, _loss, _optimisation, _speed_and_memory, _output, _validation)
+    for add_group in (*groups, add_hub_arguments):
+        add_group(parser)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv:
+        argv = [f"@{DEFAULT_RECIPE}"]
+        if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
+            print(
+                f"No arguments: running the embedded default, @{DEFAULT_RECIPE}. --help lists every flag.", flush=True
+            )
+    args = parser.parse_args(argv)
+    _check(args)
+    for reason in without_effect(args, parser):
+        warnings.warn(reason, stacklevel=2)
+    return args
+
+
+def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("teacher and student")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        help="the teacher: a diffusers pipeline folder or Hub id. Without it the student trains from scratch on "
+        "--student_config (train_lift.py, no distillation)",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
+    group.add_argument("--variant", help="weight file variant of the teacher, such as fp16")
+    group.add_argument(
+        "--teacher_dtype",
+        choices=["fp32", "fp16", "bf16"],
+        help="dtype of the frozen teacher; default: that of --mixed_precision, as it only runs forward",
+    )
+    group.add_argument(
+        "--allow_pickle_weights",
+        action="store_true",
+        help="load a teacher or student whose weights are .bin files, not safetensors (unpickled with "
+        "weights_only=True)",
+    )
+    group.add_argument(
+        "--pruning_ratio",
+        type=float,
+        help="make the student by cutting this share of every layer's channels, in (0, 1); .8 leaves about 5 %% of "
+        "the parameters",
+    )
+    group.add_argument(
+        "--student_preset",
+        help="or: drop whole blocks of a Stable Diffusion U-Net: bk_base, bk_small, bk_tiny (BK-SDM), or for SDXL "
+        "koala_1b, koala_700m (KOALA)",
+    )
+    group.add_argument(
+        "--student_config",
+        help="or: the student's config.json, freshly initialised (Stable Diffusion: with what fits of the teacher)",
+    )
+    group.add_argument("--student_model_name_or_path", help="or: a student that exists, its U-Net or pipeline folder")
+    group.add_argument(
+        "--student_init",
+        choices=["taylor", "magnitude", "random"],
+        default="taylor",
+        help="which channels --pruning_ratio keeps: those with the largest |weight * gradient| of the diffusion loss "
+        "on real images (taylor, as Diff-Pruning), the largest weights, or random new weights",
+    )
+    group.add_argument(
+        "--pretrained_vae_model_name_or_path",
+        help="another VAE of the same latent space, such as one of SDXL that is safe in fp16; default: the teacher's, "
+        "for SDXL in float32",
+    )
+    group.add_argument(
+        "--lora_rank",
+        type=int,
+        help="train only LoRA adapters of this rank on the student's attention; saved as "
+        "pytorch_lora_weights.safetensors beside the student they belong to",
+    )
+    group.add_argument("--fuse_lora", action="store_true", help="add the adapters to the saved student's weights")
+
+
+def _data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_name", help="a dataset on the Hub, or a local folder in its layout (parquet)")
+    group.add_argument("--dataset_config_name", help="the dataset's configuration, where it has several")
+    group.add_argument("--train_data_dir", help="or: a folder of image files, read as `imagefolder`")
+    group.add_argument("--image_column", default="image", help="column of the images (default: image)")
+    group.add_argument("--resolution", type=int, help="pixels a side; default: the teacher's sample_size")
+    group.add_argument("--center_crop", action="store_true", help="crop the centre; default: a random place")
+    group.add_argument("--random_flip", action="store_true", help="flip half of the images left to right")
+    group.add_argument(
+        "--skip_bad_images",
+        action="store_true",
+        help="where an image cannot be decoded, take the next good row and count it; default: stop and name it",
+    )
+    group.add_argument(
+        "--caption_column", help="column of the captions, a string or a list of which one is drawn (default: text)"
+    )
+    group.add_argument(
+        "--proportion_empty_prompts",
+        type=float,
+        help="share of captions that teacher and student both see as empty, for guidance (default: .1, the paper's)",
+    )
+    group.add_argument(
+        "--cache_dir",
+        help="encode latents and prompts once into this folder, then free VAE and text encoders; it may be used "
+        "again, also without the dataset's flags",
+    )
+    group.add_argument(
+        "--cache_variants",
+        type=int,
+        help="crops and flips of each image, one an epoch in turn (default: 1 with --cache_dir, else ever new ones)",
+    )
+    group.add_argument("--max_train_samples", type=int, help="use the first this many rows, to try things out")
+    group.add_argument(
+        "--dataloader_num_workers",
+        type=int,
+        default=0,
+        help="processes that decode images (default: 0, the training process; sets under 256 MiB are decoded once and "
+        "held, and need none)",
+    )
+
+
+def _loss(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group(
+        "loss: lambda_task * diffusion + lambda_kd_output * output + lambda_kd_feat * feature"
+    )
+    group.add_argument(
+        "--lambda_task", type=float, default=1.0, help="weight of the diffusion loss (default: 1, the paper's)"
+    )
+    group.add_argument(
+        "--lambda_kd_output",
+        type=float,
+        default=1.0,
+        help="weight of the output distillation loss (default: 1, the paper's); with both distillation weights 0 the "
+        "teacher never runs",
+    )
+    group.add_argument(
+        "--lambda_kd_feat",
+        type=float,
+        default=0.0,
+        help="weight of the feature loss on matching blocks (default: 0, off; the paper's rows use about 1 in this "
+        "per-element form)",
+    )
+    group.add_argument(
+        "--coarse_norm",
+        choices=["l1", "l2"],
+        default="l1",
+        help="of (slope - 1) and intercept (default: l1, the paper's)",
+    )
+    group.add_argument(
+        "--coarse_scale", type=float, default=1.0, help="weight of the coarse term (default: 1, the paper's)"
+    )
+    group.add_argument(
+        "--weighting",
+        choices=["adaptive", "constant", "linear", "cosine"],
+        default="adaptive",
+        help="weight w of the fine term: adaptive is 1 - min(1, coarse), the paper's; constant is 1; linear and "
+        "cosine rise from 0 to 1 over the run",
+    )
+    group.add_argument(
+        "--noise_offset",
+        type=float,
+        default=0.0,
+        help="add this much noise that is one value a channel, so that images may be darker or brighter (default: 0)",
+    )
+    group.add_argument(
+        "--snr_gamma", type=float, help="min-SNR weighting of the diffusion loss alone; 5 is usual, default: off"
+    )
+    group.add_argument(
+        "--antithetic_timesteps",
+        action="store_true",
+        help="draw timesteps in pairs (t, T - 1 - t), as DDIM and the paper do on CelebA: a steadier loss",
+    )
+
+
+def _optimisation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimisation")
+    group.add_argument("--max_train_steps", type=int, default=100_000, help="optimizer steps (default: 100000)")
+    group.add_argument(
+        "--train_batch_size", type=int, default=64, help="images per process and micro-step (default: 64)"
+    )
+    group.add_argument(
+        "--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step (default: 1)"
+    )
+    group.add_argument("--optimizer", choices=["adamw", "adam"], default="adamw", help="default: adamw")
+    group.add_argument("--use_8bit_adam", action="store_true", help="8-bit AdamW or Adam of bitsandbytes (CUDA)")
+    group.add_argument("--learning_rate", type=float, default=2e-4, help="peak rate (default: 2e-4, the paper's)")
+    group.add_argument(
+        "--lr_scheduler",
+        default="constant",
+        choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
+        help="default: constant, the paper's",
+    )
+    group.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps to reach the peak (default: 0)")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="default: .9")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="default: .999")
+    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="default: 0, the paper's")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="default: 1e-8")
+    group.add_argument(
+        "--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm (default: 1, the paper's)"
+    )
+    group.add_argument(
+        "--use_ema",
+        action="store_true",
+        help="average the weights over steps; samples, distances and the export then use the average",
+    )
+    group.add_argument("--ema_decay", type=float, default=0.9999, help="of the average per step (default: .9999)")
+    group.add_argument("--seed", type=int, default=0, help="everything random follows from it (default: 0)")
+
+
+def _speed_and_memory(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("speed and memory")
+    group.add_argument(
+        "--mixed_precision", choices=["no", "fp16", "bf16"], help="autocast dtype; default: accelerate's config"
+    )
+    group.add_argument(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="recompute the student's activations: less memory, slower",
+    )
+    group.add_argument(
+        "--num_cpu_threads",
+        type=int,
+        help="threads of a process that trains on the CPU; default: its share of the cores, where `accelerate "
+        "launch` would give it one",
+    )
+    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer: faster")
+    group.add_argument(
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
+        help="xformers attention in teacher and student; where it is absent or refuses, PyTorch's stays (warned of)",
+    )
+
+
+def _output(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--output_dir", default="student", help="where the student is saved (default: student)")
+    group.add_argument(
+        "--overwrite_output_dir", action="store_true", help="start anew in a folder that is not empty; its files go"
+    )
+    group.add_argument("--logging_steps", type=int, default=50, help="optimizer steps between logs (default: 50)")
+    group.add_argument(
+        "--report_to",
+        default="tensorboard",
+        help="tensorboard, wandb or any tracker accelerate knows, several with commas, or none (default: tensorboard)",
+    )
+    group.add_argument("--tracker_project_name", default="lift-and-place", help="default: lift-and-place")
+    group.add_argument(
+        "--checkpointing_steps", type=int, default=1000, help="optimizer steps between checkpoints (default: 1000)"
+    )
+    group.add_argument(
+        "--checkpoints_total_limit", type=int, default=2, help="newest checkpoints kept (default: 2, as one may break)"
+    )
+    group.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint folder")
+    group.add_argument(
+        "--allow_changed_arguments",
+        action="store_true",
+        help="resume with another teacher, data, loss or batch; what changed is printed, the run is no longer exact",
+    )
+    group.add_argument(
+        "--max_train_minutes", type=float, help="save and stop after this long, for queues with a time limit"
+    )
+    group.add_argument(
+        "--dry_run", action="store_true", help="check everything, print the plan with a memory estimate, and stop"
+    )
+
+
+def _validation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("validation")
+    group.add_argument(
+        "--validation_steps",
+        type=int,
+        default=5000,
+        help="optimizer steps between sample grids; one is always made at the end (default: 5000)",
+    )
+    group.add_argument(
+        "--validation_images", type=int, default=16, help="samples a row of the grid, 0 for none (default: 16)"
+    )
+    group.add_argument(
+        "--validation_prompts", nargs="+", help="for text-to-image students; default: the first images' captions"
+    )
+    group.add_argument(
+        "--validation_guidance_scale", type=float, help="classifier-free guidance of samples (default: 7.5, SD's)"
+    )
+    group.add_argument("--validation_num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
+    group.add_argument(
+        "--validation_feature_extractor",
+        help="a transformers image model, folder or Hub id; measures the Frechet distance between the features of "
+        "samples and of real images, and keeps the best student by it",
+    )
+    group.add_argument(
+        "--validation_num_samples", type=int, default=2048, help="samples for that distance (default: 2048)"
+    )
+    group.add_argument("--validation_batch_size", type=int, default=128, help="sampled at once (default: 128)")
+    group.add_argument("--validation_split", default="train", help="dataset split of the real images (default: train)")
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ValueError for values out of range and for flags that contradict each other."""
+    positive = (
+        "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
+        "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit "
+        "validation_steps validation_num_inference_steps validation_num_samples validation_guidance_scale "
+        "validation_batch_size max_train_minutes num_cpu_threads lora_rank cache_variants"
+    )
+    not_negative = (
+        "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
+        "coarse_scale noise_offset validation_images"
+    )
+    for name in positive.split():
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"--{name} is {value}; it must be above 0.")
+    for name in not_negative.split():
+        value = getattr(args, name)
+        if not value >= 0:
+            raise ValueError(f"--{name} is {value}; it must not be negative.")
+    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name} is {getattr(args, name)}; it must lie in [0, 1).")
+    if getattr(args, "group_size", 2) < 2:
+        raise ValueError(f"--group_size is {args.group_size}; a line needs at least 2 elements, the paper has 16.")
+    if args.pruning_ratio is not None and not 0 < args.pruning_ratio < 1:
+        raise ValueError(f"--pruning_ratio is {args.pruning_ratio}; it must lie between 0 and 1, both excluded.")
+
+    if args.proportion_empty_prompts is not None and not 0 <= args.proportion_empty_prompts <= 1:
+        raise ValueError(f"--proportion_empty_prompts is {args.proportion_empty_prompts}; it must lie in [0, 1].")
+
+    students = ("pruning_ratio", "student_preset", "student_config", "student_model_name_or_path")
+    given = [f"--{name}" for name in students if getattr(args, name) is not None]
+    if len(given) != 1:
+        found = " and ".join(given) or "none"
+        raise ValueError(f"Give one of --{', --'.join(students)} to say what the student is; found {found}.")
+    if not args.pretrained_model_name_or_path:
+        if args.pruning_ratio is not None:
+            raise ValueError("--pruning_ratio cuts a teacher: give it with --pretrained_model_name_or_path.")
+        if args.lambda_kd_output or args.lambda_kd_feat:
+            raise ValueError(
+                "No --pretrained_model_name_or_path, so nothing to distil from: name the teacher, or train from "
+                "scratch with --lambda_kd_output 0 --lambda_kd_feat 0."
+            )
+    if not (args.lambda_task or args.lambda_kd_output or args.lambda_kd_feat):
+        raise ValueError("--lambda_task, --lambda_kd_output and --lambda_kd_feat are all 0: nothing to train on.")
+    data = [name for name in ("dataset_name", "train_data_dir") if getattr(args, name)]
+    if len(data) == 2 or not (data or args.cache_dir):
+        found = "both" if data else "neither"
+        raise ValueError(f"Give one of --dataset_name and --train_data_dir; found {found}.")
+
+    output_dir = Path(args.output_dir)
+    if args.resume_from_checkpoint and args.overwrite_output_dir:
+        raise ValueError("--resume_from_checkpoint continues a run, --overwrite_output_dir deletes it: give one.")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir {output_dir} is a file.")
+    inputs = (
+        "pretrained_model_name_or_path dataset_name train_data_dir student_config student_model_name_or_path "
+        "validation_feature_extractor pretrained_vae_model_name_or_path cache_dir"
+    )
+    needed = [Path.cwd(), *(Path(getattr(args, name)) for name in inputs.split() if getattr(args, name))]
+    if args.overwrite_output_dir:
+        for path in needed:
+            if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
+                raise ValueError(f"--overwrite_output_dir would delete {path}, which lies in {output_dir}.")
+    checkpoint = wanted_checkpoint(args)
+    occupied = output_dir.is_dir() and any(output_dir.iterdir())
+    # a job that died before its first checkpoint left a folder of ours, and no student in it
+    begun = (output_dir / "checkpoints").is_dir() and not (output_dir / "model_index.json").exists()
+    if occupied and not (checkpoint or args.overwrite_output_dir or (args.resume_from_checkpoint and begun)):
+        found = "has no checkpoint to go on from" if args.resume_from_checkpoint else "is not empty"
+        raise ValueError(
+            f"--output_dir {output_dir} {found}. Continue a run with --resume_from_checkpoint latest, start anew with "
+            "--overwrite_output_dir, or choose another folder."
+        )
+    if args.push_to_hub:
+        try:
+            validate_repo_id(args.hub_model_id or output_dir.resolve().name)
+        except HFValidationError as error:
+            raise ValueError(f"--hub_model_id: {error} Give name, user/name or organisation/name.") from error
+
+
+def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
+    """A line for every flag that was given but changes nothing beside the others."""
+    line_flags = "coefficients coarse_norm coarse_scale weighting group_size grouping"
+    idle = [  # (flags, idle when, what they go with)
+        ("student_init", args.pruning_ratio is None, "--pruning_ratio"),
+        ("revision variant teacher_dtype", not args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"),
+        ("ema_decay", not args.use_ema, "--use_ema"),
+        ("fuse_lora", not args.lora_rank, "--lora_rank"),
+        (f"output_loss {line_flags}", not args.lambda_kd_output, "--lambda_kd_output above 0"),
+        (line_flags, getattr(args, "output_loss", "lift") != "lift", "--output_loss lift"),
+        ("snr_gamma", not args.lambda_task, "--lambda_task above 0"),
+        ("lr_warmup_steps", args.lr_scheduler == "constant", "an --lr_scheduler with a warm-up"),
+        ("dataset_config_name", not args.dataset_name, "--dataset_name"),
+        (
+            "validation_num_samples validation_batch_size validation_split",
+            not args.validation_feature_extractor,
+            "--validation_feature_extractor",
+        ),
+        ("allow_changed_arguments", not args.resume_from_checkpoint, "--resume_from_checkpoint"),
+        ("hub_model_id hub_private_repo", not args.push_to_hub, "--push_to_hub"),
+    ]
+    return [
+        f"--{name} has no effect here: it goes with {partner}."
+        for names, is_idle, partner in idle
+        for name in names.split()
+        if is_idle and getattr(args, name, None) != parser.get_default(name)
+    ]

@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checkpoints: written beside and renamed, rotated, resumed exactly.
+
+A checkpoint is a folder of safetensors and one JSON file, no pickle. It is complete if it carries its final name;
+`state.json` holds the SHA-256 of every other file. With `utils.randomness` it is all there is to a run's state.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from utils.files import sha256
+from utils.output_dir import complete_checkpoints, step_of, wanted_checkpoint
+from utils.training.log import RunLog
+
+logger = get_logger(__name__)
+
+FORMAT = 2  # of state.json: counted up when flags or files change their names
+
+# may change between a checkpoint and its continuation; all else would make it another run
+HARMLESS_ARGUMENTS = frozenset(
+    (
+        "allow_changed_arguments allow_tf32 cache_dir checkpointing_steps checkpoints_total_limit "
+        "dataloader_num_workers dry_run hub_model_id hub_private_repo logging_steps max_train_minutes "
+        "max_train_steps num_cpu_threads output_dir overwrite_output_dir push_to_hub report_to "
+        "resume_from_checkpoint tracker_project_name validation_batch_size validation_feature_extractor "
+        "validation_guidance_scale validation_images validation_num_inference_steps validation_num_samples "
+        "validation_prompts validation_split validation_steps"
+    ).split()
+)
+
+
+class Stateful(Protocol):
+    """What changes during a run besides tensors: the log, the validation's distances."""
+
+    def state(self) -> dict:
+        """All of it, as JSON has types for."""
+
+    def load_state(self, state: dict, step: int) -> None:
+        """Go on from `state`, that of optimizer step `step`."""
+
+
+class Checkpoints:
+    """Saves and restores everything that changes during a run."""
+
+    def __init__(
+        self,
+        args,
+        accelerator: Accelerator,
+        *,
+        student: nn.Module,
+        ema,
+        optimizer,
+        lr_scheduler,
+        log: RunLog,
+        validation: Stateful,
+        fingerprint: str,
+        **stateful: Stateful,
+    ):
+        """`student` is the prepared module, `ema` an `EMAModel` or None, `fingerprint` that of the data, which must be
+        equal when the run goes on; more that changes can be given by name."""
+        self.args, self.accelerator, self.log = args, accelerator, log
+        self.stateful: dict[str, Stateful] = {"log": log, "validation": validation, **stateful}
+        self.student = accelerator.unwrap_model(student, keep_torch_compile=False)
+        self.ema, self.optimizer, self.lr_scheduler = ema, optimizer, lr_scheduler
+        self.folder = Path(args.output_dir) / "checkpoints"
+        self.facts = {"world_size": accelerator.num_processes, "data": fingerprint}
+
+    def all(self) -> list[Path]:
+        """The complete checkpoints, oldest first."""
+        return complete_checkpoints(self.folder)
+
+    def save(self, step: int) -> Path:
+        """Write the checkpoint of optimizer step `step`, then remove the oldest beyond `--checkpoints_total_limit`.
+
+        Raises:
+            FloatingPointError: a loss since the last log is not finite; nothing is written.
+            OSError: no space, or another failure to write; the earlier checkpoints are untouched.
+        """
+        # the log reads every pending loss term first: nothing is saved after one that is not finite
+        states = {name: part.state() for name, part in self.stateful.items()}
+        final = self.folder / f"step-{step:07d}"
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            beside = self.folder / f".{final.name}.partial"
+            try:
+                self._write(beside, step, states)
+                if final.exists():  # passed again after a resume from further back
+                    _remove(final)
+                beside.rename(final)
+            except (OSError, SafetensorError) as error:
+                shutil.rmtree(beside, ignore_errors=True)
+                last = self.all()[-1:] or ["none"]
+                raise OSError(
+                    f"The checkpoint of step {step} could not be written: {error}. The last good one is {last[0]}; "
+                    "make space and go on with --resume_from_checkpoint latest."
+                ) from error
+            _sync_to_disk(self.folder)
+            for old in self.all()[: -self.args.checkpoints_total_limit]:
+                _remove(old)
+        self.accelerator.wait_for_everyone()
+        self.log.last_checkpoint = final
+        return final
+
+    def _write(self, folder: Path, step: int, states: dict) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        optimizer_tensors, optimizer_rest = _flatten_optimizer(self.optimizer.state_dict())
+        save_file(_plain(self.student.state_dict()), folder / "student.safetensors")
+        save_file(optimizer_tensors, folder / "optimizer.safetensors")
+        state = {
+            "format": FORMAT,
+            "step": step,
+            "arguments": vars(self.args),
+            "facts": self.facts,
+            "optimizer": optimizer_rest,
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "states": states,
+        }
+        if self.accelerator.scaler is not None:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        if self.ema is not None:
+            ema = self.ema.state_dict()
+            shadow = ema.pop("shadow_params")
+            save_file(_plain({str(i): tensor for i, tensor in enumerate(shadow)}), folder / "ema.safetensors")
+            state["ema"] = ema
+        state["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        (folder / "state.json").write_text(json.dumps(state, indent=1))
+        for path in (*folder.iterdir(), folder):
+            _sync_to_disk(path)
+
+    def resume(self) -> int:
+        """Restore from `--resume_from_checkpoint`; the optimizer step to go on from, 0 without the flag.
+
+        Raises:
+            ValueError: no such checkpoint, a damaged file, another student, or arguments that make it another run.
+        """
+        path = wanted_checkpoint(self.args)
+        if path is None:
+            if self.args.resume_from_checkpoint:
+                self.accelerator.print(
+                    f"--resume_from_checkpoint latest: no checkpoint in {self.folder}, so from step 0."
+                )
+            self.log.drop_after(0)  # of a job that died before its first checkpoint
+            return 0
+        state = self._read_state(path)
+        self._refuse_another_run(state)
+        tensors = {name: load_file(path / name) for name in state["sha256"]}
+        try:
+            self.student.load_state_dict(tensors["student.safetensors"])
+        except RuntimeError as error:
+            raise ValueError(f"--resume_from_checkpoint {path} is of another student: {error}") from error
+        self.optimizer.load_state_dict(_unflatten_optimizer(tensors["optimizer.safetensors"], state["optimizer"]))
+        self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        if "scaler" in state and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            shadow = tensors["ema.safetensors"]
+            self.ema.load_state_dict({**state["ema"], "shadow_params": [shadow[str(i)] for i in range(len(shadow))]})
+            self.ema.to(self.accelerator.device)
+        for name, part in self.stateful.items():
+            part.load_state(state["states"][name], state["step"])
+        self.log.last_checkpoint = path
+        return state["step"]
+
+    def _read_state(self, path: Path) -> dict:
+        damaged = None
+        try:
+            state = json.loads((path / "state.json").read_text())
+            hashes = state["sha256"]
+            damaged = next(
+                (name for name in hashes if not (path / name).is_file() or sha256(path / name) != hashes[name]), None
+            )
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError):
+            damaged = "state.json"
+        if damaged:
+            earlier = [other for other in self.all() if step_of(other) < step_of(path)]
+            offer = f"the one before it is {earlier[-1]}" if earlier else "there is none before it"
+            raise ValueError(f"--resume_from_checkpoint {path}: {damaged} is damaged or missing; {offer}.")
+        if state.get("format") != FORMAT:
+            raise ValueError(
+                f"--resume_from_checkpoint {path} is of an earlier version of these scripts, whose flags had other "
+                "names (--cache_dir, now --latent_cache_dir). Finish that run with the version it was begun with, or "
+                "begin another from its student with --student_model_name_or_path."
+            )
+        return state
+
+    def _refuse_another_run(self, state: dict) -> None:
+        now = {**vars(self.args), **self.facts}
+        then = {**state["arguments"], **state["facts"]}
+        changed = [
+            f"{name} was {then.get(name)}, is {now.get(name)}"
+            for name in sorted(then.keys() | now.keys())
+            if name not in HARMLESS_ARGUMENTS and then.get(name) != now.get(name)
+        ]
+        if changed and self.args.allow_changed_arguments:
+            logger.warning(f"Resuming what is now another run: {'; '.join(changed)}.")
+        elif changed:
+            raise ValueError(
+                f"--resume_from_checkpoint: this would be another run: {'; '.join(changed)}. Resume with the "
+                "arguments it was started with, start anew in another --output_dir, or insist with "
+                "--allow_changed_arguments."
+            )
+
+
+def _remove(checkpoint: Path) -> None:
+    """Rename first: half a checkpoint must never carry a checkpoint's name."""
+    going = checkpoint.with_name(f".{checkpoint.name}.removed")
+    checkpoint.rename(going)
+    shutil.rmtree(going)
+
+
+def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+
+
+def _flatten_optimizer(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
+    """A torch optimizer's state dict as flat tensors (safetensors) and the rest (JSON)."""
+    tensors, scalars = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            (tensors if isinstance(value, torch.Tensor) else scalars)[f"{index}.{name}"] = value
+    return _plain(tensors), {"scalars": scalars, "param_groups": state["param_groups"]}
+
+
+def _unflatten_optimizer(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
+    state: dict[int, dict] = {}
+    for key, value in {**tensors, **rest["scalars"]}.items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    return {"state": state, "param_groups": rest["param_groups"]}
+
+
+def _sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

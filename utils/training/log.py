@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run says: the progress bar, `log.jsonl`, the trackers, the summary.
+
+Loss terms stay on the device and are read together, every `--logging_steps` and before each checkpoint.
+"""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from tqdm.auto import tqdm
+
+from utils.files import write_file
+
+QUARTERS = 4  # of the schedule: where on it the student fails
+
+
+def error_per_sample(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Mean squared error of each sample: (B, C, *S) twice -> (B,), detached."""
+    return (prediction.detach() - target.detach()).square().flatten(1).mean(dim=1)
+
+
+def tracker_names(report_to: str) -> list[str] | None:
+    """`--report_to` as a list of accelerate's trackers.
+
+    Raises:
+        ValueError: a tracker that accelerate does not know, or whose package is not installed.
+    """
+    if report_to == "none":
+        return None
+    names = report_to.split(",")
+    installed = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in installed:
+            raise ValueError(
+                f"--report_to {name}: not a tracker that is installed. Installed are {', '.join(installed)}; `none` "
+                "reports nowhere but to log.jsonl."
+            )
+    return names
+
+
+class RunLog:
+    """Averages of every term between two logs."""
+
+    def __init__(self, args, accelerator: Accelerator, num_train_timesteps: int):
+        self.args, self.accelerator = args, accelerator
+        self.num_train_timesteps = num_train_timesteps
+        self.path = Path(args.output_dir) / "log.jsonl"
+        self.names: list[str] = []
+        self.pending: list[tuple[int, torch.Tensor]] = []  # (step, terms of one micro-step), on the device
+        self.pending_norms: list[tuple[int, torch.Tensor]] = []
+        self.rows: list[list[float]] = []  # the same, read
+        self.norms: list[float] = []
+        self.progress = None
+        self.learning_rate = args.learning_rate
+        self.last_checkpoint: Path | None = None
+
+    def start(self, step: int) -> None:
+        """Show the progress bar from `step` on and start the clock."""
+        self.progress = tqdm(
+            total=self.args.max_train_steps,
+            initial=step,
+            desc="steps",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        self.last_time, self.last_step = time.perf_counter(), step
+        self.images, self.seconds = 0, 0.0
+
+    def add(self, step: int, terms: dict[str, torch.Tensor], timestep: torch.Tensor, error: torch.Tensor) -> None:
+        """Keep one micro-step: scalar `terms`, and the error per sample (B,) sorted into quarters of the schedule."""
+        self.names = list(terms)
+        quarter = timestep * QUARTERS // self.num_train_timesteps
+        by_quarter = error.new_zeros(2, QUARTERS)
+        by_quarter[0].index_add_(0, quarter, error)
+        by_quarter[1].index_add_(0, quarter, torch.ones_like(error))
+        self.pending.append((step, torch.cat([torch.stack(list(terms.values())).detach(), by_quarter.flatten()])))
+
+    def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float) -> None:
+        """Keep the gradient norm of optimizer step `step`, move the bar, and log when it is time."""
+        self.pending_norms.append((step, grad_norm))
+        self.learning_rate = learning_rate
+        self.progress.update()
+        if step % self.args.logging_steps == 0 or step == self.args.max_train_steps:
+            self._report(step)
+        if step == self.args.max_train_steps:
+            self.progress.close()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Time spent inside does not count for images per second."""
+        start = time.perf_counter()
+        yield
+        self.last_time += time.perf_counter() - start
+
+    def state(self) -> dict:
+        """What has been added since the last log, for a checkpoint."""
+        self._read()
+        return {"names": self.names, "rows": self.rows, "norms": self.norms}
+
+    def load_state(self, state: dict, step: int) -> None:
+        """Go on from a checkpoint of `step`."""
+        self.names, self.rows, self.norms = state["names"], state["rows"], state["norms"]
+        self.drop_after(step)
+
+    def drop_after(self, step: int) -> None:
+        """Drop later lines of `log.jsonl`, for they will come again."""
+        if self.accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_text().splitlines(keepends=True)
+            write_file(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+
+    def _read(self) -> None:
+        """Bring the pending terms to the host: the one synchronisation of a logging interval.
+
+        Raises:
+            FloatingPointError: a term is not finite; names the first bad step and all its terms.
+        """
+        if not self.pending:
+            return
+        rows = torch.stack([row for _, row in self.pending])
+        norms = torch.stack([norm.to(rows) for _, norm in self.pending_norms]) if self.pending_norms else rows[:0, 0]
+        rows = self.accelerator.reduce(rows, "mean")
+        rows, norms = rows.tolist(), norms.tolist()
+        for (step, _), row in zip(self.pending, rows, strict=True):
+            if not all(map(math.isfinite, row)):
+                terms = ", ".join(f"{name} {value:.4g}" for name, value in zip(self.names, row, strict=False))
+                raise FloatingPointError(
+                    f"The loss is not finite since step {step}: {terms}; learning rate {self.learning_rate:.3g}. The "
+                    f"last good checkpoint is {self.last_checkpoint or 'none'}."
+                )
+        for (step, _), norm in zip(self.pending_norms, norms, strict=True):
+            if not math.isfinite(norm) and self.accelerator.scaler is None:  # a loss scaler skips such steps
+                raise FloatingPointError(
+                    f"The gradient is not finite since step {step}: norm {norm}, though the loss is; learning rate "
+                    f"{self.learning_rate:.3g}. The last good checkpoint is {self.last_checkpoint or 'none'}."
+                )
+        self.rows += rows
+        self.norms += norms
+        self.pending, self.pending_norms = [], []
+
+    def _report(self, step: int) -> None:
+        self._read()
+        now = time.perf_counter()
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.accelerator.num_processes
+        images, seconds = (step - self.last_step) * batch, now - self.last_time
+        self.images, self.seconds = self.images + images, self.seconds + seconds
+        self.last_time, self.last_step = now, step
+        means = [math.fsum(column) / len(self.rows) for column in zip(*self.rows, strict=True)]
+        values = dict(zip(self.names, means, strict=False))
+        values |= {"grad_norm": math.fsum(self.norms) / max(1, len(self.norms)), "learning_rate": self.learning_rate}
+        sums, counts = means[len(self.names) :][:QUARTERS], means[len(self.names) :][QUARTERS:]
+        for quarter, (total, count) in enumerate(zip(sums, counts, strict=True), start=1):
+            if count:
+                values[f"error_quarter_{quarter}"] = total / count
+        self.rows, self.norms = [], []
+        self.write(step, values)
+        self.accelerator.log({"images_per_second": images / seconds}, step=step)
+        shown = {name: f"{values[name]:.3g}" for name in ("loss", "coarse", "fine", "w") if name in values}
+        self.progress.set_postfix({**shown, "images/s": f"{images / seconds:.0f}"}, refresh=False)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """To `log.jsonl` and the trackers. Values that depend on the clock go to the trackers alone, so that two equal
+        runs have equal files."""
+        if values and self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **values}) + "\n")
+        self.accelerator.log(values, step=step)

@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which parameters train, and by which optimizer."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def with_gradients(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that train."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW or Adam, fused into few kernels, or in 8 bits.
+
+    Raises:
+        ValueError: weights that are not float32, or `--use_8bit_adam` without bitsandbytes.
+    """
+    parameters = list(parameters)
+    if wrong := {str(p.dtype) for p in parameters if p.dtype != torch.float32}:
+        raise ValueError(
+            f"trainable weights must be float32, found {', '.join(sorted(wrong))}: half precision loses small "
+            "updates; load the student in float32 and use --mixed_precision."
+        )
+    settings = {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "weight_decay": args.adam_weight_decay,
+        "eps": args.adam_epsilon,
+    }
+    if args.use_8bit_adam:
+        try:
+            import bitsandbytes
+        except ImportError as error:
+            raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
+        eight_bit = {"adamw": bitsandbytes.optim.AdamW8bit, "adam": bitsandbytes.optim.Adam8bit}
+        return eight_bit[args.optimizer](parameters, **settings)
+    return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer](parameters, fused=True, **settings)

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is about to happen, to be read before hours are spent; what came of it; and with which arguments."""
+
+import platform
+import resource
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import recursively_apply
+from torch import nn
+
+from utils.distillation.features import on_meta
+from utils.files import PACKAGES, versions, write_json
+from utils.training.log import RunLog
+
+
+def plan(
+    args, accelerator: Accelerator, dataset, student: nn.Module, teacher: nn.Module | None, example: dict, sizes: str
+) -> str:
+    """Sizes, devices, batch, epochs, where things are saved, and the memory that training will take on each device."""
+    batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    images = batch * args.max_train_steps
+    distance = " and the best by Frechet distance" if args.validation_feature_extractor else ""
+    return "\n".join(
+        [
+            sizes,
+            "",
+            f"devices      {accelerator.num_processes} x {accelerator.device.type}, mixed precision "
+            f"{accelerator.mixed_precision}",
+            f"batch        {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
+            f"{accelerator.num_processes} processes = {batch}",
+            f"data         {dataset}; {args.max_train_steps:,} steps see {images:,}, "
+            f"{images / len(dataset):.1f} epochs",
+            f"memory       {memory_estimate(args, student, teacher, example)}",
+            f"checkpoints  {args.output_dir}/checkpoints, every {args.checkpointing_steps:,} steps, the newest "
+            f"{args.checkpoints_total_limit} kept{distance}",
+            f"student      {args.output_dir}, a diffusers pipeline",
+        ]
+    )
+
+
+def memory_estimate(args, student: nn.Module, teacher: nn.Module | None, example: dict) -> str:
+    """GiB of weights, gradients, optimizer state, EMA and saved activations. The activations are counted on the meta
+    device for two samples and scaled to the batch; the libraries, the data and the sampler's own come on top."""
+    parameters = sum(p.numel() for p in student.parameters())
+    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
+    state = 4 * parameters + trained * (4 + (2 if args.use_8bit_adam else 8) + 4 * args.use_ema)
+    frozen = sum(p.numel() * p.element_size() for p in teacher.parameters()) if teacher is not None else 0
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
+        kept.append(tensor)  # alive, so that no id is given twice
+        return tensor
+
+    kept: list[torch.Tensor] = []
+    shadow = on_meta(student)
+    inputs = recursively_apply(lambda tensor: tensor.to("meta").expand(2, *tensor.shape[1:]), example)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        shadow(**inputs)
+    weights = {id(p.untyped_storage()) for p in shadow.parameters()}
+    activations = sum(size for key, size in saved.items() if key not in weights) * args.train_batch_size // 2
+    total = state + frozen + activations
+    return (
+        f"about {_gib(total)} a device: student with optimizer{' and EMA' if args.use_ema else ''} {_gib(state)}, "
+        f"teacher {_gib(frozen)}, activations {_gib(activations)}"
+    )
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"
+
+
+def save_arguments(args, script: str, data_fingerprint: str) -> None:
+    """`args.json`: every flag, the versions, and which data."""
+    content = {
+        "script": Path(script).name,
+        "arguments": vars(args),
+        "versions": {"python": platform.python_version(), **versions(*PACKAGES)},
+        "data_fingerprint": data_fingerprint,
+    }
+    write_json(Path(args.output_dir) / "args.json", content)
+
+
+def _peak_memory(accelerator: Accelerator) -> str:
+    if accelerator.device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+    return f"{kilobytes / 2 ** (30 if sys.platform == 'darwin' else 20):.2f} GiB"
+
+
+def summary(args, log: RunLog, validation, dataset) -> str:
+    """What was made, where, how good it is, and what to run next."""
+    folder = Path(args.output_dir)
+    lines = [f"Saved: {folder}, a stock diffusers pipeline; samples: {folder / 'samples.png'}; log: {log.path}"]
+    if validation.distances:
+        lines.append(f"Frechet distance to real images, {args.validation_num_samples:,} samples:")
+        lines += [f"  {who:<26}{distance:10.2f}" for who, distance in validation.distances.items()]
+    if validation.best:
+        distance, step = validation.best
+        lines.append(f"Best at step {step:,} with {distance:.2f}, kept in {folder / 'best'}")
+    if log.seconds:
+        lines.append(
+            f"{log.images / log.seconds:.0f} images/s in training, peak memory {_peak_memory(log.accelerator)}"
+        )
+    if dataset.bad_rows:
+        lines.append(f"{len(dataset.bad_rows)} images could not be decoded; the next good ones stood in for them")
+    lines.append(
+        'Next: python -c "from diffusers import DiffusionPipeline as P; '
+        f"P.from_pretrained('{folder}')().images[0].save('sample.png')\""
+    )
+    return "\n".join(lines)
