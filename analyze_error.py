@@ -108,7 +108,7 @@ def measure_error(args, backbone, student: nn.Module, images: ImageRows, timeste
         clean, condition = backbone.encode(batch, EncodeRandom(args.seed, first, device))
         noise = image_noise(clean.shape, args.seed, first).to(clean)
         for t, at_timestep in zip(timesteps, statistics, strict=True):
-            noised = backbone.noise_at(clean, noise, torch.full((len(clean),), t, device=device))
+            noised = backbone.process.noised(clean, noise, torch.full((len(clean),), t, device=device))
             student_pred = backbone.predict(student, noised, condition)
             teacher_pred = backbone.predict(teacher, noised, condition)
             at_timestep.update(student_pred.output, teacher_pred.output)
@@ -138,7 +138,7 @@ def measure_samples(
     for first in range(0, count, args.batch_size):
         numbers = range(first, min(first + args.batch_size, count))
         seeds = [seed_from(args.seed, VALIDATION_STREAM, i) for i in numbers]  # those of the training scripts
-        conditions = backbone.conditions(prompted, first, len(seeds), num_prompts)
+        conditions = backbone.conditions.of_samples(prompted, first, len(seeds), num_prompts)
         samples = {}
         for who, denoiser in denoisers.items():
             try:
@@ -154,7 +154,7 @@ def measure_samples(
                 features[who].update(extractor(drawn.to(extractor.device)))
     progress.close()
     measured = {"num_samples": count, "pixel_difference_to_teacher": gaps}
-    if prompts := {prompt for prompt in backbone.conditions(prompted, 0, count, num_prompts) if prompt is not None}:
+    if prompts := set(backbone.conditions.of_samples(prompted, 0, count, num_prompts)) - {None}:
         measured["num_prompts"] = len(prompts)
     if extractor:
         reference = FeatureStatistics()
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Models and data; everything that can be refused has been by the end of this paragraph
     backbone = choose_backbone(args).load(args)
-    num_train_timesteps = backbone.scheduler.config.num_train_timesteps
+    num_train_timesteps = backbone.process.num_places
     timesteps = spread_timesteps(args.num_timesteps, num_train_timesteps)
     rows, transform = load_rows(args, args.validation_split, split_flag="--validation_split"), backbone.transform(args)
     refuse_mismatches(args, len(rows), len(transform.mode), num_train_timesteps)
@@ -223,16 +223,15 @@ def main(argv: list[str] | None = None) -> None:
             "device": accelerator.device.type,
             "data_fingerprint": fingerprint(rows),
             "num_rows": len(rows),
-            "teacher_sha256": weight_hashes(args.pretrained_model_name_or_path),
-            "student_sha256": weight_hashes(args.student_model_name_or_path),
+            "teacher_sha256": weight_hashes(args.pretrained_model_name_or_path, backbone.component),
+            "student_sha256": weight_hashes(args.student_model_name_or_path, backbone.component),
             "resolution": backbone.resolution,
             "num_train_timesteps": num_train_timesteps,
             "group_size": args.group_size,
             "sampler": {
-                "name": "DDIM",
-                "eta": 0,
+                "name": backbone.process.name,
                 "steps": args.num_inference_steps,
-                "guidance_scale": backbone.guidance_scale,
+                **backbone.sampling_options,
             },
         },
         **summarize(statistics, timesteps),

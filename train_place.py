@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Where everything goes, and where it goes on from
     prepare_output_dir(args, accelerator)
-    log = RunLog(args, accelerator, backbone.scheduler.config.num_train_timesteps)
+    log = RunLog(args, accelerator, backbone.process.num_places)
     dataset = encoded_once(args, accelerator, dataset, backbone)  # with --cache_dir
     checkpoints = Checkpoints(
         args,
@@ -135,9 +135,8 @@ def main(argv: list[str] | None = None) -> None:
             noised = backbone.add_noise(clean, rng)
 
             student_pred = backbone.predict(student, noised, condition)
-            task = backbone.task_loss(student_pred, noised)
-            loss = args.lambda_task * task
-            terms, target = {"task": task}, noised.target
+            terms, target = backbone.task_terms(student_pred, noised), noised.target
+            loss = args.lambda_task * sum(terms.values())
             if distil:
                 with torch.no_grad():
                     teacher_pred = backbone.predict(tapped_teacher, noised, condition)
@@ -151,16 +150,17 @@ def main(argv: list[str] | None = None) -> None:
                     coarse_scale=args.coarse_scale,
                     weight=fine_weight(args.weighting, step / args.max_train_steps),
                 )
-                feature = feature_loss(student_pred, teacher_pred)
-                loss = loss + args.lambda_kd_output * output.loss + args.lambda_kd_feat * feature
-                terms |= {"feature": feature, **output.terms()}
+                more = backbone.distillation_terms(student_pred, teacher_pred, noised)
+                feature = feature_loss(student_pred.features, teacher_pred.features)
+                loss = loss + args.lambda_kd_output * sum(more.values(), output.loss) + args.lambda_kd_feat * feature
+                terms |= {"feature": feature, **output.terms(), **more}
 
             accelerator.backward(loss)
             if accelerator.sync_gradients:
                 grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        log.add(step + 1, {"loss": loss, **terms}, noised.timestep, error_per_sample(student_pred.output, target))
+        log.add(step + 1, {"loss": loss, **terms}, noised.place, error_per_sample(student_pred.output, target))
         if not accelerator.sync_gradients:
             continue
 

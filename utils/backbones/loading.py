@@ -5,17 +5,9 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import ConfigMixin, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
-# class -> its folder in a pipeline
-COMPONENTS = {
-    "UNet2DModel": "unet",
-    "UNet2DConditionModel": "unet",
-    "AutoencoderKL": "vae",
-    "DDPMScheduler": "scheduler",
-}
-# what decides which noise a timestep has and what is predicted of it
-SCHEDULE = "prediction_type num_train_timesteps beta_start beta_end beta_schedule rescale_betas_zero_snr".split()
+TEACHER = "--pretrained_model_name_or_path"
 
 
 def read_json_config(path: str, flag: str) -> dict:
@@ -42,12 +34,12 @@ def pipeline_class_name(name_or_path: str, revision: str | None, flag: str) -> s
 
 
 def component_config(
-    model_class: type[ConfigMixin], name_or_path: str, flag: str, revision: str | None = None
+    model_class: type[ConfigMixin], folder: str, name_or_path: str, flag: str, revision: str | None = None
 ) -> dict:
-    """A model's or scheduler's config from its folder in a pipeline or, as in the Hub's oldest repositories, from the
-    root; or from a folder of the model alone. Raises ValueError naming `flag` where there is none."""
+    """A model's or scheduler's config from its `folder` in a pipeline or, as in the Hub's oldest repositories, from
+    the root; or from a folder of the model alone. Raises ValueError naming `flag` where there is none."""
     errors = []
-    for subfolder in (COMPONENTS[model_class.__name__], None):
+    for subfolder in (folder, None):
         try:
             return dict(model_class.load_config(name_or_path, subfolder=subfolder, revision=revision))
         except (OSError, ValueError) as error:
@@ -55,35 +47,9 @@ def component_config(
     raise ValueError(f"{flag} {name_or_path} holds no config of a {model_class.__name__}: {errors[0]}")
 
 
-def load_schedule(args) -> DDPMScheduler:
-    """The teacher's schedule, which a student must share: its pipeline's own scheduler only samples.
-
-    Raises:
-        ValueError: the teacher has no scheduler, or the student's pipeline has one of another schedule. A denoiser
-            without a pipeline does not say what it was trained on.
-    """
-    flag, source = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    scheduler = DDPMScheduler.from_config(component_config(DDPMScheduler, source, flag, args.revision))
-    if not args.student_model_name_or_path:
-        return scheduler
-    flag, source = "--student_model_name_or_path", args.student_model_name_or_path
-    try:
-        config = component_config(DDPMScheduler, source, flag)
-    except ValueError:
-        return scheduler
-    student = DDPMScheduler.from_config(config).config
-    for key in SCHEDULE:
-        if student[key] != scheduler.config[key]:
-            what = "predicts" if key == "prediction_type" else f"has {key}"
-            raise ValueError(
-                f"{flag} {source}: its scheduler {what} {student[key]}, the teacher's {scheduler.config[key]}; both "
-                "must see the same noise and predict the same of it. Take a student and a teacher of one schedule."
-            )
-    return scheduler
-
-
 def load_component(
     model_class: type[ModelMixin],
+    folder: str,
     name_or_path: str,
     flag: str,
     *,
@@ -92,7 +58,7 @@ def load_component(
     allow_pickle: bool = False,
 ) -> ModelMixin:
     """The float32 model whose config `component_config` finds. Raises ValueError naming `flag`."""
-    for subfolder in (COMPONENTS[model_class.__name__], None):
+    for subfolder in (folder, None):
         try:
             model_class.load_config(name_or_path, subfolder=subfolder, revision=revision)
         except (OSError, ValueError):

@@ -75,12 +75,12 @@ def cache_settings(args, accelerator: Accelerator, dataset: Dataset | None, back
     data = {} if dataset is None else {"data": dataset.fingerprint(), "rows": len(dataset)}
     return {
         **data,
-        "encoders": _encoder_hash(args),
+        "encoders": _encoder_hash(args, ["vae", *backbone.conditions.components]),
         "dtype": args.teacher_dtype or accelerator.mixed_precision,
         "resolution": backbone.resolution,
         "center_crop": args.center_crop,
         "random_flip": args.random_flip,
-        "caption_column": args.caption_column or "text",
+        **backbone.conditions.settings(),
         "seed": args.seed,
         "variants": args.cache_variants or 1,
     }
@@ -111,7 +111,7 @@ class CachedRows(Dataset):
     """The rows of a complete cache; indexed by lists of (epoch, row), as `utils.data.rows.ImageRows` is."""
 
     def __init__(self, folder: Path, backbone):
-        self.folder, self.tokenizers = folder, backbone.tokenizers
+        self.folder, self.tokenizers = folder, backbone.conditions.tokenizers
         made = read_json(folder / "cache.json")
         self.num_rows, self.variants, self.data = made["rows"], made["variants"], made["data"]
         self.bad_rows: set[int] = set()
@@ -120,7 +120,8 @@ class CachedRows(Dataset):
         for path in sorted(folder.glob("text-*.safetensors")):
             keys = self._open(path.name).get_tensor("caption").tolist()
             self.places |= {key: (path.name, i) for i, key in enumerate(keys)}
-        backbone.empty = load_file(folder / "empty.safetensors")
+        if self.tokenizers:
+            backbone.conditions.use_empty(load_file(folder / "empty.safetensors"))
 
     def __len__(self) -> int:
         return self.num_rows
@@ -144,7 +145,8 @@ class CachedRows(Dataset):
         """What `backbone.cache_rows` made of these rows, with `row` and `replaced` as in `ImageRows`."""
         rows = [self._row(epoch % self.variants, row) for epoch, row in positions]
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if "input_ids" not in name}
-        text = self._text(batch.pop("caption").tolist())
+        captions = batch.pop("caption").tolist()
+        text = self._text(captions) if self.tokenizers else {}
         numbers = torch.tensor([row for _, row in positions])
         return {**batch, **text, "row": numbers, "replaced": torch.zeros_like(numbers, dtype=torch.bool)}
 
@@ -188,7 +190,7 @@ def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -
         batch.pop("row")
         dataset.bad_rows.update(row for (_, row), bad in zip(positions, batch.pop("replaced"), strict=True) if bad)
         tokens = {name: value for name, value in batch.items() if name.startswith("input_ids")}
-        keys = [caption_key(list(each)) for each in zip(*tokens.values(), strict=True)]
+        keys = [caption_key([ids[i] for ids in tokens.values()]) for i in range(len(positions))]
         encoded = _encoded(backbone, batch, "latents", args.train_batch_size)
         pieces.append({**encoded, **tokens, "caption": torch.tensor(keys)})
         progress.update(len(positions))
@@ -200,12 +202,14 @@ def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -
 
 def _encode_captions(args, accelerator: Accelerator, backbone) -> None:
     folder = Path(args.cache_dir)
+    if not backbone.conditions.tokenizers:
+        return
     if accelerator.is_main_process and not (folder / "empty.safetensors").exists():
-        _write(folder / "empty.safetensors", [backbone.empty_prompt()])
+        _write(folder / "empty.safetensors", [backbone.conditions.empty()])
     tokens = {}
     for path in sorted(folder.glob("latents-*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            ids = [file.get_tensor(f"input_ids_{i}") for i in range(len(backbone.tokenizers))]
+            ids = [file.get_tensor(f"input_ids_{i}") for i in range(len(backbone.conditions.tokenizers))]
             for key, *each in zip(file.get_tensor("caption").tolist(), *ids, strict=True):
                 tokens.setdefault(key, each)
     keys = list(tokens)
@@ -231,13 +235,13 @@ def _encoded(backbone, batch: dict[str, torch.Tensor], part: str, batch_size: in
     return {name: value[:count] for name, value in backbone.cache_rows(filled, (part,)).items()}
 
 
-def _encoder_hash(args) -> str:
+def _encoder_hash(args, components: list[str]) -> str:
     """Of the weight files of VAE and text encoders."""
     digest = hashlib.sha256()
     source = args.pretrained_model_name_or_path
     if not Path(source).is_dir():
         source = DiffusionPipeline.download(source, revision=args.revision, variant=args.variant)
-    for part in ("vae", "text_encoder", "text_encoder_2"):
+    for part in components:
         for path in sorted((Path(source) / part).glob("*.safetensors")):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

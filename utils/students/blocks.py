@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -69,15 +69,6 @@ def student_config(teacher_config: Mapping[str, Any], preset: str) -> dict[str, 
 def presets_for(teacher_config: Mapping[str, Any]) -> list[str]:
     """Names of the presets that make this teacher smaller and copy every tensor from it."""
     return [name for name, preset in PRESETS.items() if not _misfit(teacher_config, preset)]
-
-
-def refuse_pruning_ratio(teacher_config: Mapping[str, Any]) -> NoReturn:
-    """Raise ValueError: these U-Nets lose blocks, not channels."""
-    fitting = ", ".join(presets_for(teacher_config)) or "none fits this teacher"
-    raise ValueError(
-        "--pruning_ratio narrows pixel U-Nets; a Stable Diffusion U-Net is shortened instead. Give --student_preset "
-        f"({fitting}) or --student_config."
-    )
 
 
 def _misfit(config: Mapping[str, Any], preset: Preset) -> str:

@@ -144,14 +144,14 @@ class Validation:
 
     def _draw(self, denoiser: nn.Module, first: int, count: int) -> torch.Tensor:
         """Samples `first` and on, each by its own seed."""
-        conditions = self.backbone.conditions(self.dataset, first, count)
+        conditions = self.backbone.conditions.of_samples(self.dataset, first, count)
         with self.accelerator.autocast():
             return self.backbone.sample(
                 denoiser, self._seeds(first, count), self.args.validation_num_inference_steps, conditions
             )
 
     def _noise_images(self) -> Iterator[torch.Tensor]:
-        shape = self.backbone.example()["x_t"].shape[1:]
+        shape = (self.backbone.image_channels, self.backbone.resolution, self.backbone.resolution)
         for first, size in self._batches("noise", self.args.validation_num_samples):
             noise = torch.randn((size, *shape), generator=torch.Generator().manual_seed(self._seeds(first, 1)[0]))
             yield ((noise.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
