@@ -96,7 +96,8 @@ def latent(tmp_path_factory):
     flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data]
     # of thousands of elements two may swap PLACE's groups where a last bit differs: squares stay as they are
     flags += ["--student_model_name_or_path", folder / "narrow", "--grouping", "patch"]
-    short = [*flags, "--max_train_steps", "2", "--validation_images", "0", "--cache_variants", "2", "--cache_dir"]
+    short = [*flags, "--max_train_steps", "2", "--validation_images", "0", "--cache_variants", "2"]
+    short += ["--latent_cache_dir"]
     jobs = {
         **{"one": job(folder / "one", 1, *flags), "two": job(folder / "two", 2, *flags)},
         "cached_one": job(folder / "cached_one", 1, *short, folder / "cache_one"),

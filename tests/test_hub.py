@@ -166,7 +166,7 @@ def test_a_refused_token_stops_before_training(hub, train, tmp_path, teacher_dir
     flags = ["--pretrained_model_name_or_path", teacher_dir, "--push_to_hub", "--hub_model_id", "never"]
     done = train(hub, tmp_path / "student", *flags, token="hf_wrong")
     assert done.returncode != 0
-    assert re.search(r"ValueError: --push_to_hub: .*--hub_token", done.stderr)
+    assert re.search(r"^train_place.py: error: --push_to_hub: .*--hub_token", done.stderr, re.MULTILINE)
     assert "hf_wrong" not in done.stdout + done.stderr
     assert not (tmp_path / "student").exists() and f"{USER}/never" not in hub.repositories
     assert "parameters" not in done.stdout  # not even the plan
@@ -178,21 +178,24 @@ def test_refusals_before_training(hub, home):
     hub.publish("frozen", ROOT / "tests" / "nothing")
     hub.repositories[f"{USER}/frozen"].read_only = True
     script = (
-        "from utils.publishing.hub import create_repository\n"
-        "for name, private in (('public', True), ('frozen', False), ('other/theirs', False), ('a b', False)):\n"
-        "    try: print('made', create_repository(name, private))\n"
-        "    except ValueError as error: print(*str(error).split())\n"
+        "from utils.publishing.hub import check_repository, create_repository\n"
+        "for refuse in (check_repository, create_repository):\n"
+        "    for name, private in (('public', True), ('frozen', False), ('other/theirs', False), ('a b', False)):\n"
+        "        try: print('let through', refuse(name, private))\n"
+        "        except ValueError as error: print(*str(error).split())\n"
         "print('made', create_repository('public', False))\n"
-        "print('dry', create_repository('imagined', False, dry_run=True))\n"
+        "print('checked', check_repository('imagined', False))\n"
     )
     done = child(hub, home, "-c", script)
     lines = done.stdout.splitlines()
+    assert not any(line.startswith("let through") for line in lines)
     refusals = [line for line in lines if line.startswith("--")]
-    assert refusals[0].startswith(f"--hub_private_repo: {USER}/public exists and is public.")
-    assert re.match(r"--push_to_hub: the Hub refused frozen, .*You may not write here", refusals[1])
-    assert re.match(r"--push_to_hub: the Hub refused other/theirs", refusals[2])
-    assert re.match(r"--push_to_hub: the Hub refused a b, .*HFValidationError", refusals[3])
-    assert [line for line in lines if not line.startswith("-")][-2:] == [f"made {USER}/public", "dry imagined"]
+    for public, frozen, theirs, impossible in (refusals[:4], refusals[4:]):  # before the dry run ends, and after it
+        assert public.startswith(f"--hub_private_repo: {USER}/public exists and is public.")
+        assert re.match(r"--push_to_hub: the Hub refused frozen, .*You may not write here", frozen)
+        assert re.match(r"--push_to_hub: the Hub refused other/theirs", theirs)
+        assert re.match(r"--push_to_hub: the Hub refused a b, .*HFValidationError", impossible)
+    assert [line for line in lines if not line.startswith("-")][-2:] == [f"made {USER}/public", "checked None"]
     assert f"{USER}/imagined" not in hub.repositories
 
 

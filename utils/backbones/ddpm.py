@@ -101,8 +101,8 @@ class DDPM(UNetBackbone):
                 f"--student_preset {args.student_preset} drops blocks of Stable Diffusion; a pixel U-Net is made "
                 "narrower with --pruning_ratio, or built from --student_config."
             )
-        if args.cache_dir or args.lora_rank:
-            flag = "--cache_dir" if args.cache_dir else "--lora_rank"
+        if args.latent_cache_dir or args.lora_rank:
+            flag = "--latent_cache_dir" if args.latent_cache_dir else "--lora_rank"
             raise ValueError(f"{flag} goes with a latent teacher; this one works in pixels, which need no encoding.")
         for name in TEXT_FLAGS:
             if getattr(args, name):

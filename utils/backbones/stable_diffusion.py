@@ -260,7 +260,7 @@ class StableDiffusion(UNetBackbone):
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="np",
         ).images
-        if self.args.cache_dir:
+        if self.args.latent_cache_dir:
             self.free_encoders()
         return to_uint8(images)
 
