@@ -22,6 +22,7 @@ from utils.backbones.loading import (
 )
 from utils.backbones.saving import save_pipeline
 from utils.backbones.types import Noised
+from utils.command_line import UsageError
 from utils.data.transforms import ImageTransform
 from utils.pixels import to_uint8
 from utils.randomness import StepRandom
@@ -64,7 +65,7 @@ class DDPM(UNetBackbone):
         """The teacher in float32 on the CPU, eval mode, no gradients; without a teacher, only a fresh schedule.
 
         Raises:
-            ValueError: see `check`.
+            UsageError: see `check`.
         """
         channels, resolution = cls.check(args)
         if not args.pretrained_model_name_or_path:
@@ -89,7 +90,7 @@ class DDPM(UNetBackbone):
         """Refuse what can be refused from the configs alone, before any weights load; (channels, resolution).
 
         Raises:
-            ValueError: naming the flag, what was found and what to do.
+            UsageError: naming the flag, what was found and what to do.
         """
         teacher = None
         if args.pretrained_model_name_or_path:
@@ -97,13 +98,13 @@ class DDPM(UNetBackbone):
                 UNet2DModel, args.pretrained_model_name_or_path, "--pretrained_model_name_or_path", args.revision
             )
         if args.student_preset:
-            raise ValueError(
+            raise UsageError(
                 f"--student_preset {args.student_preset} drops blocks of Stable Diffusion; a pixel U-Net is made "
                 "narrower with --pruning_ratio, or built from --student_config."
             )
         if args.latent_cache_dir or args.lora_rank:
             flag = "--latent_cache_dir" if args.latent_cache_dir else "--lora_rank"
-            raise ValueError(f"{flag} goes with a latent teacher; this one works in pixels, which need no encoding.")
+            raise UsageError(f"{flag} goes with a latent teacher; this one works in pixels, which need no encoding.")
         for name in TEXT_FLAGS:
             if getattr(args, name):
                 warnings.warn(f"--{name} has no effect here: it goes with a text-to-image teacher.", stacklevel=2)
@@ -115,24 +116,24 @@ class DDPM(UNetBackbone):
             flag = "--student_model_name_or_path"
             student = component_config(UNet2DModel, args.student_model_name_or_path, flag)
         if student.get("_class_name", "UNet2DModel") != "UNet2DModel":
-            raise ValueError(f"{flag}: the student is a {student['_class_name']}; this teacher needs a UNet2DModel.")
+            raise UsageError(f"{flag}: the student is a {student['_class_name']}; this teacher needs a UNet2DModel.")
         for config, source in ((teacher, "--pretrained_model_name_or_path"), (student, flag)):
             for key in ("num_class_embeds", "class_embed_type") if config else ():
                 if config.get(key) is not None:
-                    raise ValueError(
+                    raise UsageError(
                         f"{source}: the U-Net is told a class ({key} is {config[key]}); pixel teachers and students "
                         "here are unconditional. Choose one without classes."
                     )
         for key in ("in_channels", "out_channels") if teacher else ():
             if student.get(key, 3) != teacher.get(key, 3):
-                raise ValueError(
+                raise UsageError(
                     f"{flag}: the student has {key} {student.get(key, 3)}, the teacher {teacher.get(key, 3)}; both "
                     "must see and predict the same tensor."
                 )
         if student.get("in_channels", 3) not in (1, 3, 4):
-            raise ValueError(f"{flag}: in_channels is {student['in_channels']}; images have 1, 3 or 4.")
+            raise UsageError(f"{flag}: in_channels is {student['in_channels']}; images have 1, 3 or 4.")
         if student.get("out_channels", 3) != student.get("in_channels", 3):
-            raise ValueError(
+            raise UsageError(
                 f"{flag}: out_channels is {student.get('out_channels', 3)} and in_channels "
                 f"{student.get('in_channels', 3)}; they must be equal (learned variances are not supported)."
             )
@@ -140,20 +141,20 @@ class DDPM(UNetBackbone):
             with torch.device("meta"):  # channels that do not fit each other show when the model is built
                 UNet2DModel.from_config(student)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{flag}: diffusers cannot build a UNet2DModel of this config: {error}") from error
+            raise UsageError(f"{flag}: diffusers cannot build a UNet2DModel of this config: {error}") from error
         resolution = args.resolution or (teacher or student).get("sample_size")
         if not isinstance(resolution, int):
-            raise ValueError(f"--resolution: the config says {resolution}; give a number of pixels.")
+            raise UsageError(f"--resolution: the config says {resolution}; give a number of pixels.")
         for config, owner in ((teacher, "teacher"), (student, "student")):
             halvings = len(config["block_out_channels"]) - 1 if config else 0
             if resolution % 2**halvings:
-                raise ValueError(
+                raise UsageError(
                     f"--resolution {resolution}: the {owner}'s U-Net halves it {halvings} times, so it must be a "
                     f"multiple of {2**halvings}."
                 )
         group_size = getattr(args, "group_size", 2)
         if group_size > resolution**2:
-            raise ValueError(
+            raise UsageError(
                 f"--group_size {group_size}: a channel of {resolution}x{resolution} has only {resolution**2} elements."
             )
         return student.get("in_channels", 3), resolution
@@ -214,11 +215,11 @@ class DDPM(UNetBackbone):
         """(student block, teacher block): every down, mid and up block with its counterpart.
 
         Raises:
-            ValueError: the two have different numbers of blocks.
+            UsageError: the two have different numbers of blocks.
         """
         stages = len(student.down_blocks)
         if stages != len(self.teacher.down_blocks):
-            raise ValueError(
+            raise UsageError(
                 f"--lambda_kd_feat: the student has {stages} stages, the teacher {len(self.teacher.down_blocks)}; "
                 "features are matched block by block. Set --lambda_kd_feat 0."
             )

@@ -8,6 +8,7 @@ import torch
 from diffusers import AutoencoderKL
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
+from utils.command_line import UsageError
 from utils.data.transforms import tokenize
 
 TEACHER = "pretrained_model_name_or_path"
@@ -29,7 +30,7 @@ class Encoders:
     def vae(self) -> AutoencoderKL:
         """Of `--pretrained_vae_model_name_or_path`, else the teacher's; SDXL's own stays in float32, as it overflows.
 
-        Raises ValueError naming the flag where it cannot be loaded."""
+        Raises UsageError naming the flag where it cannot be loaded."""
         other = self.args.pretrained_vae_model_name_or_path
         dtype = torch.float32 if self.xl and not other else self.dtype
         if other:
@@ -40,7 +41,7 @@ class Encoders:
     def text_encoders(self) -> list[CLIPTextModel]:
         """One, or SDXL's two.
 
-        Raises ValueError naming the flag where they cannot be loaded."""
+        Raises UsageError naming the flag where they cannot be loaded."""
         kinds = {"text_encoder": CLIPTextModel}
         if self.xl:
             kinds["text_encoder_2"] = CLIPTextModelWithProjection
@@ -55,7 +56,7 @@ class Encoders:
                 source, use_safetensors=None if self.args.allow_pickle_weights else True, **options
             )
         except (OSError, ValueError) as error:
-            raise ValueError(f"--{argument} {source}: its {kind.__name__} does not load: {error}") from error
+            raise UsageError(f"--{argument} {source}: its {kind.__name__} does not load: {error}") from error
         return model.to(self.device).eval().requires_grad_(False)
 
     def free(self) -> None:

@@ -18,6 +18,7 @@ from utils.backbones.encoders import Encoders
 from utils.backbones.loading import component_config, load_component, load_schedule, read_json_config
 from utils.backbones.saving import save_student
 from utils.backbones.types import Noised
+from utils.command_line import UsageError
 from utils.data.transforms import CaptionedTransform
 from utils.pixels import to_uint8
 from utils.randomness import StepRandom
@@ -57,7 +58,7 @@ class StableDiffusion(UNetBackbone):
         """The teacher in float32 on the CPU, eval mode, no gradients; the encoders only when they are needed.
 
         Raises:
-            ValueError: see `check`.
+            UsageError: see `check`.
         """
         vae_config, resolution = cls.check(args)
         scheduler = load_schedule(args)
@@ -76,7 +77,7 @@ class StableDiffusion(UNetBackbone):
         """Refuse what can be refused from the configs alone, before any weights load; (VAE config, resolution).
 
         Raises:
-            ValueError: naming the flag, what was found and what to do.
+            UsageError: naming the flag, what was found and what to do.
         """
         source, vae_source = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
         teacher = component_config(UNet2DConditionModel, source, TEACHER, args.revision)
@@ -91,20 +92,20 @@ class StableDiffusion(UNetBackbone):
             flag = "--student_model_name_or_path"
             student = component_config(UNet2DConditionModel, args.student_model_name_or_path, flag)
         if student.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
-            raise ValueError(f"{flag}: the student is a {student['_class_name']}; this teacher is Stable Diffusion's.")
+            raise UsageError(f"{flag}: the student is a {student['_class_name']}; this teacher is Stable Diffusion's.")
         same = "in_channels out_channels cross_attention_dim addition_embed_type projection_class_embeddings_input_dim"
         defaults = {"in_channels": 4, "out_channels": 4, "cross_attention_dim": 1280}
         for key in same.split():
             ours, theirs = (config.get(key, defaults.get(key)) for config in (student, teacher))
             if ours != theirs:
-                raise ValueError(
+                raise UsageError(
                     f"{flag}: the student has {key} {ours}, the teacher {theirs}; both must see and predict the same."
                 )
         try:
             with torch.device("meta"):
                 UNet2DConditionModel.from_config(student)
         except (ValueError, TypeError, RuntimeError) as error:
-            raise ValueError(f"{flag}: diffusers cannot build a UNet2DConditionModel of this: {error}") from error
+            raise UsageError(f"{flag}: diffusers cannot build a UNet2DConditionModel of this: {error}") from error
         vae_config = component_config(
             AutoencoderKL,
             vae_source or source,
@@ -116,13 +117,13 @@ class StableDiffusion(UNetBackbone):
         for config, owner in ((teacher, "teacher"), (student, "student")):
             least = factor * 2 ** (len(config.get("block_out_channels", range(4))) - 1)
             if resolution % least:
-                raise ValueError(
+                raise UsageError(
                     f"--resolution {resolution}: the VAE divides it by {factor} and the {owner}'s U-Net by "
                     f"{least // factor}, so it must be a multiple of {least}."
                 )
         group_size, elements = getattr(args, "group_size", 2), (resolution // factor) ** 2
         if group_size > elements:
-            raise ValueError(f"--group_size {group_size}: a channel of the latents has only {elements} elements.")
+            raise UsageError(f"--group_size {group_size}: a channel of the latents has only {elements} elements.")
         return vae_config, resolution
 
     def transform(self, args) -> CaptionedTransform:

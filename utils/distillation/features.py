@@ -15,6 +15,7 @@ from accelerate.utils import recursively_apply
 from torch import nn
 
 from utils.backbones.types import Prediction
+from utils.command_line import UsageError
 from utils.devices import to_dtype
 
 
@@ -55,7 +56,7 @@ def tap_pair(
     `example` holds the forward arguments of one sample; it shows the blocks' shapes.
 
     Raises:
-        ValueError: two paired blocks differ in more than their channels.
+        UsageError: two paired blocks differ in more than their channels.
     """
     if not pairs:
         return Tapped(student), Tapped(teacher) if teacher is not None else None
@@ -68,7 +69,7 @@ def tap_pair(
         projectors = []
         for pair, student_feature, teacher_feature in zip(pairs, student_features, teacher_features, strict=True):
             if student_feature.shape[2:] != teacher_feature.shape[2:]:
-                raise ValueError(
+                raise UsageError(
                     f"--lambda_kd_feat: block {pair[0]} of the student is {tuple(student_feature.shape[2:])} where "
                     f"the teacher's {pair[1]} is {tuple(teacher_feature.shape[2:])}. Set --lambda_kd_feat 0."
                 )
