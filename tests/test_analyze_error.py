@@ -19,7 +19,7 @@ from torch import nn
 
 import analyze_error
 import utils.analysis.error
-from utils.analysis.arguments import parse_args
+from utils.analysis.arguments import for_backbone, parse_args
 from utils.analysis.corrected import CorrectedDenoiser
 from utils.analysis.error import (
     ErrorStatistics,
@@ -335,7 +335,7 @@ def test_lines_of_sampling_are_fitted_in_float64():
 
 
 def sampled(args, student: UNet2DModel) -> dict[str, torch.Tensor]:
-    backbone = choose_backbone(args).load(args)
+    backbone = choose_backbone(args).load(for_backbone(args))
     denoisers = {
         "student": student.eval(),
         "corrected": CorrectedDenoiser(student.eval(), backbone.teacher),
@@ -356,7 +356,7 @@ def test_correcting_an_affine_student_recovers_the_teachers_samples(tmp_path, fl
 def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teacher_dir):
     folder = save(affine_image(UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")))
     args = parse_args("", [*flags(folder, "--batch_size", 2), "--output_dir", str(tmp_path / "out")])
-    backbone, student = choose_backbone(args).load(args), UNet2DModel.from_pretrained(folder)
+    backbone, student = choose_backbone(args).load(for_backbone(args)), UNet2DModel.from_pretrained(folder)
     numbers, shown = analyze_error.measure_samples(args, backbone, student, None, None, None)
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(3)]
     denoisers = {"student": student, "corrected": CorrectedDenoiser(student, backbone.teacher)}
@@ -485,7 +485,7 @@ def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir,
     assert all(row["slope"]["median"] == pytest.approx(1 / 0.6, rel=1e-4) for row in analysis["timesteps"])
 
     args = parse_args("", [*flags(folder), "--output_dir", str(output / "unused")])
-    backbone, extractor = choose_backbone(args).load(args), FeatureExtractor(str(CLASSIFIER))
+    backbone, extractor = choose_backbone(args).load(for_backbone(args)), FeatureExtractor(str(CLASSIFIER))
     real, drawn = FeatureStatistics(), FeatureStatistics()
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(12)]
     for first in range(0, 12, 4):
@@ -582,7 +582,8 @@ def test_flags_without_effect_are_warned_of(flags, tmp_path):
     with pytest.warns(UserWarning) as caught:
         parse_args("", [*argv, "--output_dir", str(tmp_path / "out")])
     named = ("inception_path", "num_samples", "dataset_config_name")
-    assert [str(warning.message).split(":")[0] for warning in caught] == [f"--{name} has no effect" for name in named]
+    said = [str(warning.message).split(":")[0] for warning in caught]
+    assert said == [f"--{name} has no effect here" for name in named]
 
 
 # Figures

@@ -226,7 +226,7 @@ def test_what_the_hub_refuses_all_processes_refuse(pixel):
     """None is left waiting at a barrier for one that has gone."""
     for rank, printed in zip(pixel.refused.seen, pixel.refused.printed, strict=True):
         assert rank["code"] == 1 and rank["rows"] == []
-        assert re.search("ValueError: --push_to_hub: .*OfflineModeIsEnabled", printed)
+        assert re.search("UsageError: --push_to_hub: .*OfflineModeIsEnabled", printed)
     assert not pixel.refused.folder.exists()
 
 
