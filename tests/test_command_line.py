@@ -117,6 +117,12 @@ def test_two_misspelt_flags_get_two_suggestions():
         parse("train_place", "--learning_rat", 1, "--train_batchsize", 2)
 
 
+def test_patches_are_squares():
+    with pytest.raises(UsageError, match="--group_size is 10; --grouping patch needs a square"):
+        parse("train_place", "--grouping", "patch", "--group_size", 10)
+    assert parse("train_place", "--grouping", "patch", "--group_size", 9).group_size == 9
+
+
 # Kinds
 
 
@@ -277,19 +283,23 @@ def test_the_libraries_take_the_download_cache(script, tmp_path, data_dir):
 
 
 def test_a_script_downloads_into_it(tmp_path, data_dir):
-    """A teacher from a Hub on this machine, by a real process; nothing is put where the libraries would."""
+    """A teacher from a Hub on this machine, by a real process; nothing is put where the libraries would. Nor does this
+    dry run write to the Hub: it asks whether it may."""
     DDPMPipeline(build_unet(), DDPMScheduler()).save_pretrained(tmp_path / "teacher")
     home, cache = tmp_path / "home", tmp_path / "cache"
     flags = f"--pretrained_model_name_or_path {USER}/teacher --dataset_name {data_dir} --pruning_ratio 0.5 --dry_run "
-    flags += f"--student_init magnitude --cache_dir {cache} --output_dir {tmp_path / 'student'} --report_to none"
+    flags += f"--student_init magnitude --cache_dir {cache} --output_dir {tmp_path / 'student'} --report_to none "
+    flags += "--push_to_hub --hub_model_id imagined"
     with HubServer() as hub:
         hub.publish("teacher", tmp_path / "teacher")
-        done = script_process(str(ROOT / "train_place.py"), *flags.split(), **hub.environment(home, token=None))
+        done = script_process(str(ROOT / "train_place.py"), *flags.split(), **hub.environment(home))
     assert done.returncode == 0, done.stderr[-3000:]
     assert list((cache / f"models--{USER}--teacher").rglob("diffusion_pytorch_model.safetensors"))
     assert list(cache.rglob("*.arrow"))
     assert not [path for path in home.rglob("*") if path.suffix in (".safetensors", ".arrow", ".json")]
     assert not (tmp_path / "student").exists()
+    assert f"{USER}/imagined" not in hub.repositories and "GET /api/whoami-v2" in hub.requests
+    assert not [request for request in hub.requests if request.split()[0] not in ("GET", "HEAD")]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -28,7 +28,7 @@ import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.encoders import Encoders
 from utils.backbones.stable_diffusion import StableDiffusion
-from utils.data.cache import CachedRows
+from utils.data.cache import FORMAT, CachedRows
 from utils.data.rows import ImageRows, StreamSampler, load_rows
 from utils.distillation.losses import place_loss
 from utils.randomness import StepRandom, shuffled
@@ -458,6 +458,17 @@ def test_samples_equal_the_stock_pipeline(teachers):
 def test_bad_input(train, kind, flags, message):
     with pytest.raises(ValueError, match=message):
         train(kind, *flags, data="nowhere" not in flags or "--latent_cache_dir" not in flags)
+
+
+def test_a_cache_of_an_earlier_version(train, tmp_path):
+    """Its cache.json has no format."""
+    folder = tmp_path / "cache"
+    train("sd1", "--latent_cache_dir", folder, output="first")
+    made = json.loads((folder / "cache.json").read_text())
+    assert made.pop("format") == FORMAT
+    (folder / "cache.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="--latent_cache_dir .* another version .*format 1, now 2.*another folder"):
+        train("sd1", "--latent_cache_dir", folder, output="second")
 
 
 def test_overwriting_never_deletes_the_cache(tmp_path):

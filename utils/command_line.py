@@ -132,7 +132,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UsageError as error:
         rank = int(os.environ.get("RANK", 0))
-        if rank and not error.everywhere:  # the main process says it, and this one is ended meanwhile; or it is alone
+        if rank:  # the main process says it, and its launcher ends this one meanwhile; or this one is alone
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(ALONE)
         if not (rank and error.everywhere):

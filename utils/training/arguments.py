@@ -2,6 +2,7 @@
 """The command line that both training scripts share, in groups. What contradicts itself is refused here."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -366,6 +367,8 @@ def _check(args: argparse.Namespace) -> None:
     if not (args.lambda_task or args.lambda_kd_output or args.lambda_kd_feat):
         raise UsageError("--lambda_task, --lambda_kd_output and --lambda_kd_feat are all 0: nothing to train on.")
     check_data(args, or_none=bool(args.latent_cache_dir))
+    if getattr(args, "grouping", None) == "patch" and math.isqrt(args.group_size) ** 2 != args.group_size:
+        raise UsageError(f"--group_size is {args.group_size}; --grouping patch needs a square number, such as 16.")
 
     output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint and args.overwrite_output_dir:
