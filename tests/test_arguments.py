@@ -64,7 +64,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-    "coarse_scale noise_offset validation_images"
+    "coarse_scale noise_offset validation_shown_samples"
 ).split()
 FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay"]
 

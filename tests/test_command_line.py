@@ -101,6 +101,8 @@ def test_no_old_name_is_left():
         ("analyze_error", "--validation_split test", "--validation_split is now --split"),
         ("analyze_error", "--validation_num_samples 9", "--validation_num_samples is now --num_samples"),
         ("analyze_error", "--validation_images 3", "--validation_images is now --shown_samples"),
+        ("train_place", "--validation_images 3", "--validation_images is now --validation_shown_samples"),
+        ("train_lift", "--validation_images 3", "--validation_images is now --validation_shown_samples"),
         ("analyze_error", "--validation_prompts a b", "--validation_prompts is now --prompts FILE"),
         ("analyze_error", "--validation_guidance_scale 3", "--validation_guidance_scale is now --guidance_scale"),
     ],
@@ -243,7 +245,8 @@ def test_at_the_root_they_stay_as_they_are(monkeypatch, tmp_path):
 
 
 def test_a_run_is_resumed_from_another_folder(run, tmp_path, monkeypatch):
-    flags = ["--validation_images", "0", "--dataset_name", "assets/fashion_mnist_16", "--max_train_samples", "16"]
+    flags = ["--dataset_name", "assets/fashion_mnist_16", "--max_train_samples", "16"]
+    flags += ["--validation_shown_samples", "0"]
     monkeypatch.chdir(ROOT)
     folder = run("train_place", *flags, "--max_train_steps", "1")
     assert json.loads((folder / "args.json").read_text())["arguments"]["dataset_name"] == "assets/fashion_mnist_16"

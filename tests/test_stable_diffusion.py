@@ -62,7 +62,8 @@ def train(run, teachers, pictures):
             "4",
         ]
         given += ["--train_data_dir", pictures] if data else []
-        given += ["--logging_steps", "1", "--validation_images", "0", "--report_to", "none", "--num_cpu_threads", "1"]
+        given += ["--logging_steps", "1", "--validation_shown_samples", "0"]
+        given += ["--report_to", "none", "--num_cpu_threads", "1"]
         students = ("--student_preset", "--student_config", "--student_model_name_or_path", "--pruning_ratio")
         given += [] if any(flag in flags for flag in students) else ["--student_preset", "bk_small"]
         return run(script, *given, *flags, defaults=False, **options)
@@ -94,7 +95,7 @@ def unet_tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("script", [pytest.param("train_lift", marks=pytest.mark.slow), "train_place"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_student_is_a_stock_pipeline(train, teachers, kind, script):
-    flags = ["--lambda_kd_feat", "1", "--use_ema", "--ema_decay", "0.5", "--validation_images", "2"]
+    flags = ["--lambda_kd_feat", "1", "--use_ema", "--ema_decay", "0.5", "--validation_shown_samples", "2"]
     flags += ["--validation_num_inference_steps", "2", "--learning_rate", "1e-2"]
     folder = train(kind, *flags, script=script)
     log = read_log(folder)
@@ -310,7 +311,7 @@ def test_the_encoders_are_freed(train, tmp_path, monkeypatch):
     freed = []
     original = Encoders.free
     monkeypatch.setattr(Encoders, "free", lambda self: (original(self), freed.append(sorted(self.__dict__))))
-    grid = ["--validation_images", "2", "--validation_num_inference_steps", "2"]
+    grid = ["--validation_shown_samples", "2", "--validation_num_inference_steps", "2"]
     train("sd1", "--latent_cache_dir", tmp_path / "cache", *grid)
     assert len(freed) == 3  # after encoding, and after each row of the grid
     assert all("vae" not in names and "text_encoders" not in names for names in freed)

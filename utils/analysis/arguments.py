@@ -120,7 +120,7 @@ def for_backbone(args: argparse.Namespace) -> argparse.Namespace:
         **vars(args),
         validation_prompts=read_prompts_file(args.prompts) if args.prompts else None,
         validation_guidance_scale=args.guidance_scale,
-        validation_images=args.shown_samples,
+        validation_shown_samples=args.shown_samples,
         pruning_ratio=None,
         student_preset=None,
         student_config=None,

@@ -227,8 +227,8 @@ class StableDiffusion(UNetBackbone):
 
     def conditions(self, dataset, first: int, count: int, num_prompts: int | None = None) -> list[str]:
         """The prompts of samples `first` and on: `--validation_prompts`, else captions of the data's first rows, over
-        and over: of `num_prompts` rows, by default --validation_images."""
-        rows = num_prompts or self.args.validation_images or count
+        and over: of `num_prompts` rows, by default --validation_shown_samples."""
+        rows = num_prompts or self.args.validation_shown_samples or count
         prompts = self.args.validation_prompts or dataset.captions(rows)
         return [prompts[i % len(prompts)] for i in range(first, first + count)]
 

@@ -25,6 +25,7 @@ from utils.flags import (
 from utils.output_dir import wanted_checkpoint
 
 DEFAULT_RECIPE = "assets/default.args"
+RENAMED = {"--validation_images": "--validation_shown_samples"}
 STUDENTS = ("pruning_ratio", "student_preset", "student_config", "student_model_name_or_path")
 # a command line without any of these is the default recipe's, whatever else is in it
 BEGINNINGS = ("pretrained_model_name_or_path", *STUDENTS, "dataset_name", "train_data_dir", "latent_cache_dir")
@@ -41,7 +42,7 @@ def parse_args(
     Raises:
         UsageError: an unknown or misspelt flag, a value out of range, or flags that contradict each other.
     """
-    parser = ArgumentParser(description=description)
+    parser = ArgumentParser(description=description, renamed=RENAMED)
     add_method_arguments(parser.add_argument_group("method"))
     groups = (_teacher_and_student, _data, _loss, _optimisation, _speed_and_memory, _output, _validation)
     for add_group in (*groups, add_hub_arguments):
@@ -306,7 +307,7 @@ def _validation(parser: argparse.ArgumentParser) -> None:
         help="optimizer steps between sample grids; one is always made at the end (default: 5000)",
     )
     group.add_argument(
-        "--validation_images", type=int, default=16, help="samples a row of the grid, 0 for none (default: 16)"
+        "--validation_shown_samples", type=int, default=16, help="samples a row of the grid, 0 for none (default: 16)"
     )
     group.add_argument(
         "--validation_prompts", nargs="+", help="for text-to-image students; default: the first images' captions"
@@ -338,7 +339,7 @@ def _check(args: argparse.Namespace) -> None:
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-        "coarse_scale noise_offset validation_images"
+        "coarse_scale noise_offset validation_shown_samples"
     )
     check_positive(args, positive)
     check_not_negative(args, not_negative)

@@ -34,7 +34,7 @@ HARMLESS_ARGUMENTS = frozenset(
         "dataloader_num_workers dry_run hub_model_id hub_private_repo logging_steps max_train_minutes "
         "max_train_steps num_cpu_threads output_dir overwrite_output_dir push_to_hub report_to "
         "resume_from_checkpoint tracker_project_name validation_batch_size validation_feature_extractor "
-        "validation_guidance_scale validation_images validation_num_inference_steps validation_num_samples "
+        "validation_guidance_scale validation_shown_samples validation_num_inference_steps validation_num_samples "
         "validation_prompts validation_split validation_steps"
     ).split()
 )
