@@ -18,6 +18,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from utils.backbones import choose_backbone
+from utils.command_line import run
 from utils.data.cache import encoded_once, open_dataset
 from utils.data.rows import sample_batch, training_batches
 from utils.devices import apply_speed_flags, use_cpu_threads
@@ -26,7 +27,7 @@ from utils.distillation.losses import fine_weight, place_loss
 from utils.distributed import long_timeout, on_main_process
 from utils.output_dir import check_output_dir, prepare_output_dir
 from utils.publishing.card import write_card
-from utils.publishing.hub import prepare_push, push
+from utils.publishing.hub import check_push, prepare_push, push
 from utils.training.arguments import parse_args
 from utils.training.checkpoint import Checkpoints
 from utils.training.log import RunLog, error_per_sample, tracker_names
@@ -99,15 +100,16 @@ def main(argv: list[str] | None = None) -> None:
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser, dataset)
-    repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
+    on_main_process(accelerator, check_push, args)
     accelerator.print(plan(args, accelerator, dataset, student, teacher, backbone.example(), sizes))
     if args.dry_run:
         return
+    repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
 
     # Where everything goes, and where it goes on from
     prepare_output_dir(args, accelerator)
     log = RunLog(args, accelerator, backbone.process.num_places)
-    dataset = encoded_once(args, accelerator, dataset, backbone)  # with --cache_dir
+    dataset = encoded_once(args, accelerator, dataset, backbone)  # with --latent_cache_dir
     checkpoints = Checkpoints(
         args,
         accelerator,
@@ -191,4 +193,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

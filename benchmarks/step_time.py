@@ -188,7 +188,8 @@ def main() -> None:
         folder = Path(folder)
         flags = [f"@{ROOT / 'assets' / 'default.args'}"] if args.case == "default" else make_celeba(folder)
         flags += ["--max_train_steps", str(args.steps + WARM_UP), "--output_dir", str(folder / "student")]
-        flags += ["--validation_feature_extractor", "", "--validation_steps", "100000", "--validation_images", "1"]
+        flags += ["--validation_feature_extractor", "", "--validation_steps", "100000"]
+        flags += ["--validation_shown_samples", "1"]
         flags += ["--validation_num_inference_steps", "1", "--lr_scheduler", "constant", "--report_to", "none"]
         instrument(timers, bare_every=2)
         train_place.main(flags)

@@ -89,7 +89,7 @@ def run(tmp_path, teacher_dir, data_dir):
             "--max_train_steps": "4",
             "--train_batch_size": "4",
             "--logging_steps": "1",
-            "--validation_images": "2",
+            "--validation_shown_samples": "2",
             "--validation_num_inference_steps": "2",
             "--report_to": "none",
             "--num_cpu_threads": "1",

@@ -19,7 +19,7 @@ from torch import nn
 
 import analyze_error
 import utils.analysis.error
-from utils.analysis.arguments import parse_args
+from utils.analysis.arguments import for_backbone, parse_args
 from utils.analysis.corrected import CorrectedDenoiser
 from utils.analysis.error import (
     ErrorStatistics,
@@ -42,10 +42,10 @@ from utils.randomness import VALIDATION_STREAM, seed_from, shuffled
 
 CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "classifier"
 SMALL = {
-    "--num_samples": 6,
+    "--num_images": 6,
     "--num_timesteps": 4,
     "--batch_size": 4,
-    "--validation_images": 3,
+    "--shown_samples": 3,
     "--num_inference_steps": 3,
     "--num_cpu_threads": 1,
 }
@@ -335,7 +335,7 @@ def test_lines_of_sampling_are_fitted_in_float64():
 
 
 def sampled(args, student: UNet2DModel) -> dict[str, torch.Tensor]:
-    backbone = choose_backbone(args).load(args)
+    backbone = choose_backbone(args).load(for_backbone(args))
     denoisers = {
         "student": student.eval(),
         "corrected": CorrectedDenoiser(student.eval(), backbone.teacher),
@@ -356,7 +356,7 @@ def test_correcting_an_affine_student_recovers_the_teachers_samples(tmp_path, fl
 def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teacher_dir):
     folder = save(affine_image(UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")))
     args = parse_args("", [*flags(folder, "--batch_size", 2), "--output_dir", str(tmp_path / "out")])
-    backbone, student = choose_backbone(args).load(args), UNet2DModel.from_pretrained(folder)
+    backbone, student = choose_backbone(args).load(for_backbone(args)), UNet2DModel.from_pretrained(folder)
     numbers, shown = analyze_error.measure_samples(args, backbone, student, None, None, None)
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(3)]
     denoisers = {"student": student, "corrected": CorrectedDenoiser(student, backbone.teacher)}
@@ -389,7 +389,7 @@ def test_a_run_on_a_trained_student(run, analyze, data_dir):
     )
     analysis, folder = analyze(
         student,
-        *("--feature_extractor", CLASSIFIER, "--validation_num_samples", 8, "--batch_size", 8, "--group_size", 20),
+        *("--feature_extractor", CLASSIFIER, "--num_samples", 8, "--batch_size", 8, "--group_size", 20),
     )
     assert {path.name for path in folder.iterdir()} == {"analysis.json", "error_maps.npz", *FIGURES}
     for name in FIGURES:
@@ -443,7 +443,7 @@ def test_a_run_on_a_trained_student(run, analyze, data_dir):
 def test_the_numbers_are_those_of_a_plain_loop(analyze, save, teacher_dir, data_dir):
     """Here in one batch, in the script in two: the noise of an image does not depend on it."""
     folder = save(build_unet(seed=1, block_out_channels=(8, 16)))
-    analysis, _ = analyze(folder, "--validation_split", "test", "--seed", 5)
+    analysis, _ = analyze(folder, "--split", "test", "--seed", 5)
 
     rows = datasets.load_dataset(data_dir, split="test")
     chosen = [rows[int(row)]["image"] for row in shuffled(5, 0, len(rows))[:6]]
@@ -473,7 +473,7 @@ def test_the_numbers_are_those_of_a_plain_loop(analyze, save, teacher_dir, data_
 def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir, flags):
     """Corrected, an affine student is as good as its teacher; and the teacher's distance computed anew."""
     folder = save(affine_image(UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")))
-    extra = ("--feature_extractor", CLASSIFIER, "--validation_num_samples", 12, "--validation_split", "test")
+    extra = ("--feature_extractor", CLASSIFIER, "--num_samples", 12, "--split", "test")
     analysis, output = analyze(folder, *extra)
     distances, gaps = (analysis["samples"][k] for k in ("frechet_distance", "pixel_difference_to_teacher"))
     assert analysis["mean"]["coarse_share"] == pytest.approx(1, abs=1e-6)
@@ -485,7 +485,7 @@ def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir,
     assert all(row["slope"]["median"] == pytest.approx(1 / 0.6, rel=1e-4) for row in analysis["timesteps"])
 
     args = parse_args("", [*flags(folder), "--output_dir", str(output / "unused")])
-    backbone, extractor = choose_backbone(args).load(args), FeatureExtractor(str(CLASSIFIER))
+    backbone, extractor = choose_backbone(args).load(for_backbone(args)), FeatureExtractor(str(CLASSIFIER))
     real, drawn = FeatureStatistics(), FeatureStatistics()
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(12)]
     for first in range(0, 12, 4):
@@ -577,12 +577,13 @@ def test_the_file_is_compact_and_says_how_it_was_made(analyze, save, teacher_dir
 
 
 def test_flags_without_effect_are_warned_of(flags, tmp_path):
-    other = ("--inception_path", "inception", "--validation_num_samples", 9, "--dataset_config_name", "one")
+    other = ("--inception_path", "inception", "--num_samples", 9, "--dataset_config_name", "one")
     argv = [*flags("student", *other), "--dataset_name", "", "--train_data_dir", "images"]
     with pytest.warns(UserWarning) as caught:
         parse_args("", [*argv, "--output_dir", str(tmp_path / "out")])
-    named = ("inception_path", "validation_num_samples", "dataset_config_name")
-    assert [str(warning.message).split(":")[0] for warning in caught] == [f"--{name} has no effect" for name in named]
+    named = ("inception_path", "num_samples", "dataset_config_name")
+    said = [str(warning.message).split(":")[0] for warning in caught]
+    assert said == [f"--{name} has no effect here" for name in named]
 
 
 # Figures
@@ -708,12 +709,12 @@ def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path)
             ("--num_inference_steps", 1001),
             "--num_inference_steps is 1001; the teacher's schedule has 1000. Take fewer",
         ),
-        (("--num_samples", 25), "--num_samples is 25; split 'train' has 24 images"),
-        (("--num_samples", 0), "--num_samples is 0"),
+        (("--num_images", 25), "--num_images is 25; split 'train' has 24 images"),
+        (("--num_images", 0), "--num_images is 0"),
         (("--batch_size", -1), "--batch_size is -1"),
         (("--seed", -1), "--seed is -1"),
         (("--resolution", 7), "--resolution 7"),
-        (("--validation_split", "dev"), "--validation_split: .* no split 'dev'"),
+        (("--split", "dev"), "--split: .* no split 'dev'"),
         (("--train_data_dir", "images"), "one of --dataset_name and --train_data_dir; found both"),
         (("--dataset_name", ""), "one of --dataset_name and --train_data_dir; found neither"),
         (("--dataset_name", "no/such/folder/here"), "--dataset_name no/such/folder/here"),
@@ -722,8 +723,8 @@ def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path)
         (("--student_model_name_or_path", ""), "--student_model_name_or_path is missing"),
         (("--student_model_name_or_path", "no/such/folder/here"), "--student_model_name_or_path no/such"),
         (("--feature_extractor", "no/such/folder/here"), "--feature_extractor: 'no/such/folder/here'"),
-        (("--feature_extractor", CLASSIFIER, "--validation_num_samples", 1), "at least 2 samples"),
-        (("--feature_extractor", CLASSIFIER, "--validation_num_samples", 2), "--validation_images 3"),
+        (("--feature_extractor", CLASSIFIER, "--num_samples", 1), "at least 2 samples"),
+        (("--feature_extractor", CLASSIFIER, "--num_samples", 2), "--shown_samples 3"),
         (("--num_timestep", 3), "did you mean --num_timesteps"),
     ],
 )
@@ -744,7 +745,7 @@ def test_data_that_have_no_distance(analyze, save, tmp_path, monkeypatch):
     monkeypatch.setattr(analyze_error, "measure_error", lambda *_: pytest.fail("measured before it was refused"))
     one, extractor = save_images(tmp_path / "one", count=1), ("--feature_extractor", CLASSIFIER)
     with pytest.raises(ValueError, match="--feature_extractor: .* split 'train' has 1"):
-        analyze(save(build_unet()), "--dataset_name", one, "--num_samples", 1, *extractor)
+        analyze(save(build_unet()), "--dataset_name", one, "--num_images", 1, *extractor)
     four = {"in_channels": 4, "out_channels": 4}
     DDPMPipeline(build_unet(**four), DDPMScheduler()).save_pretrained(tmp_path / "teacher4")
     teacher = ("--pretrained_model_name_or_path", tmp_path / "teacher4")
@@ -760,7 +761,7 @@ def test_a_damaged_image_is_named_by_its_row(analyze, save, tmp_path):
     row = int(shuffled(0, 0, 5)[0])  # the first that is chosen
     assert row != 0
     (tmp_path / "images" / f"{row}.png").write_bytes(b"no image")
-    data = ("--dataset_name", "", "--train_data_dir", tmp_path / "images", "--num_samples", 2)
+    data = ("--dataset_name", "", "--train_data_dir", tmp_path / "images", "--num_images", 2)
     with pytest.raises(ValueError, match=f"row {row} .*{row}.png"):
         analyze(save(build_unet()), *data)
     (tmp_path / "text").mkdir()

@@ -299,7 +299,7 @@ def test_baselines_are_called_what_they_are(run):
 def test_from_scratch(run, tmp_path, data_dir):
     build_unet().save_config(tmp_path)
     flags = ["--student_config", tmp_path / "config.json", "--lambda_kd_output", "0", "--max_train_steps", "1"]
-    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--report_to", "none"]
+    flags += ["--validation_num_inference_steps", "2", "--validation_shown_samples", "2", "--report_to", "none"]
     folder = run("train_lift", *flags, "--dataset_name", data_dir, "--train_batch_size", "4", defaults=False)
     text = str(valid(folder))
     assert (

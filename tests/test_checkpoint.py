@@ -115,7 +115,7 @@ def flags_for(teacher: str, data: str, folder: Path) -> list[str]:
     flags += [
         "--validation_num_inference_steps",
         "2",
-        "--validation_images",
+        "--validation_shown_samples",
         "2",
         "--report_to",
         "none",

@@ -59,8 +59,8 @@ def train(home, data_dir):
     """`train(server, output, *flags)` runs train_place.py for two steps."""
 
     def run(server: HubServer, output: Path, *flags, token: str | None = TOKEN) -> subprocess.CompletedProcess:
-        tiny = "--max_train_steps 2 --train_batch_size 4 --logging_steps 1 --validation_images 2 --pruning_ratio 0.5 "
-        tiny += "--validation_num_inference_steps 2 --student_init magnitude --num_cpu_threads 1"
+        tiny = "--max_train_steps 2 --train_batch_size 4 --logging_steps 1 --validation_shown_samples 2 "
+        tiny += "--pruning_ratio 0.5 --validation_num_inference_steps 2 --student_init magnitude --num_cpu_threads 1"
         data = ["--dataset_name", data_dir, "--output_dir", output]
         return child(server, home, "train_place.py", *tiny.split(), *data, *flags, token=token)
 
@@ -116,8 +116,9 @@ def test_push_of_a_latent_student(hub, home, tmp_path):
     """All the pipeline's parts go, the teacher's as they are, and come back."""
     teacher = latent_pipelines.save_pipeline(tmp_path / "sd1")
     data = latent_pipelines.save_captioned(tmp_path / "captioned", count=4)
-    flags = "--student_preset bk_small --max_train_steps 1 --train_batch_size 2 --validation_images 2 --report_to none"
-    flags += " --validation_num_inference_steps 2 --num_cpu_threads 1 --push_to_hub --hub_model_id latent"
+    flags = "--student_preset bk_small --max_train_steps 1 --train_batch_size 2 --validation_shown_samples 2"
+    flags += " --report_to none --validation_num_inference_steps 2 --num_cpu_threads 1"
+    flags += " --push_to_hub --hub_model_id latent"
     folder = tmp_path / "student"
     paths = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--output_dir", folder]
     done = child(hub, home, "train_place.py", *flags.split(), *paths)
@@ -166,7 +167,7 @@ def test_a_refused_token_stops_before_training(hub, train, tmp_path, teacher_dir
     flags = ["--pretrained_model_name_or_path", teacher_dir, "--push_to_hub", "--hub_model_id", "never"]
     done = train(hub, tmp_path / "student", *flags, token="hf_wrong")
     assert done.returncode != 0
-    assert re.search(r"ValueError: --push_to_hub: .*--hub_token", done.stderr)
+    assert re.search(r"^train_place.py: error: --push_to_hub: .*--hub_token", done.stderr, re.MULTILINE)
     assert "hf_wrong" not in done.stdout + done.stderr
     assert not (tmp_path / "student").exists() and f"{USER}/never" not in hub.repositories
     assert "parameters" not in done.stdout  # not even the plan
@@ -178,21 +179,24 @@ def test_refusals_before_training(hub, home):
     hub.publish("frozen", ROOT / "tests" / "nothing")
     hub.repositories[f"{USER}/frozen"].read_only = True
     script = (
-        "from utils.publishing.hub import create_repository\n"
-        "for name, private in (('public', True), ('frozen', False), ('other/theirs', False), ('a b', False)):\n"
-        "    try: print('made', create_repository(name, private))\n"
-        "    except ValueError as error: print(*str(error).split())\n"
+        "from utils.publishing.hub import check_repository, create_repository\n"
+        "for refuse in (check_repository, create_repository):\n"
+        "    for name, private in (('public', True), ('frozen', False), ('other/theirs', False), ('a b', False)):\n"
+        "        try: print('let through', refuse(name, private))\n"
+        "        except ValueError as error: print(*str(error).split())\n"
         "print('made', create_repository('public', False))\n"
-        "print('dry', create_repository('imagined', False, dry_run=True))\n"
+        "print('checked', check_repository('imagined', False))\n"
     )
     done = child(hub, home, "-c", script)
     lines = done.stdout.splitlines()
+    assert not any(line.startswith("let through") for line in lines)
     refusals = [line for line in lines if line.startswith("--")]
-    assert refusals[0].startswith(f"--hub_private_repo: {USER}/public exists and is public.")
-    assert re.match(r"--push_to_hub: the Hub refused frozen, .*You may not write here", refusals[1])
-    assert re.match(r"--push_to_hub: the Hub refused other/theirs", refusals[2])
-    assert re.match(r"--push_to_hub: the Hub refused a b, .*HFValidationError", refusals[3])
-    assert [line for line in lines if not line.startswith("-")][-2:] == [f"made {USER}/public", "dry imagined"]
+    for public, frozen, theirs, impossible in (refusals[:4], refusals[4:]):  # before the dry run ends, and after it
+        assert public.startswith(f"--hub_private_repo: {USER}/public exists and is public.")
+        assert re.match(r"--push_to_hub: the Hub refused frozen, .*You may not write here", frozen)
+        assert re.match(r"--push_to_hub: the Hub refused other/theirs", theirs)
+        assert re.match(r"--push_to_hub: the Hub refused a b, .*HFValidationError", impossible)
+    assert [line for line in lines if not line.startswith("-")][-2:] == [f"made {USER}/public", "checked None"]
     assert f"{USER}/imagined" not in hub.repositories
 
 

@@ -365,7 +365,7 @@ def test_seconds_are_those_of_the_threads_that_had_work():
 
 def test_prompts_are_read_line_by_line(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\na\u2028dog \n\n".encode())
-    assert read_prompts(Namespace(prompt_column=None, prompts=str(tmp_path / "prompts.txt")), None) == [
+    assert read_prompts(Namespace(caption_column=None, prompts=str(tmp_path / "prompts.txt")), None) == [
         *("a cat", "a\u2028dog")
     ]
 

@@ -28,7 +28,7 @@ import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.encoders import Encoders
 from utils.backbones.stable_diffusion import StableDiffusion
-from utils.data.cache import CachedRows
+from utils.data.cache import FORMAT, CachedRows
 from utils.data.rows import ImageRows, StreamSampler, load_rows
 from utils.distillation.losses import place_loss
 from utils.randomness import StepRandom, shuffled
@@ -62,7 +62,8 @@ def train(run, teachers, pictures):
             "4",
         ]
         given += ["--train_data_dir", pictures] if data else []
-        given += ["--logging_steps", "1", "--validation_images", "0", "--report_to", "none", "--num_cpu_threads", "1"]
+        given += ["--logging_steps", "1", "--validation_shown_samples", "0"]
+        given += ["--report_to", "none", "--num_cpu_threads", "1"]
         students = ("--student_preset", "--student_config", "--student_model_name_or_path", "--pruning_ratio")
         given += [] if any(flag in flags for flag in students) else ["--student_preset", "bk_small"]
         return run(script, *given, *flags, defaults=False, **options)
@@ -94,7 +95,7 @@ def unet_tensors(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("script", [pytest.param("train_lift", marks=pytest.mark.slow), "train_place"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_student_is_a_stock_pipeline(train, teachers, kind, script):
-    flags = ["--lambda_kd_feat", "1", "--use_ema", "--ema_decay", "0.5", "--validation_images", "2"]
+    flags = ["--lambda_kd_feat", "1", "--use_ema", "--ema_decay", "0.5", "--validation_shown_samples", "2"]
     flags += ["--validation_num_inference_steps", "2", "--learning_rate", "1e-2"]
     folder = train(kind, *flags, script=script)
     log = read_log(folder)
@@ -279,7 +280,7 @@ def test_training_from_the_cache_is_training_without_it(train, pictures, tmp_pat
     expected = losses(train(kind, *flags, output="plain"))
     source = tmp_path / "images"
     shutil.copytree(pictures, source)
-    cache = ["--cache_dir", tmp_path / "cache"]
+    cache = ["--latent_cache_dir", tmp_path / "cache"]
     made = train(kind, *flags, *cache, "--train_data_dir", source, output="made")
     assert losses(made) == pytest.approx(expected, rel=1e-6)
     shutil.rmtree(source)  # and the encoders may not load
@@ -291,7 +292,7 @@ def test_training_from_the_cache_is_training_without_it(train, pictures, tmp_pat
 @pytest.mark.parametrize("kind", ["sd1", "xl"])
 def test_cached_rows_are_the_bits_that_training_computes(train, teachers, pictures, tmp_path, kind):
     flags = ["--cache_variants", "2", "--random_flip"]
-    train(kind, *flags, "--cache_dir", tmp_path / "cache")
+    train(kind, *flags, "--latent_cache_dir", tmp_path / "cache")
     backbone = load(teachers[kind], *flags)
     cached = CachedRows(tmp_path / "cache", backbone)
     _, dataset = row_batch(backbone, pictures)
@@ -310,9 +311,8 @@ def test_the_encoders_are_freed(train, tmp_path, monkeypatch):
     freed = []
     original = Encoders.free
     monkeypatch.setattr(Encoders, "free", lambda self: (original(self), freed.append(sorted(self.__dict__))))
-    train(
-        "sd1", "--cache_dir", tmp_path / "cache", "--validation_images", "2", "--validation_num_inference_steps", "2"
-    )
+    grid = ["--validation_shown_samples", "2", "--validation_num_inference_steps", "2"]
+    train("sd1", "--latent_cache_dir", tmp_path / "cache", *grid)
     assert len(freed) == 3  # after encoding, and after each row of the grid
     assert all("vae" not in names and "text_encoders" not in names for names in freed)
 
@@ -320,7 +320,7 @@ def test_the_encoders_are_freed(train, tmp_path, monkeypatch):
 def test_a_stopped_cache_goes_on(train, tmp_path, monkeypatch):
     monkeypatch.setattr("utils.data.cache.BLOCK", 4)
     folder = tmp_path / "cache"
-    train("sd1", "--cache_dir", folder, output="first")
+    train("sd1", "--latent_cache_dir", folder, output="first")
     files = {path: path.read_bytes() for path in folder.glob("*.safetensors")}
     assert len(files) == 3 + 4  # 12 rows; 12 captions and the empty one
     kept = folder / "latents-00-000001.safetensors"
@@ -329,9 +329,9 @@ def test_a_stopped_cache_goes_on(train, tmp_path, monkeypatch):
         (folder / name).rename(folder / f".{name}.partial")  # as a killed process leaves them
     content = json.loads((folder / "cache.json").read_text())
     (folder / "cache.json").write_text(json.dumps(content | {"complete": False}))
-    with pytest.raises(ValueError, match="--cache_dir .* is not complete"):
-        train("sd1", "--cache_dir", folder, data=False, output="early")
-    train("sd1", "--cache_dir", folder, output="second")
+    with pytest.raises(ValueError, match="--latent_cache_dir .* is not complete"):
+        train("sd1", "--latent_cache_dir", folder, data=False, output="early")
+    train("sd1", "--latent_cache_dir", folder, output="second")
     assert {path: path.read_bytes() for path in folder.glob("*.safetensors")} == files
     assert kept.stat().st_mtime_ns == before
 
@@ -348,16 +348,16 @@ def test_a_stopped_cache_goes_on(train, tmp_path, monkeypatch):
 )
 def test_a_cache_of_other_settings_is_refused(train, tmp_path, changes, named):
     folder = tmp_path / "cache"
-    train("sd1", "--cache_dir", folder, output="first")
-    with pytest.raises(ValueError, match=f"--cache_dir .* other settings: .*{named}"):
-        train("sd1", "--cache_dir", folder, *changes, output="second")
+    train("sd1", "--latent_cache_dir", folder, output="first")
+    with pytest.raises(ValueError, match=f"--latent_cache_dir .* other settings: .*{named}"):
+        train("sd1", "--latent_cache_dir", folder, *changes, output="second")
 
 
 def test_a_cache_of_another_teacher_is_refused(train, tmp_path):
     folder = tmp_path / "cache"
-    train("sd1", "--cache_dir", folder, output="first")
-    with pytest.raises(ValueError, match="--cache_dir .* other settings: encoders was"):
-        train("xl", "--cache_dir", folder, output="second")
+    train("sd1", "--latent_cache_dir", folder, output="first")
+    with pytest.raises(ValueError, match="--latent_cache_dir .* other settings: encoders was"):
+        train("xl", "--latent_cache_dir", folder, output="second")
 
 
 # LoRA
@@ -453,18 +453,29 @@ def test_samples_equal_the_stock_pipeline(teachers):
         ("sd1", ["--group_size", "257"], "--group_size 257: a channel of the latents has only 256"),
         ("sd1", ["--pretrained_vae_model_name_or_path", "nowhere"], "--pretrained_vae_model_name_or_path nowhere"),
         ("sd1", ["--proportion_empty_prompts", "1.5"], "--proportion_empty_prompts is 1.5"),
-        ("sd1", ["--cache_dir", "nowhere"], "--cache_dir nowhere: no cache there"),
+        ("sd1", ["--latent_cache_dir", "nowhere"], "--latent_cache_dir nowhere: no cache there"),
     ],
 )
 def test_bad_input(train, kind, flags, message):
     with pytest.raises(ValueError, match=message):
-        train(kind, *flags, data="nowhere" not in flags or "--cache_dir" not in flags)
+        train(kind, *flags, data="nowhere" not in flags or "--latent_cache_dir" not in flags)
+
+
+def test_a_cache_of_an_earlier_version(train, tmp_path):
+    """Its cache.json has no format."""
+    folder = tmp_path / "cache"
+    train("sd1", "--latent_cache_dir", folder, output="first")
+    made = json.loads((folder / "cache.json").read_text())
+    assert made.pop("format") == FORMAT
+    (folder / "cache.json").write_text(json.dumps(made))
+    with pytest.raises(ValueError, match="--latent_cache_dir .* another version .*format 1, now 2.*another folder"):
+        train("sd1", "--latent_cache_dir", folder, output="second")
 
 
 def test_overwriting_never_deletes_the_cache(tmp_path):
     (tmp_path / "student" / "cache").mkdir(parents=True)
     flags = ["--pretrained_model_name_or_path", "teacher", "--student_preset", "bk_tiny", "--train_data_dir", "images"]
-    flags += ["--cache_dir", tmp_path / "student" / "cache", "--output_dir", tmp_path / "student"]
+    flags += ["--latent_cache_dir", tmp_path / "student" / "cache", "--output_dir", tmp_path / "student"]
     with pytest.raises(ValueError, match="--overwrite_output_dir would delete .*cache"):
         parsed(*flags, "--overwrite_output_dir")
 
@@ -525,7 +536,7 @@ def test_loss_trace_equals_a_plain_loop(train, teachers, pictures):
 
 
 def test_cached_rows_are_picklable(train, teachers, tmp_path):
-    train("sd1", "--cache_dir", tmp_path / "cache")
+    train("sd1", "--latent_cache_dir", tmp_path / "cache")
     rows = CachedRows(tmp_path / "cache", load(teachers["sd1"]))
     first = rows.__getitems__([(0, 3)])
     assert torch.equal(pickle.loads(pickle.dumps(rows)).__getitems__([(7, 3)])["latent_mean"], first["latent_mean"])
@@ -537,9 +548,9 @@ def test_cached_rows_are_picklable(train, teachers, tmp_path):
 def test_analyze_error(train, teachers, pictures, tmp_path, monkeypatch):
     student = train("xl", "--student_preset", "bk_base", "--learning_rate", "1e-2")
     argv = ["--pretrained_model_name_or_path", teachers["xl"], "--student_model_name_or_path", student]
-    argv += ["--train_data_dir", pictures, "--num_timesteps", "3", "--num_samples", "4", "--num_inference_steps", "2"]
-    argv += ["--validation_images", "3", "--output_dir", tmp_path / "analysis", "--num_cpu_threads", "1"]
-    argv += ["--feature_extractor", "assets/classifier", "--validation_num_samples", "14", "--batch_size", "3"]
+    argv += ["--train_data_dir", pictures, "--num_timesteps", "3", "--num_images", "4", "--num_inference_steps", "2"]
+    argv += ["--shown_samples", "3", "--output_dir", tmp_path / "analysis", "--num_cpu_threads", "1"]
+    argv += ["--feature_extractor", "assets/classifier", "--num_samples", "14", "--batch_size", "3"]
     drawn = []  # conditions of the samples, of student, corrected student and teacher in turn
     sample = StableDiffusion.sample
     monkeypatch.setattr(StableDiffusion, "sample", lambda *a: drawn.append(a[-1]) or sample(*a))
@@ -559,10 +570,11 @@ def test_analyze_error(train, teachers, pictures, tmp_path, monkeypatch):
 
 def test_evaluate_fid(train, teachers, pictures, tmp_path):
     student = train("sd1")
-    argv = ["--pretrained_model_name_or_path", student, "--train_data_dir", pictures, "--prompt_column", "text"]
+    argv = ["--pretrained_model_name_or_path", student, "--train_data_dir", pictures, "--caption_column", "text"]
     argv += ["--num_samples", "6", "--batch_size", "3", "--num_inference_steps", "2", "--guidance_scale", "3"]
     argv += ["--feature_extractor", "assets/classifier", "--metrics", "fid", "--output_dir", tmp_path / "evaluation"]
-    argv += ["--cache_dir", tmp_path / "statistics", "--compare_to", teachers["sd1"], "--compare_num_samples", "3"]
+    argv += ["--compare_to", teachers["sd1"], "--compare_num_samples", "3"]
+    argv += ["--reference_cache_dir", tmp_path / "statistics"]
     evaluate_fid.main([str(word) for word in argv])
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics["metrics"]

@@ -140,10 +140,10 @@ def test_without_distillation_the_teacher_never_runs(run):
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
     try:
-        run("train_lift", "--lambda_kd_output", "0", "--student_init", "magnitude", "--validation_images", "1")
+        run("train_lift", "--lambda_kd_output", "0", "--student_init", "magnitude", "--validation_shown_samples", "1")
         alone = forwards.count("frozen"), forwards.count("student")
         forwards.clear()
-        run("train_lift", "--student_init", "magnitude", "--validation_images", "1", output="distilled")
+        run("train_lift", "--student_init", "magnitude", "--validation_shown_samples", "1", output="distilled")
     finally:
         handle.remove()
     assert alone[1] == 4
@@ -154,7 +154,7 @@ def test_from_scratch(run, tmp_path, data_dir):
     config = tmp_path / "config.json"
     build_unet().save_config(tmp_path)
     argv = ["--student_config", config, "--lambda_kd_output", "0", "--max_train_steps", "2", "--train_batch_size", "4"]
-    argv += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--report_to", "none"]
+    argv += ["--validation_num_inference_steps", "2", "--validation_shown_samples", "2", "--report_to", "none"]
     folder = run("train_lift", *argv, "--dataset_name", data_dir, defaults=False)
     assert DDPMPipeline.from_pretrained(folder).unet.config.block_out_channels == [16, 32]
 
@@ -309,7 +309,7 @@ def launch(*flags, cwd=ROOT, before=(), **environment) -> subprocess.CompletedPr
 @pytest.mark.slow
 def test_launched_under_dynamo(run, tmp_path, teacher_dir, data_dir):
     flags = ["--max_train_steps", "2", "--train_batch_size", "4", "--lambda_kd_feat", "1", "--use_ema"]
-    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--num_cpu_threads", "1"]
+    flags += ["--validation_num_inference_steps", "2", "--validation_shown_samples", "2", "--num_cpu_threads", "1"]
     plain, compiled = run("train_lift", *flags, output="plain"), tmp_path / "compiled"
     flags += ["--pretrained_model_name_or_path", teacher_dir, "--dataset_name", data_dir, "--pruning_ratio", "0.5"]
     done = launch("train_lift.py", *flags, "--output_dir", compiled, before=("--dynamo_backend", "eager"))

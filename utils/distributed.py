@@ -7,6 +7,8 @@ from datetime import timedelta
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 
+from utils.command_line import UsageError
+
 # The others wait while the main process validates or indexes data; a process that dies is noticed by its launcher, and
 # by its closed connection, without any timeout. The libraries' own are 10 minutes (NCCL) and 30 (gloo).
 PATIENCE = timedelta(days=1)
@@ -29,6 +31,8 @@ def on_main_process(accelerator: Accelerator, function: Callable, *arguments):
             value = function(*arguments)
         except ValueError as error:
             refusals = [error]
+            if isinstance(error, UsageError):
+                error.everywhere = True  # said once, by the main process
     broadcast_object_list(refusals)
     if refusals[0] is not None:
         raise refusals[0]

@@ -8,6 +8,7 @@ What a subclass must say: `component`, `model_class`, `make_student`, `feature_p
 What it may say otherwise: everything else. Shapes: B batch, C channels of what the denoiser sees, *S its places.
 """
 
+import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from utils.backbones.conditions import Nothing
 from utils.backbones.loading import TEACHER, component_config, load_component, read_json_config
 from utils.backbones.process import Diffusion, Noised
+from utils.command_line import UsageError
 from utils.data.transforms import ImageTransform
 from utils.devices import to_dtype
 from utils.distillation.features import Tapped
@@ -31,13 +33,13 @@ from utils.students.sizes import full_config
 # Flags that only some families read -> their value when they are off. Given to another family, those of `DECISIVE`
 # are refused, as without them another student would be trained; the rest are warned of.
 FAMILY_FLAGS = {
-    **dict.fromkeys(("pruning_ratio", "student_preset", "lora_rank", "cache_dir")),
+    **dict.fromkeys(("pruning_ratio", "student_preset", "lora_rank", "latent_cache_dir")),
     **dict.fromkeys(("caption_column", "proportion_empty_prompts", "pretrained_vae_model_name_or_path")),
     **dict.fromkeys(("cache_variants", "validation_prompts", "validation_guidance_scale")),
     "fuse_lora": False,
     "noise_offset": 0.0,
 }
-DECISIVE = {"pruning_ratio", "student_preset", "lora_rank", "cache_dir"}
+DECISIVE = {"pruning_ratio", "student_preset", "lora_rank", "latent_cache_dir"}
 
 
 class Prediction(NamedTuple):
@@ -82,7 +84,7 @@ class Backbone:
         """The teacher in float32 on the CPU, eval mode, no gradients; none where none is named.
 
         Raises:
-            ValueError: see `check` and `Diffusion.load`.
+            UsageError: see `check` and `Diffusion.load`.
         """
         configs = cls.check(args)
         process, teacher = cls.process_class.load(args, bounded=cls.bounded), None
@@ -104,7 +106,7 @@ class Backbone:
         """Refuse what can be refused before any weights load.
 
         Raises:
-            ValueError: naming the flag, what was found and what to do.
+            UsageError: naming the flag, what was found and what to do.
         """
         cls.check_flags(args)
         teacher, vae = None, cls.vae_config(args)
@@ -113,7 +115,7 @@ class Backbone:
             teacher = component_config(cls.model_class, cls.component, source, TEACHER, args.revision)
         flag, student = cls.student_config(args, teacher)
         if (found := student.get("_class_name", cls.model_class.__name__)) != cls.model_class.__name__:
-            raise ValueError(f"{flag}: the student is a {found}; this teacher needs a {cls.model_class.__name__}.")
+            raise UsageError(f"{flag}: the student is a {found}; this teacher needs a {cls.model_class.__name__}.")
         full = {
             name: full_config(config, cls.model_class)
             for name, config in (("student", student), ("teacher", teacher))
@@ -122,7 +124,7 @@ class Backbone:
         for key in cls.must_match if teacher else ():
             ours, theirs = full["student"][key], full["teacher"][key]
             if ours != theirs:
-                raise ValueError(
+                raise UsageError(
                     f"{flag}: the student has {key} {ours}, the teacher {theirs}; both must see and predict the same."
                 )
         cls.check_more(args, full.get("teacher"), full["student"], flag)
@@ -131,23 +133,27 @@ class Backbone:
                 cls.model_class.from_config(student)
         except (ValueError, TypeError, RuntimeError) as error:
             name = cls.model_class.__name__
-            raise ValueError(f"{flag}: diffusers cannot build a {name} of this config: {error}") from error
+            raise UsageError(f"{flag}: diffusers cannot build a {name} of this config: {error}") from error
         factor = 1 if vae is None else vae_factor(vae)
         resolution = args.resolution or cls.own_resolution(full.get("teacher") or full["student"], factor)
         if not isinstance(resolution, int):
-            raise ValueError(f"--resolution: the config says {resolution}; give a number of pixels.")
+            raise UsageError(f"--resolution: the config says {resolution}; give a number of pixels.")
         for owner, config in full.items():
             least = factor * cls.divisor(config)
             if resolution % least:
                 by = f"the VAE divides it by {factor} and " if vae else ""
-                raise ValueError(
+                raise UsageError(
                     f"--resolution {resolution}: {by}the {owner}'s {cls.model_class.__name__} by {cls.divisor(config)}"
                     f", so it must be a multiple of {least}."
                 )
         elements = (resolution // factor) ** 2
         if (group_size := getattr(args, "group_size", 2)) > elements:
-            raise ValueError(
+            raise UsageError(
                 f"--group_size {group_size}: a channel of what the denoiser sees has only {elements} elements."
+            )
+        if getattr(args, "grouping", "error") == "patch" and (side := resolution // factor) % math.isqrt(group_size):
+            raise UsageError(
+                f"--grouping patch --group_size {group_size}: squares of that many elements do not tile {side}x{side}."
             )
         return Configs(teacher, student, resolution, vae)
 
@@ -157,13 +163,13 @@ class Backbone:
         for name in sorted(FAMILY_FLAGS.keys() - cls.flags):
             if getattr(args, name) == FAMILY_FLAGS[name]:
                 continue
+            called = getattr(args, "called", {}).get(name, name)  # analyze_error.py has other names for some
             if name in DECISIVE:
                 instead = cls.instead.get(name, "leave it out")
-                raise ValueError(
-                    f"--{name} {getattr(args, name)} does not go with a {cls.model_class.__name__} teacher: {instead}."
-                )
+                found = f"--{called} {getattr(args, name)}"
+                raise UsageError(f"{found} does not go with a {cls.model_class.__name__} teacher: {instead}.")
             warnings.warn(
-                f"--{name} has no effect here: a {cls.model_class.__name__} teacher does not read it.", stacklevel=2
+                f"--{called} has no effect here: a {cls.model_class.__name__} teacher does not read it.", stacklevel=2
             )
 
     @classmethod
@@ -203,7 +209,7 @@ class Backbone:
         """(student block, teacher block) by module name: whose outputs feature distillation compares.
 
         Raises:
-            ValueError: the two have no matching blocks.
+            UsageError: the two have no matching blocks.
         """
         raise NotImplementedError
 

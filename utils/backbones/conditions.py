@@ -20,6 +20,7 @@ class Nothing:
     """Unconditional: every method has the answer of a denoiser that is told nothing, and other conditions theirs."""
 
     tokenizers: Sequence = ()  # one for each `input_ids_<i>` of a batch
+    share_dropped = 0.0  # of a batch, by `drop`
     components: Sequence[str] = ()  # folders of the teacher's pipeline whose weights decide what a cache holds
 
     def transform(self, *image_settings) -> ImageTransform:
@@ -74,7 +75,7 @@ class Prompts(Nothing):
         self.components = [encoder.subfolder for encoder in encoders]
         self.caption_column = args.caption_column or "text"
         self.share_dropped = 0.1 if args.proportion_empty_prompts is None else args.proportion_empty_prompts
-        self.given, self.num_rows = args.validation_prompts, args.validation_images
+        self.given, self.num_rows = args.validation_prompts, args.validation_shown_samples
         self.known: dict[str, dict[str, Tensor]] = {}  # prompt -> its embeddings, on the CPU
         self.known_empty: dict[str, Tensor] | None = None  # (1, ...), on the device that it was last asked for
 

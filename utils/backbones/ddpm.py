@@ -13,6 +13,7 @@ from utils.backbones.base import Backbone, Configs
 from utils.backbones.loading import TEACHER, load_component, pipeline_class_name, read_json_config
 from utils.backbones.process import Diffusion
 from utils.backbones.saving import save_pipeline
+from utils.command_line import UsageError
 from utils.randomness import StepRandom
 from utils.students.sizes import model_size, model_table
 from utils.students.width import prune_width, taylor_scores, width_config
@@ -28,7 +29,7 @@ class DDPM(Backbone):
     flags = frozenset({"pruning_ratio"})
     instead = {
         "student_preset": "a pixel U-Net is made narrower with --pruning_ratio, or built from --student_config",
-        "cache_dir": "it works in pixels, which need no encoding; leave it out",
+        "latent_cache_dir": "it works in pixels, which need no encoding; leave it out",
         "lora_rank": "adapters go with a latent teacher; leave it out",
     }
 
@@ -53,14 +54,14 @@ class DDPM(Backbone):
         for config, source in ((teacher, TEACHER), (student, flag)):
             for key in ("num_class_embeds", "class_embed_type") if config else ():
                 if config[key] is not None:
-                    raise ValueError(
+                    raise UsageError(
                         f"{source}: the U-Net is told a class ({key} is {config[key]}); pixel teachers and students "
                         "here are unconditional. Choose one without classes."
                     )
         if student["in_channels"] not in (1, 3, 4):
-            raise ValueError(f"{flag}: in_channels is {student['in_channels']}; images have 1, 3 or 4.")
+            raise UsageError(f"{flag}: in_channels is {student['in_channels']}; images have 1, 3 or 4.")
         if student["out_channels"] != student["in_channels"]:
-            raise ValueError(
+            raise UsageError(
                 f"{flag}: out_channels is {student['out_channels']} and in_channels {student['in_channels']}; they "
                 "must be equal (learned variances are not supported)."
             )
@@ -114,11 +115,11 @@ class DDPM(Backbone):
         """(student block, teacher block): every down, mid and up block with its counterpart.
 
         Raises:
-            ValueError: the two have different numbers of blocks.
+            UsageError: the two have different numbers of blocks.
         """
         stages = len(student.down_blocks)
         if stages != len(self.teacher.down_blocks):
-            raise ValueError(
+            raise UsageError(
                 f"--lambda_kd_feat: the student has {stages} stages, the teacher {len(self.teacher.down_blocks)}; "
                 "features are matched block by block. Set --lambda_kd_feat 0."
             )

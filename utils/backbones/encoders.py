@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 
+from utils.command_line import UsageError
+
 
 class Frozen:
     """A model that only runs forward: loaded at its first call, on the device and in the dtype that `place` says
@@ -31,7 +33,7 @@ class Frozen:
         """The model.
 
         Raises:
-            ValueError: it cannot be loaded; names the flag.
+            UsageError: it cannot be loaded; names the flag.
         """
         if self.model is None:
             device, dtype = self.place()
@@ -46,7 +48,7 @@ class Frozen:
         try:
             return self.kind.from_pretrained(source, use_safetensors=safe, dtype=dtype, **options)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--{self.argument} {source}: its {self.kind.__name__} does not load: {error}") from error
+            raise UsageError(f"--{self.argument} {source}: its {self.kind.__name__} does not load: {error}") from error
 
     def free(self) -> None:
         """Forget the model; it loads again when it is needed again."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the families have in common whose denoiser works on latents: a frozen VAE, a cache, the teacher's files kept."""
+"""What families of latent denoisers have in common: a frozen VAE, a cache, the teacher's other files kept."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +26,7 @@ class Latent(Backbone):
     vae_dtype: torch.dtype | None = None  # where it may not be the teacher's
     flags = frozenset(
         "caption_column proportion_empty_prompts noise_offset pretrained_vae_model_name_or_path validation_prompts "
-        "validation_guidance_scale cache_dir cache_variants lora_rank fuse_lora".split()
+        "validation_guidance_scale latent_cache_dir cache_variants lora_rank fuse_lora".split()
     )
 
     def __init__(self, args, teacher: ModelMixin, process: Diffusion, configs: Configs):
@@ -91,7 +91,7 @@ class Latent(Backbone):
     ) -> Tensor:
         """As `Backbone.sample`; with a cache, encoders do not stay."""
         images = super().sample(denoiser, seeds, num_inference_steps, conditions)
-        if self.args.cache_dir:
+        if self.args.latent_cache_dir:
             self.free_encoders()
         return images
 

@@ -7,27 +7,29 @@ from pathlib import Path
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
+from utils.command_line import UsageError
+
 TEACHER = "--pretrained_model_name_or_path"
 
 
 def read_json_config(path: str, flag: str) -> dict:
-    """A model config from a JSON file. Raises ValueError naming `flag` where there is none."""
+    """A model config from a JSON file. Raises UsageError naming `flag` where there is none."""
     try:
         config = json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{flag} {path} is not a readable JSON file: {error}") from error
+        raise UsageError(f"{flag} {path} is not a readable JSON file: {error}") from error
     if not isinstance(config, dict) or "_class_name" not in config:
-        raise ValueError(f"{flag} {path} has no '_class_name': give the config.json of a diffusers model.")
+        raise UsageError(f"{flag} {path} has no '_class_name': give the config.json of a diffusers model.")
     return config
 
 
 def pipeline_class_name(name_or_path: str, revision: str | None, flag: str) -> str:
-    """The `_class_name` of a pipeline's model_index.json. Raises ValueError naming `flag` where there is none."""
+    """The `_class_name` of a pipeline's model_index.json. Raises UsageError naming `flag` where there is none."""
     try:
         return DiffusionPipeline.load_config(name_or_path, revision=revision)["_class_name"]
     except (OSError, ValueError, KeyError) as error:
         where = "that folder has no model_index.json" if Path(name_or_path).is_dir() else "no such folder here"
-        raise ValueError(
+        raise UsageError(
             f"{flag} {name_or_path}: {where}, and no diffusers pipeline of that name was "
             f"found on the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
         ) from error
@@ -37,14 +39,14 @@ def component_config(
     model_class: type[ConfigMixin], folder: str, name_or_path: str, flag: str, revision: str | None = None
 ) -> dict:
     """A model's or scheduler's config from its `folder` in a pipeline or, as in the Hub's oldest repositories, from
-    the root; or from a folder of the model alone. Raises ValueError naming `flag` where there is none."""
+    the root; or from a folder of the model alone. Raises UsageError naming `flag` where there is none."""
     errors = []
     for subfolder in (folder, None):
         try:
             return dict(model_class.load_config(name_or_path, subfolder=subfolder, revision=revision))
         except (OSError, ValueError) as error:
             errors.append(str(error))
-    raise ValueError(f"{flag} {name_or_path} holds no config of a {model_class.__name__}: {errors[0]}")
+    raise UsageError(f"{flag} {name_or_path} holds no config of a {model_class.__name__}: {errors[0]}")
 
 
 def load_component(
@@ -57,7 +59,7 @@ def load_component(
     variant: str | None = None,
     allow_pickle: bool = False,
 ) -> ModelMixin:
-    """The float32 model whose config `component_config` finds. Raises ValueError naming `flag`."""
+    """The float32 model whose config `component_config` finds. Raises UsageError naming `flag`."""
     for subfolder in (folder, None):
         try:
             model_class.load_config(name_or_path, subfolder=subfolder, revision=revision)
@@ -74,14 +76,14 @@ def load_component(
                 output_loading_info=True,
             )
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"{flag} {name_or_path} does not load: {error} If its weights are pickled (.bin), "
                 "--allow_pickle_weights loads them, weights only."
             ) from error
         if info["missing_keys"]:  # diffusers would go on with random ones
-            raise ValueError(
+            raise UsageError(
                 f"{flag} {name_or_path}: the weights lack {len(info['missing_keys'])} tensors of the "
                 f"{model_class.__name__} in its config, the first is {min(info['missing_keys'])}."
             )
         return model
-    raise ValueError(f"{flag} {name_or_path} holds no {model_class.__name__}.")
+    raise UsageError(f"{flag} {name_or_path} holds no {model_class.__name__}.")

@@ -12,6 +12,7 @@ from diffusers.training_utils import compute_snr
 from torch import Tensor
 
 from utils.backbones.loading import TEACHER, component_config
+from utils.command_line import UsageError
 from utils.randomness import StepRandom
 
 
@@ -51,7 +52,7 @@ class Diffusion:
         trained on, so that of a student cannot be compared.
 
         Raises:
-            ValueError: the teacher has no scheduler, or the student's pipeline has one of another process.
+            UsageError: the teacher has no scheduler, or the student's pipeline has one of another process.
         """
         source, student = args.pretrained_model_name_or_path, args.student_model_name_or_path
         if not source:
@@ -65,7 +66,7 @@ class Diffusion:
         except ValueError:
             return process
         if differing := process.differs(theirs):
-            raise ValueError(
+            raise UsageError(
                 f"--student_model_name_or_path {student}: its scheduler {differing[0]}; both must see the same noise "
                 "and predict the same of it. Take a student and a teacher of one schedule."
             )

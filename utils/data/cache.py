@@ -21,40 +21,42 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from utils.command_line import UsageError
 from utils.data.rows import ImageRows, as_is, load_rows
 from utils.files import read_json, write_json, written_beside
 
 BLOCK = 256  # rows, or captions, a file
+FORMAT = 2  # of cache.json and the files beside it: counted up when one of them means something else
 
 
 def open_dataset(args, accelerator: Accelerator, backbone) -> Dataset:
     """The training set as batches of the backbone's tensors; without the dataset's flags, a complete cache.
 
     Raises:
-        ValueError: as `load_rows`, `ImageRows` and `check_cache`.
+        UsageError: as `load_rows`, `ImageRows` and `check_cache`.
     """
     if not (args.dataset_name or args.train_data_dir):
         check_cache(args, accelerator, None, backbone)
-        return CachedRows(Path(args.cache_dir), backbone)
+        return CachedRows(Path(args.latent_cache_dir), backbone)
     dataset = ImageRows(
         load_rows(args),
         backbone.transform(args),
         args.seed,
         skip_bad_images=args.skip_bad_images,
-        variants=args.cache_variants or (1 if args.cache_dir else None),
+        variants=args.cache_variants or (1 if args.latent_cache_dir else None),
         quiet=not accelerator.is_local_main_process,
     )
-    if args.cache_dir:
+    if args.latent_cache_dir:
         check_cache(args, accelerator, dataset, backbone)
     return dataset
 
 
 def encoded_once(args, accelerator: Accelerator, dataset: Dataset, backbone) -> Dataset:
-    """`dataset` itself without `--cache_dir`; with it its encoded rows, made now where they are missing, by all
+    """`dataset` itself without `--latent_cache_dir`; with it its encoded rows, made now where they are missing, by all
     processes together. The encoders are freed afterwards."""
-    if not args.cache_dir or isinstance(dataset, CachedRows):
+    if not args.latent_cache_dir or isinstance(dataset, CachedRows):
         return dataset
-    folder = Path(args.cache_dir)
+    folder = Path(args.latent_cache_dir)
     if accelerator.is_main_process and not (folder / "cache.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "cache.json", {**cache_settings(args, accelerator, dataset, backbone), "complete": False})
@@ -75,6 +77,7 @@ def cache_settings(args, accelerator: Accelerator, dataset: Dataset | None, back
     data = {} if dataset is None else {"data": dataset.fingerprint(), "rows": len(dataset)}
     return {
         **data,
+        "format": FORMAT,
         "encoders": _encoder_hash(args, ["vae", *backbone.conditions.components]),
         "dtype": args.teacher_dtype or accelerator.mixed_precision,
         "resolution": backbone.resolution,
@@ -87,24 +90,26 @@ def cache_settings(args, accelerator: Accelerator, dataset: Dataset | None, back
 
 
 def check_cache(args, accelerator: Accelerator, dataset: Dataset | None, backbone) -> None:
-    """Raises ValueError where `--cache_dir` holds another cache, or, without the dataset, none that is complete."""
-    path = Path(args.cache_dir) / "cache.json"
+    """Raises UsageError where `--latent_cache_dir` holds another cache or, without the dataset, none complete."""
+    flag = f"--latent_cache_dir {args.latent_cache_dir}"
+    path = Path(args.latent_cache_dir) / "cache.json"
     if not path.exists():
         if dataset is None:
-            raise ValueError(f"--cache_dir {args.cache_dir}: no cache there. Give the data that is to be encoded.")
+            raise UsageError(f"{flag}: no cache there. Give the data that is to be encoded.")
         return
-    made, wanted = read_json(path), cache_settings(args, accelerator, dataset, backbone)
+    made, wanted = read_json(path) or {}, cache_settings(args, accelerator, dataset, backbone)
+    if made.get("format") != FORMAT:
+        raise UsageError(
+            f"{flag} is a cache of another version of these scripts, whose files mean something else (format "
+            f"{made.get('format', 1)}, now {FORMAT}). Encode anew, into another folder."
+        )
     differing = [
         f"{name} was {made.get(name)}, is {value}" for name, value in wanted.items() if made.get(name) != value
     ]
     if differing:
-        raise ValueError(
-            f"--cache_dir {args.cache_dir} was made with other settings: {'; '.join(differing)}. Give another folder."
-        )
+        raise UsageError(f"{flag} was made with other settings: {'; '.join(differing)}. Give another folder.")
     if dataset is None and not made["complete"]:
-        raise ValueError(
-            f"--cache_dir {args.cache_dir} is not complete: give the data again, to encode what is missing."
-        )
+        raise UsageError(f"{flag} is not complete: give the data again, to encode what is missing.")
 
 
 class CachedRows(Dataset):
@@ -172,7 +177,7 @@ def caption_key(tokens: list[torch.Tensor]) -> int:
 
 
 def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -> None:
-    folder, variants = Path(args.cache_dir), args.cache_variants or 1
+    folder, variants = Path(args.latent_cache_dir), args.cache_variants or 1
     blocks = [(variant, block) for variant in range(variants) for block in range(-(-len(dataset) // BLOCK))]
     blocks = blocks[accelerator.process_index :: accelerator.num_processes]
     blocks = [each for each in blocks if not (folder / _latents_name(*each)).exists()]
@@ -201,7 +206,7 @@ def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -
 
 
 def _encode_captions(args, accelerator: Accelerator, backbone) -> None:
-    folder = Path(args.cache_dir)
+    folder = Path(args.latent_cache_dir)
     if not backbone.conditions.tokenizers:
         return
     if accelerator.is_main_process and not (folder / "empty.safetensors").exists():

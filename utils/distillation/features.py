@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from accelerate.utils import recursively_apply
 from torch import nn
 
+from utils.command_line import UsageError
 from utils.devices import to_dtype
 
 
@@ -41,7 +42,7 @@ class Tapped(nn.Module):
 
     def forward(self, x_t: torch.Tensor, **condition):
         """(B, C, *S) and the denoiser's keywords, its `timestep` (B,) among them, -> output (B, C, *S), features
-        [(B, C_i, *S_i)], of transformers [(B, N, D_i)]. Floats are cast to the dtype of the weights, see `to_dtype`."""
+        [(B, C_i, *S_i)], of transformers [(B, N, D_i)]. Floats are cast to the weights' dtype, see `to_dtype`."""
         self._taps = {}
         dtype = next(self.denoiser.parameters()).dtype  # diffusers' own `dtype` walks through every module
         output = self.denoiser(x_t.to(dtype), return_dict=False, **to_dtype(condition, dtype))[0]
@@ -74,7 +75,7 @@ def tap_pair(
                 _width_and_places, (student_feature, teacher_feature)
             )
             if places != teacher_places:
-                raise ValueError(
+                raise UsageError(
                     f"--lambda_kd_feat: block {pair[0]} of the student is {tuple(places)} where the teacher's "
                     f"{pair[1]} is {tuple(teacher_places)}. Set --lambda_kd_feat 0."
                 )

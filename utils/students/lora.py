@@ -11,6 +11,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 
+from utils.command_line import UsageError
+
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -43,12 +45,12 @@ def save_lora(denoiser: ModelMixin, pipeline_class: type, component: str, folder
 def fuse_saved_lora(denoiser: ModelMixin, component: str, folder: str, flag: str) -> None:
     """Add to a student's weights the adapters that `save_lora` left beside them, where it did: it is both.
 
-    Raises ValueError naming `flag` where they do not fit."""
+    Raises UsageError naming `flag` where they do not fit."""
     if not (Path(folder) / WEIGHTS).is_file():
         return
     try:
         denoiser.load_lora_adapter(folder, prefix=component, weight_name=WEIGHTS)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{flag} {folder}: its {WEIGHTS} does not load: {error}") from error
+        raise UsageError(f"{flag} {folder}: its {WEIGHTS} does not load: {error}") from error
     denoiser.fuse_lora()
     denoiser.unload_lora()

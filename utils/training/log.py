@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from tqdm.auto import tqdm
 
+from utils.command_line import UsageError
 from utils.files import write_file
 
 QUARTERS = 4  # of the schedule: where on it the student fails
@@ -29,7 +30,7 @@ def tracker_names(report_to: str) -> list[str] | None:
     """`--report_to` as a list of accelerate's trackers.
 
     Raises:
-        ValueError: a tracker that accelerate does not know, or whose package is not installed.
+        UsageError: a tracker that accelerate does not know, or whose package is not installed.
     """
     if report_to == "none":
         return None
@@ -37,7 +38,7 @@ def tracker_names(report_to: str) -> list[str] | None:
     installed = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in installed:
-            raise ValueError(
+            raise UsageError(
                 f"--report_to {name}: not a tracker that is installed. Installed are {', '.join(installed)}; `none` "
                 "reports nowhere but to log.jsonl."
             )

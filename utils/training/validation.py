@@ -73,7 +73,7 @@ class Validation:
         if not self.accelerator.is_main_process:
             return values
         with self._at_any_rate(f"step {step}"):
-            if self.args.validation_images:
+            if self.args.validation_shown_samples:
                 self._grid(student, step)
             if self.extractor is not None:
                 distance = self._distance(self._sampled(student))
@@ -106,7 +106,7 @@ class Validation:
 
     def _grid(self, student: nn.Module, step: int) -> None:
         """Upper row(s) teacher, lower row(s) student, column by column from the same noise."""
-        count = self.args.validation_images
+        count = self.args.validation_shown_samples
         rows = [self._draw(student, 0, count)]
         if self.backbone.teacher is not None:
             if self.teacher_images is None:
