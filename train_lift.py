@@ -33,6 +33,7 @@ from utils.publishing.hub import prepare_push, push
 from utils.training.arguments import parse_args
 from utils.training.checkpoint import Checkpoints
 from utils.training.log import RunLog, error_per_sample, tracker_names
+from utils.training.memory import memory_estimate
 from utils.training.optimizer import make_optimizer, with_gradients
 from utils.training.report import plan, save_arguments, summary
 from utils.training.stop import Stop
@@ -96,6 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
+    memory = on_main_process(accelerator, memory_estimate, args, accelerator, student, tapped_teacher, backbone)
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
     trainable, weights = with_gradients(student), with_gradients(denoiser)  # collected once, not in every step
     ema = EMAModel(weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser, dataset)
     repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
-    accelerator.print(plan(args, accelerator, dataset, student, teacher, backbone.example(), sizes))
+    accelerator.print(plan(args, accelerator, dataset, sizes, memory))
     if args.dry_run:
         return
 

@@ -17,6 +17,7 @@ class UNetBackbone:
     """What is the same for every U-Net with a diffusion scheduler. `args` and `scheduler` are the subclass's."""
 
     guidance_scale: float | None = None  # of `sample`; None: there is no guidance
+    vae_config: dict | None = None  # of what turns latents into images, where the denoiser works on latents
 
     def noise_at(self, clean: torch.Tensor, noise: torch.Tensor, timestep: torch.Tensor) -> Noised:
         """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4) and the target of the scheduler's

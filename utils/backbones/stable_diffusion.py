@@ -37,7 +37,7 @@ class StableDiffusion(UNetBackbone):
         self, args, teacher: UNet2DConditionModel, scheduler: DDPMScheduler, vae_config: dict, resolution: int
     ):
         self.args, self.teacher, self.scheduler = args, teacher, scheduler
-        self.resolution = resolution
+        self.resolution, self.vae_config = resolution, vae_config
         scale = args.validation_guidance_scale
         self.guidance_scale = 7.5 if scale is None else scale
         self.xl = teacher.config.addition_embed_type == "text_time"
