@@ -224,11 +224,17 @@ def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _flatten_optimizer(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """A torch optimizer's state dict as flat tensors (safetensors) and the rest (JSON)."""
-    tensors, scalars = {}, {}
+    """An optimizer's state dict as flat tensors (safetensors) and the rest (JSON). bitsandbytes nests what is
+    quantised, and loads it flat too; the tables that its weights share are written for each, as safetensors must."""
+    tensors, scalars, places = {}, {}, set()
     for index, entries in state["state"].items():
-        for name, value in entries.items():
-            (tensors if isinstance(value, torch.Tensor) else scalars)[f"{index}.{name}"] = value
+        nested = [value for value in entries.values() if isinstance(value, dict)]
+        for name, value in {name: value for part in (entries, *nested) for name, value in part.items()}.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.clone() if value.data_ptr() in places else value
+                places.add(value.data_ptr())
+            elif not isinstance(value, dict):
+                scalars[f"{index}.{name}"] = value
     return _plain(tensors), {"scalars": scalars, "param_groups": state["param_groups"]}
 
 
