@@ -34,7 +34,7 @@ from utils.training.arguments import parse_args
 from utils.training.checkpoint import Checkpoints
 from utils.training.log import RunLog, error_per_sample, tracker_names
 from utils.training.memory import memory_estimate
-from utils.training.optimizer import make_optimizer, with_gradients
+from utils.training.optimizer import make_optimizer, stepped, with_gradients
 from utils.training.report import plan, save_arguments, summary
 from utils.training.stop import Stop
 from utils.training.validation import Validation, evaluated
@@ -172,9 +172,10 @@ def main(argv: list[str] | None = None) -> None:
             continue
 
         step += 1
-        lr_scheduler.step()
-        if ema is not None:
-            ema.step(weights)
+        if stepped(accelerator, grad_norm):  # fp16 skips a step whose gradient overflows
+            lr_scheduler.step()
+            if ema is not None:
+                ema.step(weights)
         log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0])
         if step % args.validation_steps == 0 or step == args.max_train_steps:
             with log.paused(), evaluated(denoiser, ema):

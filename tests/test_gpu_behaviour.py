@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a GPU does otherwise, brought about on the CPU."""
 
+import itertools
+import json
+import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
 import train_place
+from utils.training.log import RunLog
 
 
 @pytest.fixture
@@ -55,3 +61,88 @@ def test_8_bit_adam_resumes_exactly(run):
     shutil.rmtree(whole.with_name("resumed") / "checkpoints" / "step-0000004")
     resumed = run("train_place", *flags, "--resume_from_checkpoint", "latest", output="resumed")
     assert same_run(resumed, whole, step=4)
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """`scaled(init_scale=...)`: from now on accelerators train in fp16 with a loss scaler, as on CUDA; what it saw."""
+
+    def use(**settings) -> SimpleNamespace:
+        seen, init, end_step = SimpleNamespace(skipped=[], rates=[]), Accelerator.__init__, RunLog.end_step
+
+        def with_scaler(self, *args, **kwargs):
+            init(self, *args, **kwargs)
+            self.scaler, self.native_amp = torch.amp.GradScaler("cpu", **settings), True
+            self.state._mixed_precision = "fp16"
+
+        def ended(self, step, grad_norm, learning_rate):
+            seen.skipped.append(not math.isfinite(grad_norm))
+            seen.rates.append(learning_rate)
+            end_step(self, step, grad_norm, learning_rate)
+
+        monkeypatch.setattr(Accelerator, "__init__", with_scaler)
+        monkeypatch.setattr(RunLog, "end_step", ended)
+        return seen
+
+    return use
+
+
+FP16 = ["--use_ema", "--learning_rate", "1e-3", "--lr_scheduler", "linear", "--checkpointing_steps", "1"]
+FP16 += [
+    "--checkpoints_total_limit",
+    "9",
+    "--validation_images",
+    "0",
+    "--max_train_steps",
+    "6",
+    "--logging_steps",
+    "2",
+]
+
+
+def strict_log(folder: Path) -> list[dict]:
+    def refuse(word):
+        raise AssertionError(f"log.jsonl holds {word}, which is no JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_skipped_steps_do_not_count(run, scaled):
+    """Not for the schedule, not for the average, not in means; the log tells how many they were."""
+    seen = scaled(init_scale=2.0**40, backoff_factor=2.0**-12)
+    folder = run("train_place", *FP16)
+    count = sum(seen.skipped)
+    assert 1 <= count < 6
+    state = json.loads((folder / "checkpoints" / "step-0000006" / "state.json").read_text())
+    assert state["lr_scheduler"]["last_epoch"] == state["ema"]["optimization_step"] == 6 - count
+    taken = itertools.accumulate(not skipped for skipped in seen.skipped)
+    assert seen.rates == pytest.approx([1e-3 * (1 - steps / 6) for steps in taken])
+    log = strict_log(folder)
+    assert sum(line["skipped_steps"] for line in log) == count
+    assert log[-1]["loss_scale"] == 2.0 ** (40 - 12 * count) and log[-1]["grad_norm"] > 0
+
+
+def test_endless_overflow_stops_the_run(run, scaled):
+    scaled(init_scale=3e38, backoff_factor=0.999)
+    with pytest.raises(FloatingPointError, match="8 steps in a row were skipped up to step 8.*--mixed_precision bf16"):
+        run("train_place", *FP16, "--max_train_steps", "20", "--logging_steps", "4")
+
+
+def test_a_loss_scale_below_one_stops_the_run(run, scaled):
+    scaled(init_scale=0.75)
+    with pytest.raises(FloatingPointError, match="the loss scale is down at 0.75"):
+        run("train_place", *FP16)
+
+
+def test_fp16_resumes_exactly(run, scaled):
+    scaled(init_scale=2.0**40, backoff_factor=2.0**-12, growth_interval=2)
+    whole = run("train_place", *FP16, output="whole")
+    for step in (1, 3):  # after a skipped step, and between the counts of the scaler
+        resumed = whole.with_name(f"resumed-{step}")
+        shutil.copytree(whole, resumed)
+        for later in range(step + 1, 7):
+            shutil.rmtree(resumed / "checkpoints" / f"step-{later:07d}")
+        run("train_place", *FP16, "--resume_from_checkpoint", "latest", output=resumed.name)
+        assert same_run(resumed, whole, step=6)
+        states = [json.loads((each / "checkpoints/step-0000006/state.json").read_text()) for each in (resumed, whole)]
+        assert states[0]["scaler"] == states[1]["scaler"] and states[0]["ema"] == states[1]["ema"]
