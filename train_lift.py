@@ -26,7 +26,7 @@ from utils.data.rows import sample_batch, training_batches
 from utils.devices import apply_speed_flags, use_cpu_threads
 from utils.distillation.features import feature_loss, tap_pair
 from utils.distillation.losses import fine_weight, lift_loss, output_loss
-from utils.distributed import long_timeout, on_main_process
+from utils.distributed import on_main_process, process_settings, refuse_unsupported
 from utils.output_dir import check_output_dir, prepare_output_dir
 from utils.publishing.card import write_card
 from utils.publishing.hub import prepare_push, push
@@ -67,12 +67,13 @@ def method_name(args) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Train, validate, save: in the order of the lines."""
     args = parse_args(__doc__, add_method_arguments, argv)
+    refuse_unsupported(args)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=tracker_names(args.report_to),
         project_dir=args.output_dir,
-        kwargs_handlers=[long_timeout()],
+        kwargs_handlers=process_settings(),
     )
     use_cpu_threads(args, accelerator)
     on_main_process(accelerator, check_output_dir, args.output_dir)

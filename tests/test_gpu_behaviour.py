@@ -146,3 +146,50 @@ def test_fp16_resumes_exactly(run, scaled):
         assert same_run(resumed, whole, step=6)
         states = [json.loads((each / "checkpoints/step-0000006/state.json").read_text()) for each in (resumed, whole)]
         assert states[0]["scaler"] == states[1]["scaler"] and states[0]["ema"] == states[1]["ema"]
+
+
+@pytest.mark.parametrize(
+    "variable, value, told",
+    [
+        ("ACCELERATE_USE_FSDP", "true", "FSDP"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "DeepSpeed"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "Megatron-LM"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "fp8"),
+        (
+            "ACCELERATE_GRADIENT_ACCUMULATION_STEPS",
+            "4",
+            "--gradient_accumulation_steps is 1, but accelerate is told 4",
+        ),
+    ],
+)
+def test_what_launch_may_ask_for_and_is_not_done_here_is_refused(run, monkeypatch, variable, value, told):
+    monkeypatch.setenv(variable, value)
+    for script in ("train_lift", "train_place"):
+        with pytest.raises(ValueError, match=told):
+            run(script, "--validation_images", "0")
+
+
+def test_accumulation_told_twice_and_alike_is_no_contradiction(run, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
+    folder = run("train_place", "--gradient_accumulation_steps", "2", "--validation_images", "0")
+    assert [line["step"] for line in strict_log(folder)] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_belongs_to_its_precision(run, monkeypatch):
+    """Also where it is accelerate's config that chose it; where the flag says the same, it is the same run."""
+    flags = ["--checkpointing_steps", "2", "--validation_images", "0"]
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    run("train_place", *flags)
+    again = [*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", "5"]
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    with pytest.raises(ValueError, match="another run: autocast was bf16, is no"):
+        run("train_place", *again)
+    run("train_place", *again, "--mixed_precision", "bf16")
+
+
+def test_another_device_is_another_run(run):
+    folder = run("train_place", "--checkpointing_steps", "2", "--validation_images", "0")
+    for path in folder.glob("checkpoints/*/state.json"):
+        path.write_text(path.read_text().replace('"device_type": "cpu"', '"device_type": "cuda"'))
+    with pytest.raises(ValueError, match="another run: device_type was cuda, is cpu"):
+        run("train_place", "--resume_from_checkpoint", "latest", "--max_train_steps", "5")
