@@ -200,7 +200,8 @@ class StableDiffusion(UNetBackbone):
             self._place_encoders()
             self.empty = self.encoders.prompts([""])
         device = next(self.teacher.parameters()).device
-        return {name: value.to(device) for name, value in self.empty.items()}
+        self.empty = {name: value.to(device) for name, value in self.empty.items()}  # it stays there: no copy a step
+        return self.empty
 
     def _condition(self, text: dict[str, torch.Tensor], time_ids: torch.Tensor | None) -> dict:
         condition = {"encoder_hidden_states": text["prompt_embeds"].float()}
