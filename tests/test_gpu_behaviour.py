@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 
@@ -193,3 +194,20 @@ def test_another_device_is_another_run(run):
         path.write_text(path.read_text().replace('"device_type": "cpu"', '"device_type": "cuda"'))
     with pytest.raises(ValueError, match="another run: device_type was cuda, is cpu"):
         run("train_place", "--resume_from_checkpoint", "latest", "--max_train_steps", "5")
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_torch_has_for_a_device_what_a_step_asks_of_it(device):
+    assert callable(torch.get_device_module(device).manual_seed)
+    assert device in torch.utils._foreach_utils._get_fused_kernels_supported_devices()
+
+
+def test_xformers_that_cannot_run_leave_torchs_attention(run, monkeypatch, caplog):
+    """A wheel of another torch imports, and raises at the first call."""
+
+    def raises(self, *_):
+        raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
+
+    monkeypatch.setattr(UNet2DModel, "enable_xformers_memory_efficient_attention", raises)
+    run("train_place", "--enable_xformers_memory_efficient_attention", "--validation_images", "0")
+    assert "PyTorch's attention stays. No operator found" in caplog.text
