@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from utils.command_line import UsageError, run
 from utils.devices import DTYPES
-from utils.distributed import long_timeout, main_process_first, on_main_process
+from utils.distributed import main_process_first, on_main_process, process_settings, wait_for_everyone
 from utils.evaluation.arguments import METRICS, PR_NEIGHBOURS, parse_args
 from utils.evaluation.cost import Meter, cost, free, measure
 from utils.evaluation.image_sets import ImageSet, image_files
@@ -124,7 +124,7 @@ def draw_missing(samples: SampleFolder, meter: Meter, accelerator: Accelerator) 
         together = missing[0][number * accelerator.num_processes : (number + 1) * accelerator.num_processes]
         progress.update(sum(len(other) for other in together))
     progress.close()
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator)
 
 
 def compute_metrics(args, real: Measured, generated: Measured, device) -> dict[str, float]:
@@ -179,7 +179,7 @@ def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict]
 def main(argv: list[str] | None = None) -> None:
     """Check, measure the reference, sample, measure the samples, report: in the order of the lines."""
     args = parse_args(__doc__, argv)
-    accelerator = Accelerator(kwargs_handlers=[long_timeout()])
+    accelerator = Accelerator(kwargs_handlers=process_settings())
     check_processes(accelerator)
     args.num_cpu_threads = block_threads(args.num_cpu_threads, accelerator)
     quiet = not accelerator.is_local_main_process
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.update_model_card:
             print(f"Updated: {update_model_card(Path(args.pretrained_model_name_or_path), content)}")
         print("Next: python analyze_error.py --help, for where a student's error lies")
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator)
     accelerator.end_training()
 
 

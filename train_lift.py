@@ -27,14 +27,15 @@ from utils.data.rows import sample_batch, training_batches
 from utils.devices import apply_speed_flags, use_cpu_threads
 from utils.distillation.features import feature_loss, tap_pair
 from utils.distillation.losses import fine_weight, lift_loss, output_loss
-from utils.distributed import long_timeout, on_main_process
+from utils.distributed import on_main_process, process_settings, refuse_unsupported
 from utils.output_dir import check_output_dir, prepare_output_dir
 from utils.publishing.card import write_card
 from utils.publishing.hub import check_push, prepare_push, push
 from utils.training.arguments import parse_args
 from utils.training.checkpoint import Checkpoints
 from utils.training.log import RunLog, error_per_sample, tracker_names
-from utils.training.optimizer import make_optimizer, with_gradients
+from utils.training.memory import memory_estimate
+from utils.training.optimizer import make_optimizer, stepped, with_gradients
 from utils.training.report import plan, save_arguments, summary
 from utils.training.stop import Stop
 from utils.training.validation import Validation, evaluated
@@ -67,12 +68,13 @@ def method_name(args) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Train, validate, save: in the order of the lines."""
     args = parse_args(__doc__, add_method_arguments, argv)
+    refuse_unsupported(args)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=tracker_names(args.report_to),
         project_dir=args.output_dir,
-        kwargs_handlers=[long_timeout()],
+        kwargs_handlers=process_settings(),
     )
     use_cpu_threads(args, accelerator)
     on_main_process(accelerator, check_output_dir, args.output_dir)
@@ -97,14 +99,15 @@ def main(argv: list[str] | None = None) -> None:
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
+    memory = on_main_process(accelerator, memory_estimate, args, accelerator, student, tapped_teacher, backbone)
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
-    trainable, weights = with_gradients(student), with_gradients(denoiser)  # collected once, not in every step
-    ema = EMAModel(weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
+    ema_weights = with_gradients(denoiser)  # collected once, not in every step
+    ema = EMAModel(ema_weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser, dataset)
     on_main_process(accelerator, check_push, args)
-    accelerator.print(plan(args, accelerator, dataset, student, teacher, backbone.example(), sizes))
+    accelerator.print(plan(args, accelerator, dataset, sizes, memory))
     if args.dry_run:
         return
     repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
@@ -164,7 +167,7 @@ def main(argv: list[str] | None = None) -> None:
 
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
         log.add(step + 1, {"loss": loss, **terms}, noised.place, error_per_sample(student_pred.output, target))
@@ -172,14 +175,16 @@ def main(argv: list[str] | None = None) -> None:
             continue
 
         step += 1
-        lr_scheduler.step()
-        if ema is not None:
-            ema.step(weights)
+        if stepped(accelerator, grad_norm):  # fp16 skips a step whose gradient overflows
+            lr_scheduler.step()
+            if ema is not None:
+                ema.step(ema_weights)
         log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0])
-        if step % args.validation_steps == 0 or step == args.max_train_steps:
+        last = step == args.max_train_steps
+        if last or step % args.validation_steps == 0:
             with log.paused(), evaluated(denoiser, ema):
                 log.write(step, validation.run(denoiser, step))
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+        if last or step % args.checkpointing_steps == 0:
             with log.paused():
                 checkpoints.save(step)
         stop.exit_if_asked(checkpoints, step)

@@ -3,8 +3,8 @@
 
 The imports are paid once: every process of a job is a fork of this one. A job is {"argv", "folder", "processes"}; its
 folder gets `out-<rank>.txt` and `seen-<rank>.json`: what the rank trained on, wrote and ended with. Where a job has
-them, `signal` is a step in which the last rank, alone, gets SIGTERM, `validation_takes` seconds, and `patience` the
-seconds that processes wait for each other.
+them, `signal` is a step in which the last rank, alone, gets SIGTERM, `validation_takes` seconds, and `patience` and
+`step_patience` are the seconds that hosts and devices wait for each other.
 """
 
 import json
@@ -21,12 +21,11 @@ import datasets  # noqa: F401  these five are loaded when first needed: here, on
 import matplotlib.pyplot  # noqa: F401
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, StableDiffusionPipeline  # noqa: F401
+from utils.backbones.common import UNetBackbone
 
 import train_place
 import utils.data.cache
 import utils.distributed
-import utils.training.stop
-from utils.backbones.common import UNetBackbone
 from utils.training.log import RunLog
 from utils.training.validation import Validation
 
@@ -81,7 +80,9 @@ def record(job: dict, seen: dict) -> None:
     train_place.training_batches, RunLog.end_step, utils.data.cache._write = rows, step_ended, files
     train_place.Checkpoints._write, Validation.run, Validation._draw = checkpoints, validation, samples
     if "patience" in job:
-        utils.distributed.PATIENCE = utils.training.stop.PATIENCE = timedelta(seconds=job["patience"])
+        utils.distributed.PATIENCE = timedelta(seconds=job["patience"])
+    if "step_patience" in job:
+        utils.distributed.STEP_PATIENCE = timedelta(seconds=job["step_patience"])
     UNetBackbone.noise_at = timesteps
 
 

@@ -39,8 +39,21 @@ def apply_speed_flags(args, accelerator: Accelerator, student: nn.Module, teache
         try:
             for model in filter(None, (student, teacher)):
                 model.enable_xformers_memory_efficient_attention()
-        except (ValueError, ModuleNotFoundError) as error:  # on the CPU, and where it is not installed
+            probe_xformers(accelerator.device, DTYPES[accelerator.mixed_precision])
+        # on the CPU, where it is not installed, and where its wheel is of another torch
+        except (ValueError, ModuleNotFoundError, NotImplementedError) as error:
+            for model in filter(None, (student, teacher)):
+                model.disable_xformers_memory_efficient_attention()
             logger.warning(f"--enable_xformers_memory_efficient_attention: PyTorch's attention stays. {error}")
+
+
+def probe_xformers(device: torch.device, dtype: torch.dtype) -> None:
+    """A forward and backward of its attention, which diffusers tries in float32 and forward alone. Raises
+    NotImplementedError where it has no operator for them."""
+    from xformers.ops import memory_efficient_attention
+
+    query = torch.zeros((1, 2, 40), device=device, dtype=dtype, requires_grad=True)
+    memory_efficient_attention(query, query, query).sum().backward()
 
 
 EXACT = ("timestep", "time_ids")  # in bfloat16 a timestep of 999 would be 1000, and a side of 1023 pixels 1024

@@ -52,8 +52,8 @@ class StepRandom:
         # torch.manual_seed would visit every kind of device, and keep a stack trace for each call before CUDA starts
         dropout_seed = seed_from(seed, micro_step, 1, rank)
         torch.default_generator.manual_seed(dropout_seed)
-        if self.generator.device.type == "cuda":
-            torch.cuda.manual_seed(dropout_seed)
+        if self.generator.device.type != "cpu":  # cuda and mps draw dropout from generators of their own
+            torch.get_device_module(self.generator.device).manual_seed(dropout_seed)
 
     def normal(self, shape: tuple[int, ...]) -> torch.Tensor:
         """Standard normal float32 noise of `shape` = (B, ...), B the batch of this process."""

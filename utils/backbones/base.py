@@ -75,7 +75,7 @@ class Backbone:
 
     def __init__(self, args, teacher: ModelMixin | None, process: Diffusion, configs: Configs):
         self.args, self.teacher, self.process, self.conditions = args, teacher, process, Nothing()
-        self.resolution, self.sampling_options = configs.resolution, {}
+        self.configs, self.resolution, self.sampling_options = configs, configs.resolution, {}
 
     # --- Loading: everything that can be refused is, from the configs alone, before weights load
 

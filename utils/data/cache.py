@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from utils.command_line import UsageError
 from utils.data.rows import ImageRows, as_is, load_rows
+from utils.distributed import wait_for_everyone
 from utils.files import read_json, write_json, written_beside
 
 BLOCK = 256  # rows, or captions, a file
@@ -60,14 +61,14 @@ def encoded_once(args, accelerator: Accelerator, dataset: Dataset, backbone) -> 
     if accelerator.is_main_process and not (folder / "cache.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "cache.json", {**cache_settings(args, accelerator, dataset, backbone), "complete": False})
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator)
     _encode_images(args, accelerator, dataset, backbone)
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator)
     _encode_captions(args, accelerator, backbone)
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator)
     if accelerator.is_main_process:
         write_json(folder / "cache.json", {**read_json(folder / "cache.json"), "complete": True})
-    accelerator.wait_for_everyone()
+    wait_for_everyone(accelerator)
     backbone.free_encoders()
     return CachedRows(folder, backbone)
 

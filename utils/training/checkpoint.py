@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from utils.command_line import UsageError, without_root
+from utils.distributed import wait_for_everyone
 from utils.files import sha256
 from utils.output_dir import complete_checkpoints, step_of, wanted_checkpoint
 from utils.training.log import RunLog
@@ -32,7 +33,7 @@ HARMLESS_ARGUMENTS = frozenset(
     (
         "allow_changed_arguments allow_tf32 cache_dir latent_cache_dir checkpointing_steps checkpoints_total_limit "
         "dataloader_num_workers dry_run hub_model_id hub_private_repo logging_steps max_train_minutes "
-        "max_train_steps num_cpu_threads output_dir overwrite_output_dir push_to_hub report_to "
+        "max_train_steps mixed_precision num_cpu_threads output_dir overwrite_output_dir push_to_hub report_to "
         "resume_from_checkpoint tracker_project_name validation_batch_size validation_feature_extractor "
         "validation_guidance_scale validation_shown_samples validation_num_inference_steps validation_num_samples "
         "validation_prompts validation_split validation_steps"
@@ -74,7 +75,12 @@ class Checkpoints:
         self.student = accelerator.unwrap_model(student, keep_torch_compile=False)
         self.ema, self.optimizer, self.lr_scheduler = ema, optimizer, lr_scheduler
         self.folder = Path(args.output_dir) / "checkpoints"
-        self.facts = {"world_size": accelerator.num_processes, "data": fingerprint}
+        self.facts = {
+            "world_size": accelerator.num_processes,
+            "data": fingerprint,
+            "device_type": accelerator.device.type,
+            "autocast": accelerator.mixed_precision,  # which may be accelerate's config's, without the flag
+        }
 
     def all(self) -> list[Path]:
         """The complete checkpoints, oldest first."""
@@ -87,10 +93,10 @@ class Checkpoints:
             FloatingPointError: a loss since the last log is not finite; nothing is written.
             OSError: no space, or another failure to write; the earlier checkpoints are untouched.
         """
+        wait_for_everyone(self.accelerator)  # the main process may have validated; the log then waits on the devices
         # the log reads every pending loss term first: nothing is saved after one that is not finite
         states = {name: part.state() for name, part in self.stateful.items()}
         final = self.folder / f"step-{step:07d}"
-        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             beside = self.folder / f".{final.name}.partial"
             try:
@@ -108,7 +114,7 @@ class Checkpoints:
             _sync_to_disk(self.folder)
             for old in self.all()[: -self.args.checkpoints_total_limit]:
                 _remove(old)
-        self.accelerator.wait_for_everyone()
+        wait_for_everyone(self.accelerator)
         self.log.last_checkpoint = final
         return final
 
@@ -197,7 +203,7 @@ class Checkpoints:
 
     def _refuse_another_run(self, state: dict) -> None:
         now = {**vars(self.args), **self.facts}
-        then = {**state["arguments"], **state["facts"]}
+        then = {**self.facts, **state["arguments"], **state["facts"]}  # older checkpoints have fewer facts
         now, then = ({name: without_root(value) for name, value in each.items()} for each in (now, then))
         changed = [
             f"{name} was {then.get(name)}, is {now.get(name)}"
@@ -226,11 +232,17 @@ def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _flatten_optimizer(state: dict) -> tuple[dict[str, torch.Tensor], dict]:
-    """A torch optimizer's state dict as flat tensors (safetensors) and the rest (JSON)."""
-    tensors, scalars = {}, {}
+    """An optimizer's state dict as flat tensors (safetensors) and the rest (JSON). bitsandbytes nests what is
+    quantised, and loads it flat too; the tables that its weights share are written for each, as safetensors must."""
+    tensors, scalars, places = {}, {}, set()
     for index, entries in state["state"].items():
-        for name, value in entries.items():
-            (tensors if isinstance(value, torch.Tensor) else scalars)[f"{index}.{name}"] = value
+        nested = [value for value in entries.values() if isinstance(value, dict)]
+        for name, value in {name: value for part in (entries, *nested) for name, value in part.items()}.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{index}.{name}"] = value.clone() if value.data_ptr() in places else value
+                places.add(value.data_ptr())
+            elif not isinstance(value, dict):
+                scalars[f"{index}.{name}"] = value
     return _plain(tensors), {"scalars": scalars, "param_groups": state["param_groups"]}
 
 

@@ -19,6 +19,9 @@ from utils.command_line import UsageError
 from utils.files import write_file
 
 QUARTERS = 4  # of the schedule: where on it the student fails
+ENDLESS = (
+    8  # skipped steps in a row and nothing else in a log interval: fp16's scale fell 256-fold, and it is no start
+)
 
 
 def error_per_sample(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -56,7 +59,8 @@ class RunLog:
         self.pending: list[tuple[int, torch.Tensor]] = []  # (step, terms of one micro-step), on the device
         self.pending_norms: list[tuple[int, torch.Tensor]] = []
         self.rows: list[list[float]] = []  # the same, read
-        self.norms: list[float] = []
+        self.norms: list[float | None] = []  # None: a loss scaler skipped that step
+        self.skipped_in_a_row = 0
         self.progress = None
         self.learning_rate = args.learning_rate
         self.last_checkpoint: Path | None = None
@@ -102,11 +106,13 @@ class RunLog:
     def state(self) -> dict:
         """What has been added since the last log, for a checkpoint."""
         self._read()
-        return {"names": self.names, "rows": self.rows, "norms": self.norms}
+        skipped = {"skipped_in_a_row": self.skipped_in_a_row}
+        return {"names": self.names, "rows": self.rows, "norms": self.norms, **skipped}
 
     def load_state(self, state: dict, step: int) -> None:
         """Go on from a checkpoint of `step`."""
         self.names, self.rows, self.norms = state["names"], state["rows"], state["norms"]
+        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
         self.drop_after(step)
 
     def drop_after(self, step: int) -> None:
@@ -135,13 +141,18 @@ class RunLog:
                     f"last good checkpoint is {self.last_checkpoint or 'none'}."
                 )
         for (step, _), norm in zip(self.pending_norms, norms, strict=True):
-            if not math.isfinite(norm) and self.accelerator.scaler is None:  # a loss scaler skips such steps
+            if math.isfinite(norm):
+                self.norms.append(norm)
+                self.skipped_in_a_row = 0
+            elif self.accelerator.scaler is not None:  # it skips such steps
+                self.norms.append(None)
+                self.skipped_in_a_row += 1
+            else:
                 raise FloatingPointError(
                     f"The gradient is not finite since step {step}: norm {norm}, though the loss is; learning rate "
                     f"{self.learning_rate:.3g}. The last good checkpoint is {self.last_checkpoint or 'none'}."
                 )
         self.rows += rows
-        self.norms += norms
         self.pending, self.pending_norms = [], []
 
     def _report(self, step: int) -> None:
@@ -153,21 +164,42 @@ class RunLog:
         self.last_time, self.last_step = now, step
         means = [math.fsum(column) / len(self.rows) for column in zip(*self.rows, strict=True)]
         values = dict(zip(self.names, means, strict=False))
-        values |= {"grad_norm": math.fsum(self.norms) / max(1, len(self.norms)), "learning_rate": self.learning_rate}
+        norms = [norm for norm in self.norms if norm is not None]
+        values |= {"grad_norm": math.fsum(norms) / len(norms)} if norms else {}
+        values["learning_rate"] = self.learning_rate
+        if self.accelerator.scaler is not None:
+            values |= {
+                "skipped_steps": len(self.norms) - len(norms),
+                "loss_scale": self.accelerator.scaler.get_scale(),
+            }
         sums, counts = means[len(self.names) :][:QUARTERS], means[len(self.names) :][QUARTERS:]
         for quarter, (total, count) in enumerate(zip(sums, counts, strict=True), start=1):
             if count:
                 values[f"error_quarter_{quarter}"] = total / count
         self.rows, self.norms = [], []
         self.write(step, values)
+        self._stop_at_endless_overflow(step, values)
         self.accelerator.log({"images_per_second": images / seconds}, step=step)
         shown = {name: f"{values[name]:.3g}" for name in ("loss", "coarse", "fine", "w") if name in values}
         self.progress.set_postfix({**shown, "images/s": f"{images / seconds:.0f}"}, refresh=False)
+
+    def _stop_at_endless_overflow(self, step: int, values: dict[str, float]) -> None:
+        """Raises FloatingPointError where fp16's loss scaler finds no scale at which the gradient is finite."""
+        all_skipped = "grad_norm" not in values and self.skipped_in_a_row >= ENDLESS
+        if all_skipped or values.get("loss_scale", 1) < 1:
+            raise FloatingPointError(
+                f"The gradient overflows in float16: {self.skipped_in_a_row} steps in a row were skipped up to step "
+                f"{step}, the loss scale is down at {values['loss_scale']:.3g}, the learning rate is "
+                f"{self.learning_rate:.3g}. Use --mixed_precision bf16 or no. The last good checkpoint is "
+                f"{self.last_checkpoint or 'none'}."
+            )
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """To `log.jsonl` and the trackers. Values that depend on the clock go to the trackers alone, so that two equal
         runs have equal files."""
         if values and self.accelerator.is_main_process:
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **values}) + "\n")
+                # JSON has no word for what is not finite, but null
+                known = {name: value if math.isfinite(value) else None for name, value in values.items()}
+                file.write(json.dumps({"step": step, **known}, allow_nan=False) + "\n")
         self.accelerator.log(values, step=step)

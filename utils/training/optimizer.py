@@ -4,6 +4,7 @@
 from collections.abc import Iterable
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from utils.command_line import UsageError
@@ -41,3 +42,14 @@ def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Opti
         eight_bit = {"adamw": bitsandbytes.optim.AdamW8bit, "adam": bitsandbytes.optim.Adam8bit}
         return eight_bit[args.optimizer](parameters, **settings)
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer](parameters, fused=True, **settings)
+
+
+def stepped(accelerator: Accelerator, grad_norm: torch.Tensor) -> bool:
+    """Whether the optimizer moved the weights: fp16's loss scaler leaves out a step whose gradient overflows, as its
+    norm `grad_norm` () shows.
+
+    A fused optimizer leaves it out on the device, and neither torch nor accelerate tells the host, which counts the
+    steps of the schedule and of the average. So with a loss scaler, and only then, the host waits for this one number
+    in every optimizer step; for an optimizer that is not fused, torch waits in the same way.
+    """
+    return accelerator.scaler is None or bool(grad_norm.isfinite())

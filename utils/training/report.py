@@ -8,18 +8,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import recursively_apply
-from torch import nn
 
-from utils.distillation.features import on_meta
 from utils.files import PACKAGES, versions, write_json
 from utils.training.log import RunLog
 
 
-def plan(
-    args, accelerator: Accelerator, dataset, student: nn.Module, teacher: nn.Module | None, example: dict, sizes: str
-) -> str:
-    """Sizes, devices, batch, epochs, where things are saved, and the memory that training will take on each device."""
+def plan(args, accelerator: Accelerator, dataset, sizes: str, memory: str | None) -> str:
+    """Sizes, devices, batch, epochs, where things are saved, and the memory that training will take on each device:
+    `memory` as `utils.training.memory` estimates it."""
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     images = batch * args.max_train_steps
     distance = " and the best by Frechet distance" if args.validation_feature_extractor else ""
@@ -33,44 +29,12 @@ def plan(
             f"{accelerator.num_processes} processes = {batch}",
             f"data         {dataset}; {args.max_train_steps:,} steps see {images:,}, "
             f"{images / len(dataset):.1f} epochs",
-            f"memory       {memory_estimate(args, student, teacher, example)}",
+            f"memory       {memory}",
             f"checkpoints  {args.output_dir}/checkpoints, every {args.checkpointing_steps:,} steps, the newest "
             f"{args.checkpoints_total_limit} kept{distance}",
             f"student      {args.output_dir}, a diffusers pipeline",
         ]
     )
-
-
-def memory_estimate(args, student: nn.Module, teacher: nn.Module | None, example: dict) -> str:
-    """GiB of weights, gradients, optimizer state, EMA and saved activations. The activations are counted on the meta
-    device for two samples and scaled to the batch; the libraries, the data and the sampler's own come on top."""
-    parameters = sum(p.numel() for p in student.parameters())
-    trained = sum(p.numel() for p in student.parameters() if p.requires_grad)
-    state = 4 * parameters + trained * (4 + (2 if args.use_8bit_adam else 8) + 4 * args.use_ema)
-    frozen = sum(p.numel() * p.element_size() for p in teacher.parameters()) if teacher is not None else 0
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
-        kept.append(tensor)  # alive, so that no id is given twice
-        return tensor
-
-    kept: list[torch.Tensor] = []
-    shadow = on_meta(student)
-    inputs = recursively_apply(lambda tensor: tensor.to("meta").expand(2, *tensor.shape[1:]), example)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        shadow(**inputs)
-    weights = {id(p.untyped_storage()) for p in shadow.parameters()}
-    activations = sum(size for key, size in saved.items() if key not in weights) * args.train_batch_size // 2
-    total = state + frozen + activations
-    return (
-        f"about {_gib(total)} a device: student with optimizer{' and EMA' if args.use_ema else ''} {_gib(state)}, "
-        f"teacher {_gib(frozen)}, activations {_gib(activations)}"
-    )
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB"
 
 
 def save_arguments(args, script: str, data_fingerprint: str) -> None:

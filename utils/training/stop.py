@@ -9,7 +9,7 @@ import time
 import torch
 from accelerate import Accelerator
 
-from utils.distributed import PATIENCE
+from utils.distributed import hosts
 from utils.training.checkpoint import Checkpoints
 
 
@@ -21,9 +21,7 @@ class Stop:
         self.accelerator = accelerator
         self.deadline = time.monotonic() + 60 * max_train_minutes if max_train_minutes else math.inf
         self.received: int | None = None
-        self.hosts = None  # a group of their own for the CPUs: asking them does not wait for a GPU
-        if accelerator.num_processes > 1:
-            self.hosts = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+        self.hosts = hosts(accelerator)  # asking them does not wait for a GPU
         numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         self.before = {number: signal.signal(number, self._receive) for number in numbers}
 
