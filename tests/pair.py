@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python pair.py jobs.json` runs train_place.py for each job in turn, on one process or on several that talk gloo.
 
-The imports are paid once: every process of a job is a fork of this one. A job is {"argv", "folder", "processes"}; its
+Every process of a job is a fork of this one. A job is {"argv", "folder", "processes"}; its
 folder gets `out-<rank>.txt` and `seen-<rank>.json`: what the rank trained on, wrote and ended with. Where a job has
 them, `signal` is a step in which the last rank, alone, gets SIGTERM, `validation_takes` seconds, and `patience` the
 seconds that processes wait for each other.
@@ -10,17 +10,14 @@ seconds that processes wait for each other.
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
 
-import datasets  # noqa: F401  these five are loaded when first needed: here, once for all
-import matplotlib.pyplot  # noqa: F401
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, StableDiffusionPipeline  # noqa: F401
+from forks import worlds
 
 import train_place
 import utils.cache
@@ -29,13 +26,6 @@ import utils.stop
 from utils.backbones.common import UNetBackbone
 from utils.logs import RunLog
 from utils.validation import Validation
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
 
 LIMIT = 600  # seconds, then a process that waits for another is killed
 
@@ -107,15 +97,12 @@ def run(job: dict, rank: int) -> int:
 
 def start(job: dict) -> None:
     """All ranks of a job, to their end."""
-    count, port = job["processes"], free_port()
-    for rank in range(count):
+    count = job["processes"]
+    for rank, world in enumerate(worlds(count)):
         if os.fork() == 0:
             signal.alarm(LIMIT)
             torch.set_num_threads(1)
-            if count > 1:
-                world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-                world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                os.environ.update({name: str(value) for name, value in world.items()})
+            os.environ.update(world if count > 1 else {})
             os._exit(run(job, rank))
     for _ in range(count):
         os.wait()

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import datasets
@@ -97,8 +98,17 @@ def flags(teacher_dir, data_dir):
 
 
 @pytest.fixture
-def analyze(run, flags):
-    """`analyze(student, "--flag", value, output="name")` runs the script and returns analysis.json and its folder."""
+def analyze(request, run, flags, monkeypatch):
+    """`analyze(student, "--flag", value, output="name")` runs the script and returns analysis.json and its folder.
+
+    Its figures, most of its time, are files of what they show where a test does not ask for `ornaments`."""
+
+    def save_contents(_analysis, maps, samples, folder):
+        for name in FIGURES:
+            (folder / name).write_bytes(pickle.dumps((maps, samples)))
+
+    if "ornaments" not in request.fixturenames:
+        monkeypatch.setattr(analyze_error, "save_figures", save_contents)
 
     def run_analysis(student, *changes, output="analysis") -> tuple[dict, Path]:
         folder = run("analyze_error", *flags(student, *changes), output=output, defaults=False)
@@ -382,7 +392,7 @@ def test_correcting_another_student_does_not(tmp_path, flags, save):
 # The script
 
 
-def test_a_run_on_a_trained_student(run, analyze, data_dir):
+def test_a_run_on_a_trained_student(run, analyze, ornaments, data_dir):
     """Everything is written, the numbers agree with each other, and the distance is the training script's own."""
     student = run(
         "train_place",
@@ -499,7 +509,7 @@ def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir,
     )
 
 
-def test_a_perfect_student_has_no_shares(analyze, teacher_dir):
+def test_a_perfect_student_has_no_shares(analyze, ornaments, teacher_dir):
     analysis, folder = analyze(teacher_dir)
     assert analysis["mean"]["total"] == 0 and analysis["mean"]["coarse_share"] is None
     assert set(analysis["samples"]["pixel_difference_to_teacher"].values()) == {0.0}
@@ -592,9 +602,14 @@ def test_flags_without_effect_are_warned_of(flags, tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are saved, by file name."""
+    """The figures that are saved, by file name; the files themselves are small."""
     saved, save_figure = {}, Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, path: saved.update({Path(path).name: f}) or save_figure(f, path))
+
+    def save_small(figure, path):
+        saved[Path(path).name] = figure
+        save_figure(figure, path, dpi=20)
+
+    monkeypatch.setattr(Figure, "savefig", save_small)
     return saved
 
 
