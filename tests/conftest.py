@@ -95,9 +95,9 @@ def python():
 
 # More than half of a tiny run's time, and no part of what it computes
 ORNAMENTS = {
-    "utils.card.plot_losses": lambda log, picture: picture.touch(),
-    "utils.plan.memory_estimate": lambda *_: "not estimated",
-    "utils.checkpoint._sync_to_disk": lambda path: None,  # the tests cut no power
+    "utils.publishing.card.plot_losses": lambda log, picture: picture.touch(),
+    "utils.training.report.memory_estimate": lambda *_: "not estimated",
+    "utils.training.checkpoint._sync_to_disk": lambda path: None,  # the tests cut no power
 }
 
 

@@ -20,12 +20,12 @@ import torch
 from forks import worlds
 
 import train_place
-import utils.cache
+import utils.data.cache
 import utils.distributed
-import utils.stop
+import utils.training.stop
 from utils.backbones.common import UNetBackbone
-from utils.logs import RunLog
-from utils.validation import Validation
+from utils.training.log import RunLog
+from utils.training.validation import Validation
 
 LIMIT = 600  # seconds, then a process that waits for another is killed
 
@@ -33,7 +33,7 @@ LIMIT = 600  # seconds, then a process that waits for another is killed
 def record(job: dict, seen: dict) -> None:
     """Note what passes; change nothing but what the job asks for."""
     batches, end_step = train_place.training_batches, RunLog.end_step
-    write, save = utils.cache._write, train_place.Checkpoints._write
+    write, save = utils.data.cache._write, train_place.Checkpoints._write
     validate, draw, noise_at = Validation.run, Validation._draw, UNetBackbone.noise_at
 
     def rows(dataset, args, accelerator, **span):
@@ -68,10 +68,10 @@ def record(job: dict, seen: dict) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         end_step(self, step, grad_norm, learning_rate)
 
-    train_place.training_batches, RunLog.end_step, utils.cache._write = rows, step_ended, files
+    train_place.training_batches, RunLog.end_step, utils.data.cache._write = rows, step_ended, files
     train_place.Checkpoints._write, Validation.run, Validation._draw = checkpoints, validation, samples
     if "patience" in job:
-        utils.distributed.PATIENCE = utils.stop.PATIENCE = timedelta(seconds=job["patience"])
+        utils.distributed.PATIENCE = utils.training.stop.PATIENCE = timedelta(seconds=job["patience"])
     UNetBackbone.noise_at = timesteps
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 from torch import nn
 
 import analyze_error
-import utils.analysis
-from utils.analysis import (
+import utils.analysis.error
+from utils.analysis.error import (
     ErrorStatistics,
     group_map,
     group_sizes,
@@ -29,19 +29,19 @@ from utils.analysis import (
     split_groups,
     summarize,
 )
-from utils.analysis_arguments import parse_args
-from utils.analysis_output import FIGURES, save_figures
+from utils.analysis.arguments import parse_args
+from utils.analysis.report import FIGURES, save_figures
 from utils.backbones import choose_backbone
 from utils.backbones.ddpm import DDPM
-from utils.corrected import CorrectedDenoiser
-from utils.extractors import FeatureExtractor
-from utils.feature_statistics import FeatureStatistics
-from utils.losses import place_loss
-from utils.metrics import frechet_distance
-from utils.pictures import error_maps_figure, samples_figure
-from utils.plots import coarse_fine_figure, line_figure
+from utils.analysis.corrected import CorrectedDenoiser
+from utils.metrics.extractors import FeatureExtractor
+from utils.metrics.statistics import FeatureStatistics
+from utils.distillation.losses import place_loss
+from utils.metrics.distances import frechet_distance
+from utils.analysis.figures import error_maps_figure, samples_figure
+from utils.analysis.figures import coarse_fine_figure, line_figure
 from utils.randomness import seed_from, shuffled
-from utils.validation import VALIDATION_STREAM
+from utils.randomness import VALIDATION_STREAM
 
 CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "classifier"
 SMALL = {
@@ -216,8 +216,8 @@ def test_errors_grow_with_the_rank(group_size, groups):
 @pytest.mark.parametrize("group_size, fits", [(2, 2), (5, 2), (41, 1), (42, 1)])
 def test_groups_are_fitted_together(monkeypatch, group_size, fits):
     """All but the last at once: a line at a time is slow."""
-    calls, fit = [], utils.analysis.split_error
-    monkeypatch.setattr(utils.analysis, "split_error", lambda *preds: calls.append(preds) or fit(*preds))
+    calls, fit = [], utils.analysis.error.split_error
+    monkeypatch.setattr(utils.analysis.error, "split_error", lambda *preds: calls.append(preds) or fit(*preds))
     split_groups(*predictions(), group_size)
     assert len(calls) == fits
 

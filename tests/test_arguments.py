@@ -12,7 +12,8 @@ import pytest
 
 import train_lift
 import train_place
-from utils.arguments import DEFAULT_RECIPE, ArgumentParser, parse_args
+from utils.training.arguments import DEFAULT_RECIPE, parse_args
+from utils.command_line import ArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_lift": train_lift, "train_place": train_place}

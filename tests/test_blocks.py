@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import Attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from utils.features import Tapped
+from utils.distillation.features import Tapped
 from utils.students.blocks import (
     PRESETS,
     feature_pairs,

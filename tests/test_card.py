@@ -19,10 +19,11 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 import train_place
-import utils.card
-from utils.arguments import parse_args
-from utils.card import card_for_hub, update_card, without_paths, write_card
-from utils.losses import place_loss
+import utils.publishing.card
+from utils.training.arguments import parse_args
+from utils.publishing.card import card_for_hub, update_card, write_card
+from utils.publishing.model_index import without_paths
+from utils.distillation.losses import place_loss
 from utils.students.sizes import model_size
 
 
@@ -112,12 +113,12 @@ def test_loss_curves(student, ornaments, tmp_path):
     picture = np.asarray(Image.open(student / "losses.png").convert("L"))
     assert picture.shape[0] > 300 and picture.shape[1] > 900
     assert (picture < 128).mean() > 0.002
-    utils.card.plot_losses(student / "log.jsonl", tmp_path / "same.png")
+    utils.publishing.card.plot_losses(student / "log.jsonl", tmp_path / "same.png")
     assert (tmp_path / "same.png").read_bytes() == (student / "losses.png").read_bytes()
     lines = read_log(student)
     lines[-1]["task"] *= 100
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    utils.card.plot_losses(tmp_path / "log.jsonl", tmp_path / "other.png")
+    utils.publishing.card.plot_losses(tmp_path / "log.jsonl", tmp_path / "other.png")
     assert (tmp_path / "other.png").read_bytes() != (student / "losses.png").read_bytes()
 
 
@@ -264,7 +265,7 @@ def test_a_folder_without_our_card(tmp_path):
 
 @pytest.mark.parametrize("flags", [[], ["--coarse_norm", "l2", "--weighting", "constant", "--coarse_scale", "2"]])
 def test_the_equations_are_what_was_trained_with(run, flags):
-    """The printed lines, taken as Python, give what utils/losses.py computes."""
+    """The printed lines, taken as Python, give what utils/distillation/losses.py computes."""
     folder = run("train_place", "--max_train_steps", "1", "--grouping", "patch", *flags)
     args = json.loads((folder / "args.json").read_text())["arguments"]
     generator = torch.Generator().manual_seed(0)

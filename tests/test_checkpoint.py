@@ -16,7 +16,7 @@ from forks import Process
 from safetensors.torch import load_file, save_file
 
 import train_place
-import utils.data
+import utils.data.rows
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = (
@@ -100,7 +100,7 @@ def wholes() -> dict[int, tuple[Path, list]]:
 @pytest.mark.parametrize("stop_at", [2, 4])  # 20 rows: in epoch 1; 40 rows: in epoch 2 of 24
 def test_resume_is_exact(run, wholes, rows_seen, dropout_teacher, tmp_path, monkeypatch, workers, stop_at):
     if workers:
-        monkeypatch.setattr(utils.data, "HOLD_IN_MEMORY_BYTES", 0)
+        monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", 0)
     flags = ["--pretrained_model_name_or_path", dropout_teacher, *EVERYTHING, "--dataloader_num_workers", workers]
     if workers not in wholes:
         wholes[workers] = run("train_place", *flags, output="whole"), rows_seen.copy()
@@ -144,7 +144,7 @@ def flags_for(teacher: str, data: str, folder: Path) -> list[str]:
 def signal_in_a_window(number: signal.Signals) -> str:
     """Code that sends the signal in the middle of the accumulation window of step 3."""
     return (
-        "import os, signal, utils.losses as L; f, n = L.place_loss, [0]\n"
+        "import os, signal, utils.distillation.losses as L; f, n = L.place_loss, [0]\n"
         f"def g(*a, **k):\n n[0] += 1\n n[0] == 5 and os.kill(os.getpid(), {int(number)})\n return f(*a, **k)\n"
         "L.place_loss = g\npass"
     )
@@ -171,7 +171,7 @@ def test_a_new_process_goes_on_exactly(run, script_process, dropout_teacher, dat
 
 def test_a_second_signal_ends_at_once(script_process, dropout_teacher, data_dir, tmp_path):
     code = (
-        "import os, signal, time, utils.losses as L\n"
+        "import os, signal, time, utils.distillation.losses as L\n"
         "def g(*a, **k):\n os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); time.sleep(600)\n"
         "L.place_loss = g\npass"
     )
@@ -205,7 +205,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(script_process, dropout_tea
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "out")
     # room for everything up to step 2; then the limit falls below a checkpoint's files
     code = (
-        "import resource, utils.checkpoint as C; w = C.Checkpoints._write\n"
+        "import resource, utils.training.checkpoint as C; w = C.Checkpoints._write\n"
         "def g(self, folder, step, records):\n"
         " step > 2 and resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))\n"
         " return w(self, folder, step, records)\n"

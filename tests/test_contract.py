@@ -25,9 +25,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from utils.backbones import choose_backbone
-from utils.data import ImageRows, load_rows, sample_batch
-from utils.encoders import Encoders
-from utils.losses import lift_loss, place_loss
+from utils.data.rows import ImageRows, load_rows, sample_batch
+from utils.backbones.encoders import Encoders
+from utils.distillation.losses import lift_loss, place_loss
 from utils.randomness import StepRandom, shuffled
 
 ROWS, BATCH, STEPS = 12, 4, 4  # the last step is in the second epoch

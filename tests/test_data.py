@@ -14,8 +14,8 @@ from accelerate.state import AcceleratorState
 from conftest import save_images
 from PIL import Image
 
-import utils.data
-from utils.data import (
+import utils.data.rows
+from utils.data.rows import (
     ImageRows,
     ImageTransform,
     StreamSampler,
@@ -229,13 +229,13 @@ def test_held_and_not_held_are_equal(tmp_path, monkeypatch, limit):
     rows = wide_rows(tmp_path / "data")
     positions = [(epoch, row) for epoch in range(2) for row in (0, 39, 5, 5)]
     held = ImageRows(rows, transform(random_flip=True), 1, quiet=True)
-    monkeypatch.setattr(utils.data, "HOLD_IN_MEMORY_BYTES", limit)
+    monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", limit)
     read = ImageRows(rows, transform(random_flip=True), 1, quiet=True)
     assert len(held.held) == len(held) == len(read) == 40 and read.held is None
     expected, found = held.__getitems__(positions), read.__getitems__(positions)
     assert torch.equal(found["pixels"], expected["pixels"])
     assert found["row"].tolist() == expected["row"].tolist() == [0, 39, 5, 5] * 2
-    monkeypatch.setattr(utils.data, "HOLD_IN_MEMORY_BYTES", 40 * 64)
+    monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", 40 * 64)
     assert ImageRows(rows, transform(), 1, quiet=True).held is not None
 
 
@@ -287,7 +287,7 @@ def test_other_seeds_give_other_streams():
 
 @pytest.mark.parametrize("hold", [0, 2**20])
 def test_workers_change_nothing(tmp_path, monkeypatch, accelerator, hold):
-    monkeypatch.setattr(utils.data, "HOLD_IN_MEMORY_BYTES", hold)
+    monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", hold)
     rows = wide_rows(tmp_path / "data", count=10)
     expected = None
     for workers in (0, 2):
@@ -424,7 +424,7 @@ def damaged(folder, **where):
 @pytest.mark.parametrize("hold", [0, 2**20])
 @pytest.mark.parametrize("kind", NO_IMAGE)
 def test_a_damaged_image_is_named(tmp_path, monkeypatch, hold, kind):
-    monkeypatch.setattr(utils.data, "HOLD_IN_MEMORY_BYTES", hold)
+    monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", hold)
     rows = damaged(tmp_path / "data", **{kind: [4]})
     with pytest.raises(ValueError, match="row 4 .*cannot be decoded.*--skip_bad_images"):
         ImageRows(rows, transform(), 0, quiet=True).__getitems__([(0, 1), (0, 4)])
@@ -444,7 +444,7 @@ def test_a_damaged_file_is_named_by_its_path(tmp_path):
 @pytest.mark.parametrize("hold", [0, 2**20])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_next_good_row_stands_in(tmp_path, monkeypatch, accelerator, hold, workers):
-    monkeypatch.setattr(utils.data, "HOLD_IN_MEMORY_BYTES", hold)
+    monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", hold)
     rows = damaged(tmp_path / "data", garbage=[2, 3], null=[5])
     dataset = ImageRows(rows, transform(), 0, skip_bad_images=True, quiet=True)
     batch = dataset.__getitems__([(0, row) for row in range(6)])

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from train_place import add_method_arguments
-from utils.arguments import parse_args
+from utils.training.arguments import parse_args
 from utils.backbones import choose_backbone
 from utils.backbones.ddpm import DDPM
 from utils.backbones.types import Noised, Prediction
-from utils.features import Tapped
+from utils.distillation.features import Tapped
 from utils.randomness import StepRandom
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"

@@ -34,10 +34,10 @@ from transformers import (
 )
 
 import evaluate_fid
-from utils.evaluation_arguments import METRICS
-from utils.extractors import load_extractor
-from utils.feature_statistics import FeatureStatistics
-from utils.image_sets import ImageSet, image_files
+from utils.evaluation.arguments import METRICS
+from utils.metrics.extractors import load_extractor
+from utils.metrics.statistics import FeatureStatistics
+from utils.evaluation.image_sets import ImageSet, image_files
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIFIER = str(ROOT / "assets" / "classifier")
@@ -549,14 +549,14 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(evaluate, tmp_path, monk
 
 
 def test_cleanfid_statistics_that_cannot_be_had(evaluate, monkeypatch):
-    import utils.reference
+    import utils.evaluation.reference
 
     args = type("Args", (), {"cleanfid_stats": "cifar10", "cleanfid_res": 32, "cleanfid_split": "no-such-split"})
     args.fid_mode = "clean"
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="--cleanfid_stats cifar10 .*--reference_stats"):
-        utils.reference._cleanfid_statistics(args)
+        utils.evaluation.reference._cleanfid_statistics(args)
 
 
 def test_resolution_makes_mixed_sizes_one(evaluate, tmp_path):
@@ -673,7 +673,7 @@ def test_a_text_to_image_pipeline_and_its_clip_score(evaluate, tmp_path, clip_di
     assert by_file["metrics"] == by_column["metrics"]
     assert by_file["protocol"]["samples"]["guidance_scale"] == 4 and by_file["cost"]["forwards_per_image"] >= 6
 
-    from utils.clip import ClipScorer
+    from utils.metrics.clip import ClipScorer
 
     paths = sorted((tmp_path / "file" / "images").iterdir())
     images = torch.stack([torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1) for path in paths])

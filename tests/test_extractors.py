@@ -34,12 +34,12 @@ from transformers import (
     ViTModel,
 )
 
-from utils.blocks import mapping
-from utils.clip import ClipScorer
-from utils.extractors import FeatureExtractor, extractor_identity, load_extractor
-from utils.feature_statistics import FeatureStatistics
-from utils.inception import InceptionExtractor
-from utils.metrics import clip_score, frechet_distance
+from utils.evaluation.parallel import mapping
+from utils.metrics.clip import ClipScorer
+from utils.metrics.extractors import FeatureExtractor, extractor_identity, load_extractor
+from utils.metrics.statistics import FeatureStatistics
+from utils.metrics.inception import InceptionExtractor
+from utils.metrics.distances import clip_score, frechet_distance
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
 import train_place
-from utils.arguments import parse_args
+from utils.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER_CARD = "---\nlicense: other\nlicense_name: teacher-licence\nlicense_link: LICENSE.md\n---\n# Teacher\n"
@@ -182,7 +182,7 @@ def test_refusals_before_training(child, hub):
     hub.publish("frozen", ROOT / "tests" / "nothing")
     hub.repositories[f"{USER}/frozen"].read_only = True
     script = (
-        "from utils.hub import create_repository\n"
+        "from utils.publishing.hub import create_repository\n"
         "for name, private in (('public', True), ('frozen', False), ('other/theirs', False), ('a b', False)):\n"
         "    try: print('made', create_repository(name, private))\n"
         "    except ValueError as error: print(*str(error).split())\n"
@@ -219,7 +219,7 @@ def test_a_server_that_dies_in_the_upload(hub, home, child, train, tmp_path, tea
         assert any(request.startswith("PUT") for request in dying.requests)
     assert done.returncode != 0
     lines = done.stderr.splitlines()
-    (last,) = [i for i, line in enumerate(lines) if line.startswith("    python -m utils.hub")]
+    (last,) = [i for i, line in enumerate(lines) if line.startswith("    python -m utils.publishing.hub")]
     where, command = lines[last - 1 : last + 1]
     assert f"The push to {USER}/survivor failed" in where and str(folder) in where
     assert "Saved:" in done.stdout and "Pushed" not in done.stdout
@@ -242,7 +242,7 @@ def test_a_student_trained_without_the_flag(hub, child, train, tmp_path, teacher
     hub.publish("later", ROOT / "tests" / "nothing")
     repository = hub.repositories[f"{USER}/later"]
     repository.files["notes.txt"] = (b"mine", False)
-    push = ["-m", "utils.hub", folder, "--hub_model_id", f"{USER}/later"]
+    push = ["-m", "utils.publishing.hub", folder, "--hub_model_id", f"{USER}/later"]
     assert child(*push).returncode == 0
     assert set(repository.files) == {".gitattributes", "notes.txt", *PUBLISHED}
     assert len(repository.commits) == 2
@@ -262,7 +262,7 @@ def test_a_student_trained_without_the_flag(hub, child, train, tmp_path, teacher
 
 
 def test_only_a_pipeline_is_pushed(hub, child, tmp_path):
-    done = child("-m", "utils.hub", tmp_path, "--hub_model_id", "empty")
+    done = child("-m", "utils.publishing.hub", tmp_path, "--hub_model_id", "empty")
     assert done.returncode != 0 and "no model_index.json" in done.stderr
     assert f"{USER}/empty" not in hub.repositories
 

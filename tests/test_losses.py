@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.losses import KDLoss, fit_line, lift_loss, output_loss, place_loss
+from utils.distillation.losses import KDLoss, fit_line, lift_loss, output_loss, place_loss
 
 STATISTICS = KDLoss._fields[1:]
 

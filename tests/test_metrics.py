@@ -9,8 +9,8 @@ from prdc import compute_prdc
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
 
-from utils.feature_statistics import FeatureStatistics
-from utils.metrics import (
+from utils.metrics.statistics import FeatureStatistics
+from utils.metrics.distances import (
     clip_score,
     frechet_distance,
     inception_score,

@@ -29,11 +29,11 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from utils.backbones.ddpm import DDPM
-from utils.cost import Meter, cost
-from utils.lora import add_lora, save_lora
-from utils.pipelines import denoiser_of, load_pipeline, pipeline_files, pipeline_folder, use_scheduler
+from utils.evaluation.cost import Meter, cost
+from utils.students.lora import add_lora, save_lora
+from utils.evaluation.pipelines import denoiser_of, load_pipeline, pipeline_files, pipeline_folder, use_scheduler
 from utils.randomness import seed_from
-from utils.sampling import STREAM, Sampler, read_prompts
+from utils.evaluation.sampler import STREAM, Sampler, read_prompts
 from utils.students.sizes import model_size
 
 CPU = torch.device("cpu")

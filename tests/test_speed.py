@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from utils.speed import make_optimizer
+from utils.training.optimizer import make_optimizer
 
 
 def arguments(**changes):

@@ -24,12 +24,12 @@ from safetensors.torch import load_file
 import analyze_error
 import evaluate_fid
 import train_place
-from utils.arguments import parse_args
+from utils.training.arguments import parse_args
 from utils.backbones import choose_backbone
 from utils.backbones.stable_diffusion import StableDiffusion
-from utils.cache import CachedRows
-from utils.data import ImageRows, StreamSampler, load_rows
-from utils.encoders import Encoders
+from utils.data.cache import CachedRows
+from utils.data.rows import ImageRows, StreamSampler, load_rows
+from utils.backbones.encoders import Encoders
 from utils.randomness import StepRandom
 
 KINDS = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
@@ -287,7 +287,7 @@ def test_the_encoders_are_freed(train, tmp_path, monkeypatch):
 
 
 def test_a_stopped_cache_goes_on(train, tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.cache.BLOCK", 4)
+    monkeypatch.setattr("utils.data.cache.BLOCK", 4)
     folder = tmp_path / "cache"
     train("sd1", "--cache_dir", folder, output="first")
     files = {path: path.read_bytes() for path in folder.glob("*.safetensors")}

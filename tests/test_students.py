@@ -10,7 +10,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from utils.cost import CPU_ATTENTION
+from utils.evaluation.cost import CPU_ATTENTION
 from utils.students.coupling import Coupling
 from utils.students.sizes import model_size, model_table
 from utils.students.width import check_width_prunable, prune_width, taylor_scores, width_config

@@ -53,7 +53,7 @@ def test_the_scripts_differ_in_their_method_alone():
         for line in difflib.ndiff(*(body.splitlines() for body in bodies))
         if line[0] in "+-" and line[2:].strip()
     ]
-    start = "from utils.losses import"
+    start = "from utils.distillation.losses import"
     allowed = re.compile(
         rf"{start}|output = (place|lift|output)_loss\(|if args.output_loss|else:|\)|student_pred.output,|teacher_pred."
         r"output,|(group_size|grouping|coefficients|coarse_norm|coarse_scale)=args\.|weight=fine_weight\("
