@@ -132,7 +132,7 @@ def run_script(
         "--max_train_steps": "4",
         "--train_batch_size": "4",
         "--logging_steps": "1",
-        "--validation_images": "0",
+        "--validation_shown_samples": "0",
         "--validation_num_inference_steps": "2",
         "--report_to": "none",
         "--num_cpu_threads": "1",

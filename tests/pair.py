@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 from forks import worlds
+from utils.backbones.common import UNetBackbone
 
 import train_place
 import utils.data.cache
 import utils.distributed
 import utils.training.stop
-from utils.backbones.common import UNetBackbone
 from utils.training.log import RunLog
 from utils.training.validation import Validation
 

@@ -20,6 +20,8 @@ from torch import nn
 
 import analyze_error
 import utils.analysis.error
+from utils.analysis.arguments import parse_args
+from utils.analysis.corrected import CorrectedDenoiser
 from utils.analysis.error import (
     ErrorStatistics,
     group_map,
@@ -29,19 +31,15 @@ from utils.analysis.error import (
     split_groups,
     summarize,
 )
-from utils.analysis.arguments import parse_args
+from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure, samples_figure
 from utils.analysis.report import FIGURES, save_figures
 from utils.backbones import choose_backbone
 from utils.backbones.ddpm import DDPM
-from utils.analysis.corrected import CorrectedDenoiser
-from utils.metrics.extractors import FeatureExtractor
-from utils.metrics.statistics import FeatureStatistics
 from utils.distillation.losses import place_loss
 from utils.metrics.distances import frechet_distance
-from utils.analysis.figures import error_maps_figure, samples_figure
-from utils.analysis.figures import coarse_fine_figure, line_figure
-from utils.randomness import seed_from, shuffled
-from utils.randomness import VALIDATION_STREAM
+from utils.metrics.extractors import FeatureExtractor
+from utils.metrics.statistics import FeatureStatistics
+from utils.randomness import VALIDATION_STREAM, seed_from, shuffled
 
 CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "classifier"
 SMALL = {

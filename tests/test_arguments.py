@@ -12,8 +12,8 @@ import pytest
 
 import train_lift
 import train_place
-from utils.training.arguments import DEFAULT_RECIPE, parse_args
 from utils.command_line import ArgumentParser
+from utils.training.arguments import DEFAULT_RECIPE, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_lift": train_lift, "train_place": train_place}
@@ -65,7 +65,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-    "coarse_scale noise_offset validation_images"
+    "coarse_scale noise_offset validation_shown_samples"
 ).split()
 FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay"]
 

@@ -20,17 +20,17 @@ from PIL import Image
 
 import train_place
 import utils.publishing.card
-from utils.training.arguments import parse_args
+from utils.distillation.losses import place_loss
 from utils.publishing.card import card_for_hub, update_card, write_card
 from utils.publishing.model_index import without_paths
-from utils.distillation.losses import place_loss
 from utils.students.sizes import model_size
+from utils.training.arguments import parse_args
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, teacher_dir, data_dir) -> Path:
     """The student that `student` copies, as a user trains it."""
-    flags = ["--max_train_steps", "2", "--lambda_kd_feat", "0.5", "--random_flip", "--validation_images", "2"]
+    flags = ["--max_train_steps", "2", "--lambda_kd_feat", "0.5", "--random_flip", "--validation_shown_samples", "2"]
     return run_script(tmp_path_factory.mktemp("made"), teacher_dir, data_dir, "train_place", *flags, output="first")
 
 
@@ -297,7 +297,7 @@ def test_baselines_are_called_what_they_are(run):
 def test_from_scratch(run, tmp_path, data_dir):
     build_unet().save_config(tmp_path)
     flags = ["--student_config", tmp_path / "config.json", "--lambda_kd_output", "0", "--max_train_steps", "1"]
-    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--report_to", "none"]
+    flags += ["--validation_num_inference_steps", "2", "--validation_shown_samples", "2", "--report_to", "none"]
     folder = run("train_lift", *flags, "--dataset_name", data_dir, "--train_batch_size", "4", defaults=False)
     text = str(valid(folder))
     assert (

@@ -136,7 +136,14 @@ def script_process(python):
 
 def flags_for(teacher: str, data: str, folder: Path) -> list[str]:
     flags = ["--pretrained_model_name_or_path", teacher, "--dataset_name", data, "--pruning_ratio", "0.5"]
-    flags += ["--student_init", "magnitude", "--validation_images", "0", "--validation_num_inference_steps", "2"]
+    flags += [
+        "--student_init",
+        "magnitude",
+        "--validation_shown_samples",
+        "0",
+        "--validation_num_inference_steps",
+        "2",
+    ]
     flags += ["--report_to", "none", "--num_cpu_threads", "1"]
     return [*flags, *EVERYTHING, "--output_dir", str(folder)]
 

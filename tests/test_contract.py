@@ -25,8 +25,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from utils.backbones import choose_backbone
-from utils.data.rows import ImageRows, load_rows, sample_batch
 from utils.backbones.encoders import Encoders
+from utils.data.rows import ImageRows, load_rows, sample_batch
 from utils.distillation.losses import lift_loss, place_loss
 from utils.randomness import StepRandom, shuffled
 
@@ -36,8 +36,8 @@ WHOLE = (
     "--lambda_kd_feat 1 --use_ema --ema_decay 0.5 --random_flip --learning_rate 1e-3 --checkpointing_steps 2 "
     "--checkpoints_total_limit 9"
 ).split()
-SAMPLES = ["--validation_images", "2", "--validation_num_inference_steps", "2"]
-NO_SAMPLES = ["--validation_images", "0"]
+SAMPLES = ["--validation_shown_samples", "2", "--validation_num_inference_steps", "2"]
+NO_SAMPLES = ["--validation_shown_samples", "0"]
 
 
 @dataclass
@@ -198,7 +198,7 @@ def arguments(folder: Path) -> Namespace:
 
 TRACED = (
     "--random_flip --learning_rate 1e-3 --seed 3 --use_ema --lr_scheduler cosine --lr_warmup_steps 1 "
-    "--adam_epsilon 1e-3 --validation_images 0"
+    "--adam_epsilon 1e-3 --validation_shown_samples 0"
 ).split()
 RATES = [0, 1, 0.75, 0.25]  # of the peak: cosine after a warm-up of one step
 

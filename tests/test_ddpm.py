@@ -12,14 +12,14 @@ from conftest import TINY_UNET, build_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
+from utils.backbones.types import Noised, Prediction
 
 from train_place import add_method_arguments
-from utils.training.arguments import parse_args
 from utils.backbones import choose_backbone
 from utils.backbones.ddpm import DDPM
-from utils.backbones.types import Noised, Prediction
 from utils.distillation.features import Tapped
 from utils.randomness import StepRandom
+from utils.training.arguments import parse_args
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 KINDS = ["epsilon", "v_prediction", "sample"]

@@ -30,7 +30,7 @@ STEPS, MICRO_STEPS, BATCH = 5, 2, 4  # of the one process; two have half the bat
 COMMON = (
     f"--max_train_steps {STEPS} --gradient_accumulation_steps {MICRO_STEPS} --weighting constant --adam_epsilon 1e-3 "
     "--lambda_kd_feat 1 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --max_grad_norm 1e6 "
-    "--checkpointing_steps 1 --checkpoints_total_limit 9 --logging_steps 1 --validation_images 2 --use_ema "
+    "--checkpointing_steps 1 --checkpoints_total_limit 9 --logging_steps 1 --validation_shown_samples 2 --use_ema "
     "--validation_num_inference_steps 2 --report_to none --num_cpu_threads 1"
 ).split()
 
@@ -96,7 +96,16 @@ def latent(python, tmp_path_factory):
     flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data]
     # of thousands of elements two may swap PLACE's groups where a last bit differs: squares stay as they are
     flags += ["--student_model_name_or_path", folder / "narrow", "--grouping", "patch"]
-    short = [*flags, "--max_train_steps", "2", "--validation_images", "0", "--cache_variants", "2", "--cache_dir"]
+    short = [
+        *flags,
+        "--max_train_steps",
+        "2",
+        "--validation_shown_samples",
+        "0",
+        "--cache_variants",
+        "2",
+        "--cache_dir",
+    ]
     jobs = {
         **{"one": job(folder / "one", 1, *flags), "two": job(folder / "two", 2, *flags)},
         "cached_one": job(folder / "cached_one", 1, *short, folder / "cache_one"),

@@ -35,9 +35,9 @@ from transformers import (
 
 import evaluate_fid
 from utils.evaluation.arguments import METRICS
+from utils.evaluation.image_sets import ImageSet, image_files
 from utils.metrics.extractors import load_extractor
 from utils.metrics.statistics import FeatureStatistics
-from utils.evaluation.image_sets import ImageSet, image_files
 
 ROOT = Path(__file__).resolve().parent.parent
 CLASSIFIER = str(ROOT / "assets" / "classifier")

@@ -36,10 +36,10 @@ from transformers import (
 
 from utils.evaluation.parallel import mapping
 from utils.metrics.clip import ClipScorer
-from utils.metrics.extractors import FeatureExtractor, extractor_identity, load_extractor
-from utils.metrics.statistics import FeatureStatistics
-from utils.metrics.inception import InceptionExtractor
 from utils.metrics.distances import clip_score, frechet_distance
+from utils.metrics.extractors import FeatureExtractor, extractor_identity, load_extractor
+from utils.metrics.inception import InceptionExtractor
+from utils.metrics.statistics import FeatureStatistics
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 

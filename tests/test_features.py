@@ -8,8 +8,8 @@ import torch
 from conftest import build_unet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-
 from utils.backbones.types import Prediction
+
 from utils.distillation.features import Tapped, feature_loss, tap_pair
 
 BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]

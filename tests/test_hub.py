@@ -63,7 +63,7 @@ def train(child, data_dir):
     """`train(output, *flags)` runs train_place.py for two steps."""
 
     def run(output: Path, *flags, **options) -> Process:
-        tiny = "--max_train_steps 2 --train_batch_size 4 --logging_steps 1 --validation_images 2 --pruning_ratio 0.5 "
+        tiny = "--max_train_steps 2 --train_batch_size 4 --logging_steps 1 --validation_shown_samples 2 --pruning_ratio 0.5 "
         tiny += "--validation_num_inference_steps 2 --student_init magnitude --num_cpu_threads 1"
         data = ["--dataset_name", data_dir, "--output_dir", output]
         return child("train_place.py", *tiny.split(), *data, *flags, **options)
@@ -120,7 +120,7 @@ def test_push_of_a_latent_student(child, hub, home, tmp_path):
     """All the pipeline's parts go, the teacher's as they are, and come back."""
     teacher = latent_pipelines.save_pipeline(tmp_path / "sd1")
     data = latent_pipelines.save_captioned(tmp_path / "captioned", count=4)
-    flags = "--student_preset bk_small --max_train_steps 1 --train_batch_size 2 --validation_images 2 --report_to none"
+    flags = "--student_preset bk_small --max_train_steps 1 --train_batch_size 2 --validation_shown_samples 2 --report_to none"
     flags += " --validation_num_inference_steps 2 --num_cpu_threads 1 --push_to_hub --hub_model_id latent"
     folder = tmp_path / "student"
     paths = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--output_dir", folder]

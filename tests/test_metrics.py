@@ -9,7 +9,6 @@ from prdc import compute_prdc
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kernel_mmd, kid_features_to_metric
 
-from utils.metrics.statistics import FeatureStatistics
 from utils.metrics.distances import (
     clip_score,
     frechet_distance,
@@ -19,6 +18,7 @@ from utils.metrics.distances import (
     rank_warning,
     subset_warning,
 )
+from utils.metrics.statistics import FeatureStatistics
 
 
 def random_covariance(rng: np.random.Generator, dim: int, rank: int | None = None) -> np.ndarray:

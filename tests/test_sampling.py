@@ -30,10 +30,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from utils.backbones.ddpm import DDPM
 from utils.evaluation.cost import Meter, cost
-from utils.students.lora import add_lora, save_lora
 from utils.evaluation.pipelines import denoiser_of, load_pipeline, pipeline_files, pipeline_folder, use_scheduler
-from utils.randomness import seed_from
 from utils.evaluation.sampler import STREAM, Sampler, read_prompts
+from utils.randomness import seed_from
+from utils.students.lora import add_lora, save_lora
 from utils.students.sizes import model_size
 
 CPU = torch.device("cpu")

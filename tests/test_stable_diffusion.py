@@ -24,16 +24,18 @@ from safetensors.torch import load_file
 import analyze_error
 import evaluate_fid
 import train_place
-from utils.training.arguments import parse_args
 from utils.backbones import choose_backbone
+from utils.backbones.encoders import Encoders
 from utils.backbones.stable_diffusion import StableDiffusion
 from utils.data.cache import CachedRows
 from utils.data.rows import ImageRows, StreamSampler, load_rows
-from utils.backbones.encoders import Encoders
 from utils.randomness import StepRandom
+from utils.training.arguments import parse_args
 
 KINDS = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
-BRIEFLY = "--train_batch_size 4 --logging_steps 1 --validation_images 0 --report_to none --num_cpu_threads 1".split()
+BRIEFLY = (
+    "--train_batch_size 4 --logging_steps 1 --validation_shown_samples 0 --report_to none --num_cpu_threads 1".split()
+)
 SD1_AND_SLOWLY_XL = ["sd1", pytest.param("xl", marks=pytest.mark.slow)]
 
 
@@ -280,7 +282,13 @@ def test_the_encoders_are_freed(train, tmp_path, monkeypatch):
     original = Encoders.free
     monkeypatch.setattr(Encoders, "free", lambda self: (original(self), freed.append(sorted(self.__dict__))))
     train(
-        "sd1", "--cache_dir", tmp_path / "cache", "--validation_images", "2", "--validation_num_inference_steps", "2"
+        "sd1",
+        "--cache_dir",
+        tmp_path / "cache",
+        "--validation_shown_samples",
+        "2",
+        "--validation_num_inference_steps",
+        "2",
     )
     assert len(freed) == 3  # after encoding, and after each row of the grid
     assert all("vae" not in names and "text_encoders" not in names for names in freed)
@@ -458,7 +466,7 @@ def test_analyze_error(train, teachers, pictures, tmp_path, monkeypatch):
     student = train("xl", "--student_preset", "bk_base", "--learning_rate", "1e-2")
     argv = ["--pretrained_model_name_or_path", teachers["xl"], "--student_model_name_or_path", student]
     argv += ["--train_data_dir", pictures, "--num_timesteps", "3", "--num_samples", "4", "--num_inference_steps", "2"]
-    argv += ["--validation_images", "3", "--output_dir", tmp_path / "analysis", "--num_cpu_threads", "1"]
+    argv += ["--validation_shown_samples", "3", "--output_dir", tmp_path / "analysis", "--num_cpu_threads", "1"]
     argv += ["--feature_extractor", "assets/classifier", "--validation_num_samples", "14", "--batch_size", "3"]
     drawn = []  # conditions of the samples, of student, corrected student and teacher in turn
     sample = StableDiffusion.sample

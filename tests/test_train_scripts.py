@@ -92,10 +92,10 @@ def test_without_distillation_the_teacher_never_runs(run):
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
     try:
-        run("train_lift", "--lambda_kd_output", "0", "--validation_images", "1")
+        run("train_lift", "--lambda_kd_output", "0", "--validation_shown_samples", "1")
         alone = forwards.count("frozen"), forwards.count("student")
         forwards.clear()
-        run("train_lift", "--validation_images", "1", output="distilled")
+        run("train_lift", "--validation_shown_samples", "1", output="distilled")
     finally:
         handle.remove()
     assert alone[1] == 4
@@ -106,7 +106,7 @@ def test_from_scratch(run, tmp_path, data_dir):
     config = tmp_path / "config.json"
     build_unet().save_config(tmp_path)
     argv = ["--student_config", config, "--lambda_kd_output", "0", "--max_train_steps", "2", "--train_batch_size", "4"]
-    argv += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--report_to", "none"]
+    argv += ["--validation_num_inference_steps", "2", "--validation_shown_samples", "2", "--report_to", "none"]
     folder = run("train_lift", *argv, "--dataset_name", data_dir, defaults=False)
     assert DDPMPipeline.from_pretrained(folder).unet.config.block_out_channels == [16, 32]
 
@@ -114,7 +114,7 @@ def test_from_scratch(run, tmp_path, data_dir):
 def test_the_student_is_a_stock_pipeline(run, ornaments, python, tmp_path):
     """The whole way of a user, with Taylor scores, samples and loss curves, to a process that knows nothing of us."""
     flags = ["--use_ema", "--lambda_kd_feat", "1", "--learning_rate", "1e-3"]
-    folder = run("train_place", *flags, "--student_init", "taylor", "--validation_images", "2")
+    folder = run("train_place", *flags, "--student_init", "taylor", "--validation_shown_samples", "2")
     script = (
         "import sys, torch; from diffusers import DDPMPipeline; p = DDPMPipeline.from_pretrained(sys.argv[1]);"
         "i = p(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0];"
@@ -211,7 +211,7 @@ def test_accumulation_counts_optimizer_steps(run):
 
 def test_feature_distance_keeps_the_best(run, capsys):
     flags = [
-        "--validation_images",
+        "--validation_shown_samples",
         "2",
         "--validation_feature_extractor",
         ROOT / "assets" / "classifier",
@@ -251,7 +251,7 @@ def test_a_tracker_that_is_not_there_is_refused(run, tracker):
 def test_tensorboard_gets_every_term(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    flags = ["--report_to", "tensorboard", "--tracker_project_name", "here", "--validation_images", "1"]
+    flags = ["--report_to", "tensorboard", "--tracker_project_name", "here", "--validation_shown_samples", "1"]
     folder = run("train_place", *flags)
     events = EventAccumulator(str(folder / "here")).Reload()
     wanted = {"loss", "task", "coarse", "fine", "w", "slope", "intercept", "grad_norm", "images_per_second"}
@@ -269,7 +269,7 @@ def launch(*flags, cwd=ROOT, before=(), **environment) -> subprocess.CompletedPr
 @pytest.mark.slow
 def test_launched_under_dynamo(run, tmp_path, teacher_dir, data_dir):
     flags = ["--max_train_steps", "2", "--train_batch_size", "4", "--lambda_kd_feat", "1", "--use_ema"]
-    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--num_cpu_threads", "1"]
+    flags += ["--validation_num_inference_steps", "2", "--validation_shown_samples", "2", "--num_cpu_threads", "1"]
     plain, compiled = run("train_lift", *flags, output="plain"), tmp_path / "compiled"
     flags += ["--pretrained_model_name_or_path", teacher_dir, "--dataset_name", data_dir, "--pruning_ratio", "0.5"]
     done = launch("train_lift.py", *flags, "--output_dir", compiled, before=("--dynamo_backend", "eager"))
