@@ -54,7 +54,15 @@ def same_run(ours: Path, theirs: Path, step: int) -> bool:
 
 def test_8_bit_adam_resumes_exactly(run):
     pytest.importorskip("bitsandbytes")
-    flags = ["--use_8bit_adam", "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_shown_samples", "0"]
+    flags = [
+        "--use_8bit_adam",
+        "--learning_rate",
+        "1e-3",
+        "--checkpointing_steps",
+        "2",
+        "--validation_shown_samples",
+        "0",
+    ]
     whole = run("train_place", *flags, output="whole")
     names = load_file(whole / "checkpoints" / "step-0000004" / "optimizer.safetensors")
     assert {tensor.dtype for tensor in names.values()} == {torch.uint8, torch.float32}  # large and small weights

@@ -324,7 +324,7 @@ def test_adapters_beside_a_pipeline_are_applied_and_counted(tmp_path):
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    save_lora(unet, tmp_path)
+    save_lora(unet, StableDiffusionPipeline, "unet", tmp_path)
     pipeline = load_pipeline(tmp_path, "--x", dtype=torch.float32, device="cpu")
     flags = {"prompts": ["a b", "c"], "num_inference_steps": 2}
     adapted, bare = Sampler(pipeline, **flags)(range(2)), Sampler(plain, **flags)(range(2))

@@ -7,7 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
+from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
 from utils.backbones.base import Backbone, Configs
 from utils.backbones.loading import TEACHER, load_component, pipeline_class_name, read_json_config
@@ -136,6 +136,10 @@ class DDPM(Backbone):
         """DDIM's, whatever the teacher's is: DDPM's own needs every step."""
         return DDIMPipeline(unet=denoiser, scheduler=self.process.sampler())
 
-    def save(self, denoiser: UNet2DModel, folder: Path) -> None:
+    def pipeline(self, denoiser: UNet2DModel) -> DiffusionPipeline:
         """The stock pipeline of the teacher's own class and scheduler settings."""
-        save_pipeline(self.pipeline_class(unet=denoiser, scheduler=self.process.scheduler), folder)
+        return self.pipeline_class(unet=denoiser, scheduler=self.process.scheduler)
+
+    def save(self, denoiser: UNet2DModel, folder: Path) -> None:
+        """Write `pipeline` to `folder`."""
+        save_pipeline(self.pipeline(denoiser), folder)

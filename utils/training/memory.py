@@ -82,7 +82,9 @@ def memory_estimate(args, accelerator: Accelerator, student: nn.Module, teacher:
     resident = sum(kept.values())
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in (*kept.items(), ("gradients and activations", step)))
     estimate = f"about {_gib(resident + step)} a device: {parts}"
-    at_once = max(args.validation_shown_samples, args.validation_batch_size if args.validation_feature_extractor else 0)
+    at_once = max(
+        args.validation_shown_samples, args.validation_batch_size if args.validation_feature_extractor else 0
+    )
     if at_once:
         sampling = resident + buckets + _sampling(args, accelerator, student, teacher, backbone, at_once)
         # the trained weights make room for the average; they wait in the host's memory
