@@ -151,9 +151,9 @@ def flags_for(teacher: str, data: str, folder: Path) -> list[str]:
 def signal_in_a_window(number: signal.Signals) -> str:
     """Code that sends the signal in the middle of the accumulation window of step 3."""
     return (
-        "import os, signal, utils.distillation.losses as L; f, n = L.place_loss, [0]\n"
+        "import os, signal, utils.training.log as L; f, n = L.RunLog.add, [0]\n"
         f"def g(*a, **k):\n n[0] += 1\n n[0] == 5 and os.kill(os.getpid(), {int(number)})\n return f(*a, **k)\n"
-        "L.place_loss = g\npass"
+        "L.RunLog.add = g\npass"
     )
 
 
@@ -178,9 +178,9 @@ def test_a_new_process_goes_on_exactly(run, script_process, dropout_teacher, dat
 
 def test_a_second_signal_ends_at_once(script_process, dropout_teacher, data_dir, tmp_path):
     code = (
-        "import os, signal, time, utils.distillation.losses as L\n"
+        "import os, signal, time, utils.training.log as L\n"
         "def g(*a, **k):\n os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); time.sleep(600)\n"
-        "L.place_loss = g\npass"
+        "L.RunLog.add = g\npass"
     )
     process = script_process(*flags_for(dropout_teacher, data_dir, tmp_path / "out"), seed=1, code=code)
     assert process.wait() == 128 + 15

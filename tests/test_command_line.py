@@ -376,7 +376,7 @@ def test_a_warning_is_one_line():
     assert told(body, LOCAL_RANK="1").stderr == "/site-packages/any.py:3: UserWarning: theirs\n"
 
 
-def test_main_processes_refuse_for_all(monkeypatch):
+def test_main_processes_refuse_for_all():
     """The error that all get is marked as such."""
 
     class One:
@@ -385,7 +385,6 @@ def test_main_processes_refuse_for_all(monkeypatch):
     def refuse(error):
         raise error
 
-    monkeypatch.setattr("utils.distributed.broadcast_object_list", lambda objects: objects)
     with pytest.raises(UsageError) as caught:
         on_main_process(One(), refuse, UsageError("no"))
     assert caught.value.everywhere

@@ -173,7 +173,6 @@ def test_feature_loss_equals_a_sum_by_hand(student_dtype, teacher_dtype):
     shapes = [(2, 3, 4, 4), (2, 5, 2, 2)]
     ours = [torch.randn(shape, generator=generator).to(student_dtype) for shape in shapes]
     theirs = [torch.randn(shape, generator=generator).to(teacher_dtype) for shape in shapes]
-    output = torch.zeros(2, 1, 8, 8)
     found = feature_loss(ours, theirs)
     assert found.dtype == torch.float32 and found.shape == ()
     by_hand = 0.0

@@ -86,7 +86,7 @@ def measured(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_estimate_is_within_15_percent_of_the_real_peak(run, tmp_path, monkeypatch, measured, shape):
+def test_the_estimate_is_within_15_percent_of_the_real_peak(ornaments, run, tmp_path, monkeypatch, measured, shape):
     monkeypatch.setattr(memory, "_gib", lambda count: f"{count} bytes")
     told = []
     estimate = train_place.memory_estimate

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real tiny pipelines of several families as functions of (seed, index), and what they cost."""
 
+import argparse
 import json
 from argparse import Namespace
 
@@ -28,7 +29,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from utils.backbones.base import Configs
 from utils.backbones.ddpm import DDPM
+from utils.backbones.process import Diffusion
 from utils.evaluation.cost import Meter, cost
 from utils.evaluation.pipelines import denoiser_of, load_pipeline, pipeline_files, pipeline_folder, use_scheduler
 from utils.evaluation.sampler import STREAM, Sampler, read_prompts
@@ -130,7 +133,9 @@ def same_but_rounding(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_it_is_ddim_as_validation_samples_it():
     pipeline, seeds = tiny_ddpm(DDIMScheduler()), [seed_from(7, STREAM, index) for index in range(5)]
-    backbone = DDPM(None, None, DDPMScheduler(), DDPMPipeline, 1, 8)
+    flags = argparse.Namespace(antithetic_timesteps=False, snr_gamma=None, noise_offset=0.0)
+    process = Diffusion(flags, DDPMScheduler(), bounded=True)
+    backbone = DDPM(flags, None, process, Configs(None, dict(pipeline.unet.config), 8, None))
     expected = backbone.sample(pipeline.unet, seeds, 4)
     assert torch.equal(Sampler(pipeline, seed=7, num_inference_steps=4)(range(5)), expected)
 

@@ -116,11 +116,8 @@ class Backbone:
         flag, student = cls.student_config(args, teacher)
         if (found := student.get("_class_name", cls.model_class.__name__)) != cls.model_class.__name__:
             raise UsageError(f"{flag}: the student is a {found}; this teacher needs a {cls.model_class.__name__}.")
-        full = {
-            name: full_config(config, cls.model_class)
-            for name, config in (("student", student), ("teacher", teacher))
-            if config
-        }
+        owners = {"teacher": teacher, "student": student}
+        full = {owner: full_config(config, cls.model_class) for owner, config in owners.items() if config}
         for key in cls.must_match if teacher else ():
             ours, theirs = full["student"][key], full["teacher"][key]
             if ours != theirs:
@@ -141,17 +138,15 @@ class Backbone:
         for owner, config in full.items():
             least = factor * cls.divisor(config)
             if resolution % least:
-                by = f"the VAE divides it by {factor} and " if vae else ""
+                by = f"the VAE divides it by {factor}, then " if vae else ""
                 raise UsageError(
-                    f"--resolution {resolution}: {by}the {owner}'s {cls.model_class.__name__} by {cls.divisor(config)}"
-                    f", so it must be a multiple of {least}."
+                    f"--resolution {resolution}: {by}the {owner}'s {cls.model_class.__name__} divides it by "
+                    f"{cls.divisor(config)}, so it must be a multiple of {least}."
                 )
-        elements = (resolution // factor) ** 2
-        if (group_size := getattr(args, "group_size", 2)) > elements:
-            raise UsageError(
-                f"--group_size {group_size}: a channel of what the denoiser sees has only {elements} elements."
-            )
-        if getattr(args, "grouping", "error") == "patch" and (side := resolution // factor) % math.isqrt(group_size):
+        side = resolution // factor
+        if (group_size := getattr(args, "group_size", 2)) > side**2:
+            raise UsageError(f"--group_size {group_size}: a channel of {side}x{side} has only {side**2} elements.")
+        if getattr(args, "grouping", "error") == "patch" and side % math.isqrt(group_size):
             raise UsageError(
                 f"--grouping patch --group_size {group_size}: squares of that many elements do not tile {side}x{side}."
             )
@@ -266,9 +261,10 @@ class Backbone:
 
     @torch.no_grad()
     def sample(
-        self, denoiser: nn.Module, seeds: Sequence[int], num_inference_steps: int, conditions: Sequence
+        self, denoiser: nn.Module, seeds: Sequence[int], num_inference_steps: int, conditions: Sequence | None = None
     ) -> Tensor:
-        """Uint8 (B, C, H, W) on the CPU; a sample depends on its seed, its condition and the model alone.
+        """Uint8 (B, C, H, W) on the CPU; a sample depends on its seed, its condition and the model alone. `conditions`
+        as `Nothing.of_samples` and its kin give them.
 
         Raises:
             FloatingPointError: a sample is not finite.
@@ -280,7 +276,7 @@ class Backbone:
             generator=generators,
             num_inference_steps=num_inference_steps,
             output_type="np",
-            **self.conditions.pipeline_arguments(conditions),
+            **self.conditions.pipeline_arguments(conditions or [None] * len(seeds)),
             **self.sampling_options,
         ).images
         return to_uint8(images)
