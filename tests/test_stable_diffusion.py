@@ -477,8 +477,8 @@ def test_cached_rows_are_read_by_data_workers(train, teachers, cache):
 def test_analyze_error(train, teachers, pictures, tmp_path, monkeypatch):
     student = train("xl", "--student_preset", "bk_base", "--learning_rate", "1e-2")
     argv = ["--pretrained_model_name_or_path", teachers["xl"], "--student_model_name_or_path", student]
-    argv += ["--train_data_dir", pictures, "--num_timesteps", "3", "--num_samples", "4", "--num_inference_steps", "2"]
-    argv += ["--validation_shown_samples", "3", "--output_dir", tmp_path / "analysis", "--num_cpu_threads", "1"]
+    argv += ["--train_data_dir", pictures, "--num_timesteps", "3", "--num_images", "4", "--num_inference_steps", "2"]
+    argv += ["--shown_samples", "3", "--output_dir", tmp_path / "analysis", "--num_cpu_threads", "1"]
     argv += ["--feature_extractor", "assets/classifier", "--num_samples", "14", "--batch_size", "3"]
     drawn = []  # conditions of the samples, of student, corrected student and teacher in turn
     sample = StableDiffusion.sample

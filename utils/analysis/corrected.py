@@ -4,7 +4,7 @@
 from torch import Tensor, nn
 
 from utils.analysis.error import least_squares_line
-from utils.backbones.base import StandIn
+from utils.backbones.stand_in import StandIn
 
 
 class CorrectedDenoiser(StandIn):

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from utils.command_line import UsageError
-from utils.distillation.losses import fit_line
+from utils.distillation.losses import fit_line, group_order, group_sizes, in_groups
 
 
 class Split(NamedTuple):
@@ -62,31 +62,15 @@ def split_error(student_XK: Tensor, teacher_XK: Tensor) -> Split:
     )
 
 
-def group_sizes(elements: int, group_size: int) -> list[int]:
-    """Elements in each of PLACE's groups, smallest errors first; the last group also takes the remainder.
-
-    ValueError: group_size below 2 (a point has no slope) or above `elements`.
-    """
-    if not 2 <= group_size <= elements:
-        raise ValueError(f"group_size: found {group_size}; choose an integer from 2 to {elements}, a whole channel")
-    groups, remainder = divmod(elements, group_size)
-    return [group_size] * (groups - 1) + [group_size + remainder]
-
-
 def split_groups(student_pred: Tensor, teacher_pred: Tensor, group_size: int) -> Split:
     """One line per PLACE group: (B, C, *S) twice -> entries (B, C, G), group 0 has the smallest errors |e_T - e_S|.
 
     ValueError: as `group_sizes`.
     """
     student_BCN, teacher_BCN = student_pred.flatten(2), teacher_pred.flatten(2)
-    sizes = group_sizes(student_BCN.shape[-1], group_size)
-    order_BCN = (teacher_BCN - student_BCN).abs().argsort(dim=-1, stable=True)
-    student_BCN, teacher_BCN = student_BCN.gather(-1, order_BCN), teacher_BCN.gather(-1, order_BCN)
-    equal = sum(sizes[:-1])  # elements of all groups but the last, which also takes the remainder
-    parts = [split_error(student_BCN[..., None, equal:], teacher_BCN[..., None, equal:])]
-    if equal:
-        groups = [pred_BCN[..., :equal].unflatten(-1, (-1, group_size)) for pred_BCN in (student_BCN, teacher_BCN)]
-        parts.insert(0, split_error(*groups))
+    order_BCN = group_order(student_BCN, teacher_BCN)
+    ordered = (in_groups(pred_BCN.gather(-1, order_BCN), group_size) for pred_BCN in (student_BCN, teacher_BCN))
+    parts = [split_error(student_XK, teacher_XK) for student_XK, teacher_XK in zip(*ordered, strict=True)]
     return Split(*(torch.cat(entries, dim=-1) for entries in zip(*parts, strict=True)))
 
 
@@ -95,7 +79,7 @@ def group_map(student_pred: Tensor, teacher_pred: Tensor, group_size: int) -> Te
 
     ValueError: as `group_sizes`.
     """
-    order_BCN = (teacher_pred - student_pred).abs().flatten(2).argsort(dim=-1, stable=True)
+    order_BCN = group_order(student_pred.flatten(2), teacher_pred.flatten(2))
     sizes = torch.tensor(group_sizes(order_BCN.shape[-1], group_size), device=order_BCN.device)
     rank_N = torch.arange(len(sizes), device=order_BCN.device).repeat_interleave(sizes)
     ranks_BCN = torch.empty_like(order_BCN).scatter_(-1, order_BCN, rank_N.expand_as(order_BCN))

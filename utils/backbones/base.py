@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from utils.backbones.conditions import Nothing
 from utils.backbones.loading import TEACHER, component_config, load_component, read_json_config
 from utils.backbones.process import Diffusion, Noised
+from utils.backbones.stand_in import InFloat32
 from utils.command_line import UsageError
 from utils.data.transforms import ImageTransform
-from utils.devices import to_dtype
 from utils.distillation.features import Tapped
 from utils.pixels import to_uint8
 from utils.randomness import StepRandom
@@ -287,47 +287,6 @@ class Backbone:
 
     def free_encoders(self) -> None:
         """VAE and text encoders out of memory; they load again when they are needed again."""
-
-
-class StandIn(nn.Module):
-    """A module that a stock pipeline takes for the `denoiser` in it: its config and parts are the denoiser's.
-
-    What it does otherwise is `denoise`, which gives the denoiser's own output class."""
-
-    def __init__(self, denoiser: nn.Module):
-        super().__init__()
-        self.denoiser = denoiser
-
-    def __getattr__(self, name: str):  # pipelines look at their denoiser's parts
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("denoiser"), name)
-
-    def forward(self, *inputs, return_dict: bool = True, **condition):
-        """As the denoiser's own, by whatever names and places a pipeline passes its inputs."""
-        output = self.denoise(*inputs, **condition)
-        return output if return_dict else (output.sample,)
-
-    def denoise(self, *inputs, **condition):
-        """The output, with its `sample` (B, C, *S)."""
-        return self.denoiser(*inputs, **condition)
-
-
-class InFloat32(StandIn):
-    """A denoiser that takes and gives float32 whatever its weights are in, so that sampling starts from the same noise
-    for every dtype and the sampler's sums keep their precision."""
-
-    dtype = torch.float32
-
-    def denoise(self, *inputs, **condition):
-        """Cast there and back."""
-        dtype = next(self.denoiser.parameters()).dtype
-        inputs = [
-            x.to(dtype) if i == 0 else x for i, x in enumerate(inputs)
-        ]  # the second is the time, if there is one
-        output = self.denoiser(*inputs, **to_dtype(condition, dtype))
-        return type(output)(sample=output.sample.float())
 
 
 def vae_factor(vae_config: dict) -> int:

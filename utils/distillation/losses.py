@@ -106,26 +106,45 @@ def place_loss(
     """
     _check_choice("grouping", grouping, ("error", "signed", "patch"))
     student, teacher = _checked(student_pred, teacher_pred.detach(), min_dims=3)
-    elements = student.shape[2:].numel()
-    if not isinstance(group_size, int) or not 2 <= group_size <= elements:
-        raise ValueError(f"group_size: found {group_size!r}; choose an integer from 2 to {elements}, a whole channel")
-
+    group_sizes(student.shape[2:].numel(), group_size)
     if grouping == "patch":
         student_BCN, teacher_BCN = _patch_order(student, group_size), _patch_order(teacher, group_size)
     else:
         student_BCN, teacher_BCN = student.flatten(2), teacher.flatten(2)
-        error_BCN = (teacher_BCN - student_BCN).detach()
-        key_BCN = error_BCN.abs() if grouping == "error" else error_BCN
-        # Stable, so that equal errors (a constant image, a perfect student) give the same groups on every device.
-        order_BCN = torch.argsort(key_BCN, dim=-1, stable=True)
+        order_BCN = group_order(student_BCN, teacher_BCN, grouping)
         student_BCN, teacher_BCN = student_BCN.gather(-1, order_BCN), teacher_BCN.gather(-1, order_BCN)
+    pieces = zip(in_groups(student_BCN, group_size), in_groups(teacher_BCN, group_size), strict=True)
+    return _line_loss(list(pieces), coarse_norm, coarse_scale, weight, eps)
 
+
+def group_sizes(elements: int, group_size: int) -> list[int]:
+    """Elements in each of PLACE's groups, in order; the last group also takes the remainder.
+
+    ValueError: group_size below 2 (a point has no slope) or above `elements`.
+    """
+    if not isinstance(group_size, int) or not 2 <= group_size <= elements:
+        raise ValueError(f"group_size: found {group_size!r}; choose an integer from 2 to {elements}, a whole channel")
     groups, remainder = divmod(elements, group_size)
-    blocks = [(groups - 1, group_size), (1, group_size + remainder)] if remainder else [(groups, group_size)]
-    sizes = [g * k for g, k in blocks]
-    pairs = zip(student_BCN.split(sizes, dim=-1), teacher_BCN.split(sizes, dim=-1), strict=True)
-    pieces = [(s.unflatten(-1, block), t.unflatten(-1, block)) for block, (s, t) in zip(blocks, pairs, strict=True)]
-    return _line_loss(pieces, coarse_norm, coarse_scale, weight, eps)
+    return [group_size] * (groups - 1) + [group_size + remainder]
+
+
+def group_order(student_BCN: Tensor, teacher_BCN: Tensor, grouping: str = "error") -> Tensor:
+    """The order that puts PLACE's groups side by side, int64 (B, C, N), smallest errors first: |e_T - e_S|, or the
+    signed e_T - e_S. Stable, so that equal errors (a constant image, a perfect student) give the same groups on every
+    device."""
+    error_BCN = (teacher_BCN - student_BCN).detach()
+    return torch.argsort(error_BCN.abs() if grouping == "error" else error_BCN, dim=-1, stable=True)
+
+
+def in_groups(ordered_BCN: Tensor, group_size: int) -> list[Tensor]:
+    """Elements in order (B, C, N) -> groups (B, C, G, K): those of one size, and where there is a remainder the last,
+    which takes it, by itself."""
+    sizes = group_sizes(ordered_BCN.shape[-1], group_size)
+    if sizes[-1] == group_size:
+        return [ordered_BCN.unflatten(-1, (-1, group_size))]
+    equal_BCN, last_BCK = ordered_BCN.split([sum(sizes[:-1]), sizes[-1]], dim=-1)
+    equal = [equal_BCN.unflatten(-1, (-1, group_size))] if len(sizes) > 1 else []
+    return [*equal, last_BCK.unsqueeze(-2)]
 
 
 def output_loss(student_pred: Tensor, teacher_pred: Tensor, *, kind: str = "mse") -> KDLoss:
