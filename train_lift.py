@@ -11,6 +11,8 @@ the residual after. The baselines are settings of the same sum:
     OutKD                 --output_loss mse
     FeatKD                --lambda_kd_output 0 --lambda_kd_feat 1
     OutKD + FeatKD        --output_loss mse --lambda_kd_feat 1
+
+Left out on purpose: training that shards a model over GPUs (FSDP, DeepSpeed), fp8, and teachers that are transformers.
 """
 
 from pathlib import Path
@@ -139,11 +141,11 @@ def main(argv: list[str] | None = None) -> None:
     log.start(step)
     for batch, rng in batches:
         with accelerator.accumulate(student):
-            clean, condition = backbone.encode(batch, rng)
-            noised = backbone.add_noise(clean, rng)
+            clean, condition = backbone.encode(batch, rng)  # x_0 (B, C, *S), the denoiser's keywords
+            noised = backbone.add_noise(clean, rng)  # x_t and its target (B, C, *S), place and time (B,)
 
-            student_pred = backbone.predict(student, noised, condition)
-            terms, target = backbone.task_terms(student_pred, noised), noised.target
+            student_pred = backbone.predict(student, noised, condition)  # output (B, C, *S), features [(B, C_i, *S_i)]
+            terms, target = backbone.task_terms(student_pred, noised), noised.target  # {name: ()}
             loss = args.lambda_task * sum(terms.values())
             if distil:
                 with torch.no_grad():

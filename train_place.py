@@ -8,6 +8,8 @@
 PLACE (Han, Yeo, Yoo, CVPR 2026) sorts the elements of every sample and channel by their error, cuts them into groups,
 and in every group fits the teacher's prediction as a line of the student's: the line is aligned first, the residual
 after. The conventional baselines are settings of train_lift.py.
+
+Left out on purpose: training that shards a model over GPUs (FSDP, DeepSpeed), fp8, and teachers that are transformers.
 """
 
 from pathlib import Path
@@ -136,11 +138,11 @@ def main(argv: list[str] | None = None) -> None:
     log.start(step)
     for batch, rng in batches:
         with accelerator.accumulate(student):
-            clean, condition = backbone.encode(batch, rng)
-            noised = backbone.add_noise(clean, rng)
+            clean, condition = backbone.encode(batch, rng)  # x_0 (B, C, *S), the denoiser's keywords
+            noised = backbone.add_noise(clean, rng)  # x_t and its target (B, C, *S), place and time (B,)
 
-            student_pred = backbone.predict(student, noised, condition)
-            terms, target = backbone.task_terms(student_pred, noised), noised.target
+            student_pred = backbone.predict(student, noised, condition)  # output (B, C, *S), features [(B, C_i, *S_i)]
+            terms, target = backbone.task_terms(student_pred, noised), noised.target  # {name: ()}
             loss = args.lambda_task * sum(terms.values())
             if distil:
                 with torch.no_grad():

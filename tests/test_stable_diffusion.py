@@ -386,6 +386,14 @@ def test_adapters_resume_exactly(train, tmp_path):
 # Sampling
 
 
+def test_a_latent_student_is_measured_to_the_end(train):
+    """Noise is drawn in the shape of the images, not of the latents, and the run goes on to its card."""
+    flags = ["--validation_feature_extractor", "assets/classifier", "--validation_num_samples", "4"]
+    folder = train("sd1", *flags, "--validation_num_inference_steps", "1", "--max_train_steps", "1")
+    card = (folder / "README.md").read_text()
+    assert "| noise |" in card and "| teacher |" in card and "DDIM, eta 0, 1 steps" in card
+
+
 def test_samples_equal_the_stock_pipeline(teachers):
     backbone = load(teachers["sd1"], "--validation_guidance_scale", "3", "--validation_prompts", "a b", "c d")
     images = backbone.sample(backbone.teacher, [7, 8], 3, backbone.conditions.of_samples(None, 0, 2))
