@@ -128,7 +128,7 @@ def flags_for(teacher: str, data: str, folder: Path) -> list[str]:
 def signal_in_a_window(number: signal.Signals) -> str:
     """Code that sends the signal in the middle of the accumulation window of step 3."""
     return (
-        "import os, signal, utils.distillation.losses as L; f, n = L.place_loss, [0]\n"
+        "import os, signal, train_place as L; f, n = L.place_loss, [0]\n"
         f"def g(*a, **k):\n n[0] += 1\n n[0] == 5 and os.kill(os.getpid(), {int(number)})\n return f(*a, **k)\n"
         "L.place_loss = g\npass"
     )
@@ -158,7 +158,7 @@ def test_a_new_process_goes_on_exactly(run, dropout_teacher, data_dir, tmp_path)
 
 def test_a_second_signal_ends_at_once(dropout_teacher, data_dir, tmp_path):
     code = (
-        "import os, signal, time, utils.distillation.losses as L\n"
+        "import os, signal, time, train_place as L\n"
         "def g(*a, **k):\n os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); time.sleep(600)\n"
         "L.place_loss = g\npass"
     )
