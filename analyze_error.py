@@ -2,7 +2,7 @@
 """See what a student gets wrong: coarse or fine, at which timesteps, and where in the image.
 
     python analyze_error.py --pretrained_model_name_or_path assets/teacher --student_model_name_or_path student \\
-        --dataset_name assets/fashion_mnist_16 --validation_split test --feature_extractor assets/classifier \\
+        --dataset_name assets/fashion_mnist_16 --split test --feature_extractor assets/classifier \\
         --output_dir analysis
 
 Teacher and student see the same noisy images and predict e_T and e_S. A least-squares line e_T ~ b0 + b1 * e_S splits
@@ -23,11 +23,12 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from utils.analysis.arguments import HOW_TO_READ, parse_args
+from utils.analysis.arguments import HOW_TO_READ, for_backbone, parse_args
 from utils.analysis.corrected import CorrectedDenoiser
 from utils.analysis.error import ErrorStatistics, summarize
 from utils.analysis.report import FIGURES, MAPS_FILE, error_table, save_analysis, save_figures, weight_hashes
 from utils.backbones import choose_backbone
+from utils.command_line import UsageError, run
 from utils.data.rows import ImageRows, fingerprint, load_rows, sample_batch
 from utils.devices import use_cpu_threads
 from utils.distillation.features import Tapped
@@ -41,24 +42,24 @@ MAPS = 5  # timesteps with error maps
 
 
 def refuse_mismatches(args, num_rows: int, image_channels: int, num_train_timesteps: int) -> None:
-    """Raises ValueError, naming the flag, where data or teacher cannot give what was asked for."""
+    """Raises UsageError, naming the flag, where data or teacher cannot give what was asked for."""
     for flag in ("num_timesteps", "num_inference_steps"):
         if getattr(args, flag) > num_train_timesteps:
-            raise ValueError(
+            raise UsageError(
                 f"--{flag} is {getattr(args, flag)}; the teacher's schedule has {num_train_timesteps}. Take fewer."
             )
-    if args.num_samples > num_rows:
-        raise ValueError(
-            f"--num_samples is {args.num_samples}; split '{args.validation_split}' has {num_rows} images. Take "
-            "fewer, or another --validation_split."
+    if args.num_images > num_rows:
+        raise UsageError(
+            f"--num_images is {args.num_images}; split '{args.split}' has {num_rows} images. Take fewer, or another "
+            "--split."
         )
     if args.feature_extractor and num_rows < 2:
-        raise ValueError(
-            f"--feature_extractor: a distance needs at least 2 images, and split '{args.validation_split}' has "
-            f"{num_rows}. Take another --validation_split, or leave the distance out."
+        raise UsageError(
+            f"--feature_extractor: a distance needs at least 2 images, and split '{args.split}' has {num_rows}. Take "
+            "another --split, or leave the distance out."
         )
     if args.feature_extractor and image_channels == 4:
-        raise ValueError(
+        raise UsageError(
             "--feature_extractor: it sees grey or RGB images, and the teacher's have 4 channels (RGBA). Leave it out."
         )
 
@@ -108,7 +109,7 @@ def measure_error(args, backbone, student: nn.Module, images: ImageRows, timeste
         clean, condition = backbone.encode(batch, EncodeRandom(args.seed, first, device))
         noise = image_noise(clean.shape, args.seed, first).to(clean)
         for t, at_timestep in zip(timesteps, statistics, strict=True):
-            noised = backbone.noise_at(clean, noise, torch.full((len(clean),), t, device=device))
+            noised = backbone.process.noised(clean, noise, torch.full((len(clean),), t, device=device))
             student_pred = backbone.predict(student, noised, condition)
             teacher_pred = backbone.predict(teacher, noised, condition)
             at_timestep.update(student_pred.output, teacher_pred.output)
@@ -126,11 +127,11 @@ def measure_samples(
     any: numbers, and the first few as arrays (B, H, W, C). With an extractor also the Frechet distance of each to the
     `real` images, and as many prompts as there are samples or captions.
 
-    ValueError: samples that are not finite.
+    UsageError: samples that are not finite.
     """
     corrected = CorrectedDenoiser(student, backbone.teacher)
     denoisers = {"student": student, "corrected": corrected, "teacher": backbone.teacher}
-    count = args.validation_num_samples if extractor else args.validation_images
+    count = args.num_samples if extractor else args.shown_samples
     prompted, num_prompts = (real, count) if extractor else (images, None)  # all captions, or those of the pictures
     features = {who: FeatureStatistics() for who in denoisers}
     gaps, shown = dict.fromkeys(denoisers, 0.0), {who: [] for who in denoisers}
@@ -138,23 +139,23 @@ def measure_samples(
     for first in range(0, count, args.batch_size):
         numbers = range(first, min(first + args.batch_size, count))
         seeds = [seed_from(args.seed, VALIDATION_STREAM, i) for i in numbers]  # those of the training scripts
-        conditions = backbone.conditions(prompted, first, len(seeds), num_prompts)
+        conditions = backbone.conditions.of_samples(prompted, first, len(seeds), num_prompts)
         samples = {}
         for who, denoiser in denoisers.items():
             try:
                 samples[who] = backbone.sample(denoiser, seeds, args.num_inference_steps, conditions)
             except FloatingPointError as error:
-                raise ValueError(f"Sampling ({who}) after {first} samples: {error}") from error
+                raise UsageError(f"Sampling ({who}) after {first} samples: {error}") from error
             progress.update(len(seeds))
         for who, drawn in samples.items():
             gap = (drawn.double() - samples["teacher"].double()).abs()
             gaps[who] += gap.flatten(1).mean(1).sum().item() / count
-            shown[who] += list(drawn[: max(0, args.validation_images - first)].permute(0, 2, 3, 1).numpy())
+            shown[who] += list(drawn[: max(0, args.shown_samples - first)].permute(0, 2, 3, 1).numpy())
             if extractor:
                 features[who].update(extractor(drawn.to(extractor.device)))
     progress.close()
     measured = {"num_samples": count, "pixel_difference_to_teacher": gaps}
-    if prompts := {prompt for prompt in backbone.conditions(prompted, 0, count, num_prompts) if prompt is not None}:
+    if prompts := set(backbone.conditions.of_samples(prompted, 0, count, num_prompts)) - {None}:
         measured["num_prompts"] = len(prompts)
     if extractor:
         reference = FeatureStatistics()
@@ -188,26 +189,28 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(__doc__, argv)
     accelerator = Accelerator(mixed_precision="no")
     if accelerator.num_processes > 1:
-        raise ValueError(f"analyze_error.py is one process, found {accelerator.num_processes}: start it with python.")
+        raise UsageError(f"analyze_error.py is one process, found {accelerator.num_processes}: start it with python.")
     use_cpu_threads(args, accelerator)
 
     # Models and data; everything that can be refused has been by the end of this paragraph
-    backbone = choose_backbone(args).load(args)
-    num_train_timesteps = backbone.scheduler.config.num_train_timesteps
+    wanted = for_backbone(args)
+    backbone = choose_backbone(wanted).load(wanted)
+    backbone.conditions.share_dropped = 0.0  # the error of every image is that under its own prompt
+    num_train_timesteps = backbone.process.num_places
     timesteps = spread_timesteps(args.num_timesteps, num_train_timesteps)
-    rows, transform = load_rows(args, args.validation_split, split_flag="--validation_split"), backbone.transform(args)
+    rows, transform = load_rows(args, args.split, split_flag="--split"), backbone.transform(wanted)
     refuse_mismatches(args, len(rows), len(transform.mode), num_train_timesteps)
     extractor = None
     if args.feature_extractor:
         extractor = load_extractor(
             args.feature_extractor, device=accelerator.device, inception_path=args.inception_path
         )
-    numbers = shuffled(args.seed, 0, len(rows))[: args.num_samples]
+    numbers = shuffled(args.seed, 0, len(rows))[: args.num_images]
     images = ImageRows(
         rows.select(numbers), transform, args.seed, skip_bad_images=args.skip_bad_images, numbers=numbers
     )
     real = ImageRows(rows, transform, args.seed, skip_bad_images=args.skip_bad_images) if extractor else None
-    student, sizes = backbone.make_student(args, sample_batch(images, args.batch_size, args.seed))
+    student, sizes = backbone.make_student(wanted, sample_batch(images, args.batch_size, args.seed))
     print(sizes, flush=True)
     student = student.to(accelerator.device).eval().requires_grad_(False)
     backbone.teacher.to(accelerator.device)
@@ -223,16 +226,15 @@ def main(argv: list[str] | None = None) -> None:
             "device": accelerator.device.type,
             "data_fingerprint": fingerprint(rows),
             "num_rows": len(rows),
-            "teacher_sha256": weight_hashes(args.pretrained_model_name_or_path),
-            "student_sha256": weight_hashes(args.student_model_name_or_path),
+            "teacher_sha256": weight_hashes(args.pretrained_model_name_or_path, backbone.component),
+            "student_sha256": weight_hashes(args.student_model_name_or_path, backbone.component),
             "resolution": backbone.resolution,
             "num_train_timesteps": num_train_timesteps,
             "group_size": args.group_size,
             "sampler": {
-                "name": "DDIM",
-                "eta": 0,
+                "name": backbone.process.name,
                 "steps": args.num_inference_steps,
-                "guidance_scale": backbone.guidance_scale,
+                **backbone.sampling_options,
             },
         },
         **summarize(statistics, timesteps),
@@ -253,4 +255,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

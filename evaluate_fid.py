@@ -22,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+from utils.command_line import UsageError, run
 from utils.devices import DTYPES
 from utils.distributed import main_process_first, on_main_process, process_settings, wait_for_everyone
 from utils.evaluation.arguments import METRICS, PR_NEIGHBOURS, parse_args
@@ -55,7 +56,7 @@ PIPELINE = "--pretrained_model_name_or_path"
 
 
 def open_measures(args, device):
-    """What measures, and what is measured against: extractor, CLIP, reference, prompts. Raises ValueError."""
+    """What measures, and what is measured against: extractor, CLIP, reference, prompts. Raises UsageError."""
     extractor = load_extractor(
         args.feature_extractor,
         device=device,
@@ -69,7 +70,7 @@ def open_measures(args, device):
 
 
 def open_sampler(args, flag: str, prompts: list[str] | None, device) -> tuple[Sampler, dict[str, Path]]:
-    """The pipeline that `flag` names, set up as the flags say, and its files by path. Raises ValueError."""
+    """The pipeline that `flag` names, set up as the flags say, and its files by path. Raises UsageError."""
     name, first = getattr(args, flag.removeprefix("--")), flag == PIPELINE
     revision, variant = (args.revision, args.variant) if first else (None, None)
     folder = pipeline_folder(name, flag, revision=revision, variant=variant, pickled=args.allow_pickle_weights)
@@ -81,14 +82,14 @@ def open_sampler(args, flag: str, prompts: list[str] | None, device) -> tuple[Sa
     names = "seed num_inference_steps eta guidance_scale height width class_labels".split()
     try:
         sampler = Sampler(pipeline, prompts=prompts, **{name: getattr(args, name) for name in names})
-    except ValueError as error:
-        raise error if first else ValueError(f"{flag} {name}: {error}") from error
+    except UsageError as error:
+        raise error if first else UsageError(f"{flag} {name}: {error}") from error
     return sampler, {str(path.relative_to(folder)): path for path in pipeline_files(folder, pipeline, variant)}
 
 
 def fit_reference(args, reference: ImageSet, size: tuple[int, int] | None, quiet: bool) -> None:
     """Images of a dataset are brought to the (height, width) of the samples, files of a folder read as they are, and
-    both brought to `--resolution` where it is given. Raises ValueError."""
+    both brought to `--resolution` where it is given. Raises UsageError."""
     if args.resolution:
         reference.resize_to(args.resolution)
     elif args.reference_images:
@@ -101,7 +102,7 @@ def fit_reference(args, reference: ImageSet, size: tuple[int, int] | None, quiet
             )
     elif size is None or size[0] != size[1]:
         what = f"the samples are {size[0]}x{size[1]}" if size else "the size of the samples cannot be told beforehand"
-        raise ValueError(f"--resolution: {what}. Say to how many pixels a side samples and reference are brought.")
+        raise UsageError(f"--resolution: {what}. Say to how many pixels a side samples and reference are brought.")
     else:
         reference.resize_to(size[0])
 
@@ -151,11 +152,11 @@ def compute_metrics(args, real: Measured, generated: Measured, device) -> dict[s
 
 
 def check_counts(args, count: int, reference) -> None:
-    """Raises ValueError where there are too few samples or reference images for one of `--metrics`."""
+    """Raises UsageError where there are too few samples or reference images for one of `--metrics`."""
     for name in args.metrics:
         compared = [count, len(reference)] if name in ("kid", "pr") else [count]
         if min(compared) < METRICS[name]:
-            raise ValueError(
+            raise UsageError(
                 f"--metrics {name} needs at least {METRICS[name]} samples, and as many reference images where it "
                 f"compares them; there are {' and '.join(map(str, compared))}. Give more, or leave it out."
             )
@@ -228,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
         draw_missing(samples, Meter(sampler, accelerator.device, args.num_cpu_threads), accelerator)
         images = ImageSet.from_files(samples.paths(), "samples")
         if not args.resolution and size not in (None, drawn := images.keep_size(quiet=quiet)):
-            raise ValueError(
+            raise UsageError(
                 f"--resolution: the samples are {drawn[0]}x{drawn[1]}, not {size[0]}x{size[1]} as the reference was "
                 "brought to. Say to what both are brought; the samples are kept."
             )
@@ -289,4 +290,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

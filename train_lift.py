@@ -21,6 +21,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from utils.backbones import choose_backbone
+from utils.command_line import run
 from utils.data.cache import encoded_once, open_dataset
 from utils.data.rows import sample_batch, training_batches
 from utils.devices import apply_speed_flags, use_cpu_threads
@@ -29,7 +30,7 @@ from utils.distillation.losses import fine_weight, lift_loss, output_loss
 from utils.distributed import on_main_process, process_settings, refuse_unsupported
 from utils.output_dir import check_output_dir, prepare_output_dir
 from utils.publishing.card import write_card
-from utils.publishing.hub import prepare_push, push
+from utils.publishing.hub import check_push, prepare_push, push
 from utils.training.arguments import parse_args
 from utils.training.checkpoint import Checkpoints
 from utils.training.log import RunLog, error_per_sample, tracker_names
@@ -100,20 +101,21 @@ def main(argv: list[str] | None = None) -> None:
     )
     memory = on_main_process(accelerator, memory_estimate, args, accelerator, student, tapped_teacher, backbone)
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
-    trainable, weights = with_gradients(student), with_gradients(denoiser)  # collected once, not in every step
-    ema = EMAModel(weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
+    ema_weights = with_gradients(denoiser)  # collected once, not in every step
+    ema = EMAModel(ema_weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser, dataset)
-    repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
+    on_main_process(accelerator, check_push, args)
     accelerator.print(plan(args, accelerator, dataset, sizes, memory))
     if args.dry_run:
         return
+    repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
 
     # Where everything goes, and where it goes on from
     prepare_output_dir(args, accelerator)
-    log = RunLog(args, accelerator, backbone.scheduler.config.num_train_timesteps)
-    dataset = encoded_once(args, accelerator, dataset, backbone)  # with --cache_dir
+    log = RunLog(args, accelerator, backbone.process.num_places)
+    dataset = encoded_once(args, accelerator, dataset, backbone)  # with --latent_cache_dir
     checkpoints = Checkpoints(
         args,
         accelerator,
@@ -141,9 +143,8 @@ def main(argv: list[str] | None = None) -> None:
             noised = backbone.add_noise(clean, rng)
 
             student_pred = backbone.predict(student, noised, condition)
-            task = backbone.task_loss(student_pred, noised)
-            loss = args.lambda_task * task
-            terms, target = {"task": task}, noised.target
+            terms, target = backbone.task_terms(student_pred, noised), noised.target
+            loss = args.lambda_task * sum(terms.values())
             if distil:
                 with torch.no_grad():
                     teacher_pred = backbone.predict(tapped_teacher, noised, condition)
@@ -159,16 +160,17 @@ def main(argv: list[str] | None = None) -> None:
                     )
                 else:
                     output = output_loss(student_pred.output, teacher_pred.output, kind=args.output_loss)
-                feature = feature_loss(student_pred, teacher_pred)
-                loss = loss + args.lambda_kd_output * output.loss + args.lambda_kd_feat * feature
-                terms |= {"feature": feature, **output.terms()}
+                more = backbone.distillation_terms(student_pred, teacher_pred, noised)
+                feature = feature_loss(student_pred.features, teacher_pred.features)
+                loss = loss + args.lambda_kd_output * sum(more.values(), output.loss) + args.lambda_kd_feat * feature
+                terms |= {"feature": feature, **output.terms(), **more}
 
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-        log.add(step + 1, {"loss": loss, **terms}, noised.timestep, error_per_sample(student_pred.output, target))
+        log.add(step + 1, {"loss": loss, **terms}, noised.place, error_per_sample(student_pred.output, target))
         if not accelerator.sync_gradients:
             continue
 
@@ -176,12 +178,13 @@ def main(argv: list[str] | None = None) -> None:
         if stepped(accelerator, grad_norm):  # fp16 skips a step whose gradient overflows
             lr_scheduler.step()
             if ema is not None:
-                ema.step(weights)
+                ema.step(ema_weights)
         log.end_step(step, grad_norm, lr_scheduler.get_last_lr()[0])
-        if step % args.validation_steps == 0 or step == args.max_train_steps:
+        last = step == args.max_train_steps
+        if last or step % args.validation_steps == 0:
             with log.paused(), evaluated(denoiser, ema):
                 log.write(step, validation.run(denoiser, step))
-        if step % args.checkpointing_steps == 0 or step == args.max_train_steps:
+        if last or step % args.checkpointing_steps == 0:
             with log.paused():
                 checkpoints.save(step)
         stop.exit_if_asked(checkpoints, step)
@@ -200,4 +203,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

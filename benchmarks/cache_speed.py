@@ -120,9 +120,10 @@ def main() -> None:
             "--report_to",
             "none",
         ]
-        flags += ["--max_train_steps", "1000000", "--validation_images", "0", "--output_dir", f"{folder}/student"]
+        flags += ["--max_train_steps", "1000000", "--validation_shown_samples", "0"]
+        flags += ["--output_dir", f"{folder}/student"]
         flags += ["--overwrite_output_dir", "--lambda_kd_feat", "1"]
-        cache = ["--cache_dir", f"{folder}/cache"]
+        cache = ["--latent_cache_dir", f"{folder}/cache"]
         print(f"{'':<12}{'s / step':>12}{'(range)':>18}{'peak GiB':>10}")
         for name, more, steps in (
             ("making it", cache, 1),

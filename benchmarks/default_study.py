@@ -103,7 +103,7 @@ def main() -> None:
                 script, *flags = command.split()
                 flags = [f"@{ROOT / 'assets' / 'default.args'}", "--seed", str(seed), *flags]
                 flags += ["--max_train_steps", str(args.steps), "--pretrained_model_name_or_path", args.teacher]
-                flags += ["--validation_images", "8", "--report_to", "none", "--overwrite_output_dir"]
+                flags += ["--validation_shown_samples", "8", "--report_to", "none", "--overwrite_output_dir"]
                 flags += ["--validation_feature_extractor", "", "--output_dir", str(folder)]
                 start = time.perf_counter()
                 subprocess.run([sys.executable, script, *flags], cwd=ROOT, check=True, stderr=subprocess.DEVNULL)

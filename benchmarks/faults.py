@@ -24,7 +24,7 @@ FLAGS = (
     "--pretrained_model_name_or_path assets/teacher --dataset_name assets/fashion_mnist_16 --max_train_samples 64 "
     "--pruning_ratio 0.875 --student_init magnitude --max_train_steps 12 --train_batch_size 8 --random_flip --use_ema "
     "--gradient_accumulation_steps 2 --lambda_kd_feat 1 --checkpointing_steps 2 --logging_steps 3 "
-    "--validation_images 1 --validation_num_inference_steps 1 --report_to none --num_cpu_threads 1"
+    "--validation_shown_samples 1 --validation_num_inference_steps 1 --report_to none --num_cpu_threads 1"
 ).split()
 STATE_FILES = ("student.safetensors", "ema.safetensors", "optimizer.safetensors")
 

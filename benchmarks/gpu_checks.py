@@ -45,8 +45,8 @@ from utils.training import memory  # noqa: E402
 CUDA = torch.cuda.is_available()
 FAMILIES = ("pixel", "sd1", "sd2", "xl")
 COMMON = (
-    "--max_train_steps 4 --train_batch_size 4 --logging_steps 1 --validation_images 0 --report_to none --use_ema "
-    "--checkpointing_steps 2 --checkpoints_total_limit 9 --learning_rate 1e-4 --num_cpu_threads 1"
+    "--max_train_steps 4 --train_batch_size 4 --logging_steps 1 --validation_shown_samples 0 --report_to none "
+    "--use_ema --checkpointing_steps 2 --checkpoints_total_limit 9 --learning_rate 1e-4 --num_cpu_threads 1"
 ).split()
 TOLERANCE = {"no": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # of a step's loss, relative to float32's on the CPU
 
@@ -171,7 +171,13 @@ def check_ddp(bench: Bench) -> str:
     if count < 2:
         raise Skip("there is one GPU")
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(count), "train_place.py"]
-    command += [*bench.command("pixel", "ddp"), "--validation_images", "2", "--validation_num_inference_steps", "2"]
+    command += [
+        *bench.command("pixel", "ddp"),
+        "--validation_shown_samples",
+        "2",
+        "--validation_num_inference_steps",
+        "2",
+    ]
     run_process(command, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU=str(not CUDA).lower())
     assert len(conftest.read_log(bench.folder / "ddp")) == 4
     return f"{count} {'GPUs' if CUDA else 'processes on the CPU'}, steps, validation, checkpoints"

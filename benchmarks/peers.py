@@ -102,7 +102,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         ours = ["train_place.py", "@assets/default.args", "--max_train_steps", str(args.steps), "--logging_steps", "5"]
         ours += ["--output_dir", f"{folder}/student", "--overwrite_output_dir", "--validation_feature_extractor", ""]
-        ours += ["--validation_images", "1", "--validation_num_inference_steps", "1", "--report_to", "none"]
+        ours += ["--validation_shown_samples", "1", "--validation_num_inference_steps", "1", "--report_to", "none"]
         peer = ["benchmarks/peers.py", "--steps", str(args.steps), "--straight", f"{folder}/student"]
         pairs = [(measured(ours), measured(peer)) for _ in range(args.repeats)]
     for name, runs in (("train_place.py", [a for a, _ in pairs]), ("straight trainer", [b for _, b in pairs])):

@@ -112,8 +112,8 @@ def instrument(timers: Timers, bare_every: int) -> None:
                 timers.bare.append(bare_step(captured))
 
     DDPM.predict = timed_predict
-    for method in ("encode", "add_noise", "task_loss"):
-        part = "losses" if method == "task_loss" else "noising"
+    for method in ("encode", "add_noise", "task_terms"):
+        part = "losses" if method == "task_terms" else "noising"
         setattr(DDPM, method, timers.wrap(part, getattr(DDPM, method)))
     train_place.training_batches = timed_batches
     for name in ("place_loss", "feature_loss"):
@@ -144,8 +144,8 @@ def bare_step(captured: dict) -> float:
     synchronise()
     start = time.perf_counter()
     with torch.no_grad():
-        target, _ = teacher(noised.x_t, noised.timestep)
-    output, _ = student(noised.x_t, noised.timestep)
+        target, _ = teacher(noised.x_t, timestep=noised.time)
+    output, _ = student(noised.x_t, timestep=noised.time)
     torch.nn.functional.mse_loss(output, target.float()).backward()
     type(optimizer).step(optimizer)
     optimizer.zero_grad()
@@ -188,7 +188,8 @@ def main() -> None:
         folder = Path(folder)
         flags = [f"@{ROOT / 'assets' / 'default.args'}"] if args.case == "default" else make_celeba(folder)
         flags += ["--max_train_steps", str(args.steps + WARM_UP), "--output_dir", str(folder / "student")]
-        flags += ["--validation_feature_extractor", "", "--validation_steps", "100000", "--validation_images", "1"]
+        flags += ["--validation_feature_extractor", "", "--validation_steps", "100000"]
+        flags += ["--validation_shown_samples", "1"]
         flags += ["--validation_num_inference_steps", "1", "--lr_scheduler", "constant", "--report_to", "none"]
         instrument(timers, bare_every=2)
         train_place.main(flags)

@@ -48,10 +48,10 @@ def train(name: str, args) -> Path:
     if not (folder / "model_index.json").exists():
         command = [sys.executable, script, "--pretrained_model_name_or_path", str(args.teacher), *flags]
         command += ["--dataset_name", str(args.data), "--student_config", "benchmarks/text_student.json"]
-        command += ["--cache_dir", str(args.output / "cache"), "--max_train_samples", str(args.images)]
+        command += ["--latent_cache_dir", str(args.output / "cache"), "--max_train_samples", str(args.images)]
         command += ["--max_train_steps", str(args.steps), "--train_batch_size", "64", "--learning_rate", "1e-3"]
         command += ["--lr_scheduler", "cosine", "--lr_warmup_steps", "50", "--use_ema", "--ema_decay", "0.995"]
-        command += ["--validation_images", "0", "--report_to", "none", "--seed", str(args.seed)]
+        command += ["--validation_shown_samples", "0", "--report_to", "none", "--seed", str(args.seed)]
         command += ["--output_dir", str(folder), "--overwrite_output_dir", *args.more]
         subprocess.run(command, cwd=ROOT, check=True)
     return folder

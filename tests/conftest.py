@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tiny real models and data, built once a session, and a way to run the scripts on them."""
 
+import functools
 import importlib
 import json
 import os
@@ -19,6 +20,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
+from forks import ForkServer  # noqa: E402
 
 from utils.randomness import seed_from  # noqa: E402
 
@@ -56,6 +58,15 @@ def save_images(folder: Path, count: int = 24, side: int = 8, mode: str = "L", s
     return folder
 
 
+# The longest files come first, so that no worker starts one of them when the other is about to end
+LONGEST = "contract stable_diffusion evaluate_fid students hub distributed checkpoint analyze_error blocks".split()
+
+
+def pytest_collection_modifyitems(items):
+    order = {f"test_{name}": place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path.stem, len(order)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives
@@ -75,42 +86,73 @@ def data_dir(tmp_path_factory) -> str:
     return str(save_images(tmp_path_factory.mktemp("data")))
 
 
+@pytest.fixture(scope="session")
+def python():
+    """`python.start("train_place.py", "--flag", value)`: a new process; see `forks.ForkServer`."""
+    with ForkServer() as server:
+        yield server
+
+
+# More than half of a tiny run's time, and no part of what it computes
+ORNAMENTS = {
+    "utils.publishing.card.plot_losses": lambda log, picture: picture.touch(),
+    "train_lift.memory_estimate": lambda *_: "not estimated",
+    "train_place.memory_estimate": lambda *_: "not estimated",
+    "utils.training.checkpoint._sync_to_disk": lambda path: None,  # the tests cut no power
+}
+
+
+@pytest.fixture
+def ornaments():
+    """A test that asks for it, or that runs in another process, gets the runs of a user, with loss curves and all."""
+
+
+@pytest.fixture(autouse=True)
+def _plain_runs(request, monkeypatch):
+    if "ornaments" not in request.fixturenames:
+        for name, stand_in in ORNAMENTS.items():
+            monkeypatch.setattr(name, stand_in)
+
+
 @pytest.fixture
 def run(tmp_path, teacher_dir, data_dir):
     """`run("train_place", "--flag", value, ...)` runs a script in this process and returns its output folder.
 
-    Teacher, data and small numbers are given; flags named in the call win.
+    Teacher, data and small numbers are given, neither Taylor scores nor samples; flags named in the call win.
     """
+    return functools.partial(run_script, tmp_path, teacher_dir, data_dir)
 
-    def run_script(script: str, *flags, output: str = "student", defaults: bool = True) -> Path:
-        given = {
-            "--pretrained_model_name_or_path": teacher_dir,
-            "--dataset_name": data_dir,
-            "--max_train_steps": "4",
-            "--train_batch_size": "4",
-            "--logging_steps": "1",
-            "--validation_images": "2",
-            "--validation_num_inference_steps": "2",
-            "--report_to": "none",
-            "--num_cpu_threads": "1",
-        }
-        flags = [str(flag) for flag in flags]
-        if not any(flag in flags for flag in ("--pruning_ratio", "--student_config", "--student_model_name_or_path")):
-            given["--pruning_ratio"] = "0.5"
-        argv = [word for pair in given.items() for word in pair] if defaults else []
-        argv += ["--output_dir", str(tmp_path / output), *flags]
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-        torch.manual_seed(seed_from(len(argv)))  # another ambient seed each time: nothing may depend on it
-        try:
-            importlib.import_module(script).main(argv)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-        return tmp_path / output
 
-    return run_script
+def run_script(
+    folder: Path, teacher: str, data: str, script: str, *flags, output: str = "student", defaults: bool = True
+) -> Path:
+    """The fixture `run`, for fixtures that live longer: what it makes is in `folder`."""
+    given = {
+        "--pretrained_model_name_or_path": teacher,
+        "--dataset_name": data,
+        "--max_train_steps": "4",
+        "--train_batch_size": "4",
+        "--logging_steps": "1",
+        "--validation_shown_samples": "0",
+        "--validation_num_inference_steps": "2",
+        "--report_to": "none",
+        "--num_cpu_threads": "1",
+    }
+    flags = [str(flag) for flag in flags]
+    if not any(flag in flags for flag in ("--pruning_ratio", "--student_config", "--student_model_name_or_path")):
+        given |= {"--pruning_ratio": "0.5", "--student_init": "magnitude"}
+    argv = [word for pair in given.items() for word in pair] if defaults else []
+    argv += ["--output_dir", str(folder / output), *flags]
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+    torch.manual_seed(seed_from(len(argv)))  # another ambient seed each time: nothing may depend on it
+    try:
+        importlib.import_module(script).main(argv)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    return folder / output
 
 
 def read_log(folder: Path) -> list[dict]:

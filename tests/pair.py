@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python pair.py jobs.json` runs train_place.py for each job in turn, on one process or on several that talk gloo.
 
-The imports are paid once: every process of a job is a fork of this one. A job is {"argv", "folder", "processes"}; its
+Every process of a job is a fork of this one. A job is {"argv", "folder", "processes"}; its
 folder gets `out-<rank>.txt` and `seen-<rank>.json`: what the rank trained on, wrote and ended with. Where a job has
 them, `signal` is a step in which the last rank, alone, gets SIGTERM, `validation_takes` seconds, and `patience` and
 `step_patience` are the seconds that hosts and devices wait for each other.
@@ -10,31 +10,22 @@ them, `signal` is a step in which the last rank, alone, gets SIGTERM, `validatio
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
 
-import datasets  # noqa: F401  these five are loaded when first needed: here, once for all
-import matplotlib.pyplot  # noqa: F401
 import torch
 from diffusers import DDIMPipeline, DDPMPipeline, StableDiffusionPipeline  # noqa: F401
+from forks import worlds
 
 import train_place
 import utils.data.cache
 import utils.distributed
-from utils.backbones.common import UNetBackbone
+from utils.backbones.process import Diffusion
 from utils.training.log import RunLog
 from utils.training.validation import Validation
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
 
 LIMIT = 600  # seconds, then a process that waits for another is killed
 
@@ -43,7 +34,7 @@ def record(job: dict, seen: dict) -> None:
     """Note what passes; change nothing but what the job asks for."""
     batches, end_step = train_place.training_batches, RunLog.end_step
     write, save = utils.data.cache._write, train_place.Checkpoints._write
-    validate, draw, noise_at = Validation.run, Validation._draw, UNetBackbone.noise_at
+    validate, draw, noise_at = Validation.run, Validation._draw, Diffusion.noised
 
     def rows(dataset, args, accelerator, **span):
         seen["processes"], seen["rank"] = accelerator.num_processes, accelerator.process_index
@@ -83,7 +74,7 @@ def record(job: dict, seen: dict) -> None:
         utils.distributed.PATIENCE = timedelta(seconds=job["patience"])
     if "step_patience" in job:
         utils.distributed.STEP_PATIENCE = timedelta(seconds=job["step_patience"])
-    UNetBackbone.noise_at = timesteps
+    Diffusion.noised = timesteps
 
 
 def run(job: dict, rank: int) -> int:
@@ -108,15 +99,12 @@ def run(job: dict, rank: int) -> int:
 
 def start(job: dict) -> None:
     """All ranks of a job, to their end."""
-    count, port = job["processes"], free_port()
-    for rank in range(count):
+    count = job["processes"]
+    for rank, world in enumerate(worlds(count)):
         if os.fork() == 0:
             signal.alarm(LIMIT)
             torch.set_num_threads(1)
-            if count > 1:
-                world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-                world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                os.environ.update({name: str(value) for name, value in world.items()})
+            os.environ.update(world if count > 1 else {})
             os._exit(run(job, rank))
     for _ in range(count):
         os.wait()

@@ -3,6 +3,7 @@
 
 import hashlib
 import json
+import pickle
 from pathlib import Path
 
 import datasets
@@ -19,7 +20,7 @@ from torch import nn
 
 import analyze_error
 import utils.analysis.error
-from utils.analysis.arguments import parse_args
+from utils.analysis.arguments import for_backbone, parse_args
 from utils.analysis.corrected import CorrectedDenoiser
 from utils.analysis.error import (
     ErrorStatistics,
@@ -42,10 +43,10 @@ from utils.randomness import VALIDATION_STREAM, seed_from, shuffled
 
 CLASSIFIER = Path(__file__).resolve().parent.parent / "assets" / "classifier"
 SMALL = {
-    "--num_samples": 6,
+    "--num_images": 6,
     "--num_timesteps": 4,
     "--batch_size": 4,
-    "--validation_images": 3,
+    "--shown_samples": 3,
     "--num_inference_steps": 3,
     "--num_cpu_threads": 1,
 }
@@ -95,8 +96,17 @@ def flags(teacher_dir, data_dir):
 
 
 @pytest.fixture
-def analyze(run, flags):
-    """`analyze(student, "--flag", value, output="name")` runs the script and returns analysis.json and its folder."""
+def analyze(request, run, flags, monkeypatch):
+    """`analyze(student, "--flag", value, output="name")` runs the script and returns analysis.json and its folder.
+
+    Its figures, most of its time, are files of what they show where a test does not ask for `ornaments`."""
+
+    def save_contents(_analysis, maps, samples, folder):
+        for name in FIGURES:
+            (folder / name).write_bytes(pickle.dumps((maps, samples)))
+
+    if "ornaments" not in request.fixturenames:
+        monkeypatch.setattr(analyze_error, "save_figures", save_contents)
 
     def run_analysis(student, *changes, output="analysis") -> tuple[dict, Path]:
         folder = run("analyze_error", *flags(student, *changes), output=output, defaults=False)
@@ -325,17 +335,17 @@ def test_lines_of_sampling_are_fitted_in_float64():
     """Far from 0, float32 sums of squares know nothing of a spread; the moved prediction has the student's dtype."""
     student = (1000 + 1e-2 * torch.randn((2, 1, 64, 64), generator=torch.Generator().manual_seed(0))).float()
     teacher = 2 * student - 1500
-    found = CorrectedDenoiser(Plain(student), Plain(teacher))(None).sample
+    found = CorrectedDenoiser(Plain(student), Plain(teacher))(torch.zeros(1)).sample
     line = [
         value.double().view(2, 1, 1, 1)
         for value in least_squares_line(student.double().flatten(2), teacher.double().flatten(2))
     ]
     assert torch.equal(found, (line[1] + line[0] * student.double()).float())
-    assert CorrectedDenoiser(Plain(student.bfloat16()), Plain(teacher))(None).sample.dtype == torch.bfloat16
+    assert CorrectedDenoiser(Plain(student.bfloat16()), Plain(teacher))(torch.zeros(1)).sample.dtype == torch.bfloat16
 
 
 def sampled(args, student: UNet2DModel) -> dict[str, torch.Tensor]:
-    backbone = choose_backbone(args).load(args)
+    backbone = choose_backbone(args).load(for_backbone(args))
     denoisers = {
         "student": student.eval(),
         "corrected": CorrectedDenoiser(student.eval(), backbone.teacher),
@@ -356,7 +366,7 @@ def test_correcting_an_affine_student_recovers_the_teachers_samples(tmp_path, fl
 def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teacher_dir):
     folder = save(affine_image(UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")))
     args = parse_args("", [*flags(folder, "--batch_size", 2), "--output_dir", str(tmp_path / "out")])
-    backbone, student = choose_backbone(args).load(args), UNet2DModel.from_pretrained(folder)
+    backbone, student = choose_backbone(args).load(for_backbone(args)), UNet2DModel.from_pretrained(folder)
     numbers, shown = analyze_error.measure_samples(args, backbone, student, None, None, None)
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(3)]
     denoisers = {"student": student, "corrected": CorrectedDenoiser(student, backbone.teacher)}
@@ -380,7 +390,7 @@ def test_correcting_another_student_does_not(tmp_path, flags, save):
 # The script
 
 
-def test_a_run_on_a_trained_student(run, analyze, data_dir):
+def test_a_run_on_a_trained_student(run, analyze, ornaments, data_dir):
     """Everything is written, the numbers agree with each other, and the distance is the training script's own."""
     student = run(
         "train_place",
@@ -389,7 +399,7 @@ def test_a_run_on_a_trained_student(run, analyze, data_dir):
     )
     analysis, folder = analyze(
         student,
-        *("--feature_extractor", CLASSIFIER, "--validation_num_samples", 8, "--batch_size", 8, "--group_size", 20),
+        *("--feature_extractor", CLASSIFIER, "--num_samples", 8, "--batch_size", 8, "--group_size", 20),
     )
     assert {path.name for path in folder.iterdir()} == {"analysis.json", "error_maps.npz", *FIGURES}
     for name in FIGURES:
@@ -443,7 +453,7 @@ def test_a_run_on_a_trained_student(run, analyze, data_dir):
 def test_the_numbers_are_those_of_a_plain_loop(analyze, save, teacher_dir, data_dir):
     """Here in one batch, in the script in two: the noise of an image does not depend on it."""
     folder = save(build_unet(seed=1, block_out_channels=(8, 16)))
-    analysis, _ = analyze(folder, "--validation_split", "test", "--seed", 5)
+    analysis, _ = analyze(folder, "--split", "test", "--seed", 5)
 
     rows = datasets.load_dataset(data_dir, split="test")
     chosen = [rows[int(row)]["image"] for row in shuffled(5, 0, len(rows))[:6]]
@@ -473,7 +483,7 @@ def test_the_numbers_are_those_of_a_plain_loop(analyze, save, teacher_dir, data_
 def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir, flags):
     """Corrected, an affine student is as good as its teacher; and the teacher's distance computed anew."""
     folder = save(affine_image(UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")))
-    extra = ("--feature_extractor", CLASSIFIER, "--validation_num_samples", 12, "--validation_split", "test")
+    extra = ("--feature_extractor", CLASSIFIER, "--num_samples", 12, "--split", "test")
     analysis, output = analyze(folder, *extra)
     distances, gaps = (analysis["samples"][k] for k in ("frechet_distance", "pixel_difference_to_teacher"))
     assert analysis["mean"]["coarse_share"] == pytest.approx(1, abs=1e-6)
@@ -485,7 +495,7 @@ def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir,
     assert all(row["slope"]["median"] == pytest.approx(1 / 0.6, rel=1e-4) for row in analysis["timesteps"])
 
     args = parse_args("", [*flags(folder), "--output_dir", str(output / "unused")])
-    backbone, extractor = choose_backbone(args).load(args), FeatureExtractor(str(CLASSIFIER))
+    backbone, extractor = choose_backbone(args).load(for_backbone(args)), FeatureExtractor(str(CLASSIFIER))
     real, drawn = FeatureStatistics(), FeatureStatistics()
     seeds = [seed_from(0, VALIDATION_STREAM, i) for i in range(12)]
     for first in range(0, 12, 4):
@@ -497,7 +507,7 @@ def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir,
     )
 
 
-def test_a_perfect_student_has_no_shares(analyze, teacher_dir):
+def test_a_perfect_student_has_no_shares(analyze, ornaments, teacher_dir):
     analysis, folder = analyze(teacher_dir)
     assert analysis["mean"]["total"] == 0 and analysis["mean"]["coarse_share"] is None
     assert set(analysis["samples"]["pixel_difference_to_teacher"].values()) == {0.0}
@@ -568,7 +578,7 @@ def test_the_file_is_compact_and_says_how_it_was_made(analyze, save, teacher_dir
     assert len(analysis["timesteps"][0]["place"]["ranks"]["fine"]) == 32
     assert max(line.count(",") for line in text.splitlines()) >= 31 and len(text.splitlines()) < 400
     protocol = analysis["protocol"]
-    assert protocol["sampler"] == {"name": "DDIM", "eta": 0, "steps": 3, "guidance_scale": None}
+    assert protocol["sampler"] == {"name": "DDIM, eta 0", "steps": 3}
     assert protocol["resolution"] == 8 and "num_prompts" not in analysis["samples"]
     name = "diffusion_pytorch_model.safetensors"
     for key, path, stored in (("teacher", teacher_dir, f"unet/{name}"), ("student", folder, name)):
@@ -577,12 +587,13 @@ def test_the_file_is_compact_and_says_how_it_was_made(analyze, save, teacher_dir
 
 
 def test_flags_without_effect_are_warned_of(flags, tmp_path):
-    other = ("--inception_path", "inception", "--validation_num_samples", 9, "--dataset_config_name", "one")
+    other = ("--inception_path", "inception", "--num_samples", 9, "--dataset_config_name", "one")
     argv = [*flags("student", *other), "--dataset_name", "", "--train_data_dir", "images"]
     with pytest.warns(UserWarning) as caught:
         parse_args("", [*argv, "--output_dir", str(tmp_path / "out")])
-    named = ("inception_path", "validation_num_samples", "dataset_config_name")
-    assert [str(warning.message).split(":")[0] for warning in caught] == [f"--{name} has no effect" for name in named]
+    named = ("inception_path", "num_samples", "dataset_config_name")
+    said = [str(warning.message).split(":")[0] for warning in caught]
+    assert said == [f"--{name} has no effect here" for name in named]
 
 
 # Figures
@@ -590,9 +601,14 @@ def test_flags_without_effect_are_warned_of(flags, tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch):
-    """The figures that are saved, by file name."""
+    """The figures that are saved, by file name; the files themselves are small."""
     saved, save_figure = {}, Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda f, path: saved.update({Path(path).name: f}) or save_figure(f, path))
+
+    def save_small(figure, path):
+        saved[Path(path).name] = figure
+        save_figure(figure, path, dpi=20)
+
+    monkeypatch.setattr(Figure, "savefig", save_small)
     return saved
 
 
@@ -632,7 +648,7 @@ def test_one_timestep_can_be_seen(figures, tmp_path):
     assert bar[:, 1] == pytest.approx([slope["q25"], slope["q75"]])
 
 
-@pytest.mark.parametrize("timesteps", [7, 300])
+@pytest.mark.parametrize("timesteps", [7, 60])
 def test_many_timesteps_and_groups(figures, tmp_path, timesteps):
     """Stretches without gaps, one shape each for the coarse and the fine part, and no markers on top of each other."""
     analysis = analysis_of(*predictions((1, 1, 16, 16)), timesteps=timesteps, group_size=2)
@@ -708,12 +724,12 @@ def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path)
             ("--num_inference_steps", 1001),
             "--num_inference_steps is 1001; the teacher's schedule has 1000. Take fewer",
         ),
-        (("--num_samples", 25), "--num_samples is 25; split 'train' has 24 images"),
-        (("--num_samples", 0), "--num_samples is 0"),
+        (("--num_images", 25), "--num_images is 25; split 'train' has 24 images"),
+        (("--num_images", 0), "--num_images is 0"),
         (("--batch_size", -1), "--batch_size is -1"),
         (("--seed", -1), "--seed is -1"),
         (("--resolution", 7), "--resolution 7"),
-        (("--validation_split", "dev"), "--validation_split: .* no split 'dev'"),
+        (("--split", "dev"), "--split: .* no split 'dev'"),
         (("--train_data_dir", "images"), "one of --dataset_name and --train_data_dir; found both"),
         (("--dataset_name", ""), "one of --dataset_name and --train_data_dir; found neither"),
         (("--dataset_name", "no/such/folder/here"), "--dataset_name no/such/folder/here"),
@@ -722,8 +738,8 @@ def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path)
         (("--student_model_name_or_path", ""), "--student_model_name_or_path is missing"),
         (("--student_model_name_or_path", "no/such/folder/here"), "--student_model_name_or_path no/such"),
         (("--feature_extractor", "no/such/folder/here"), "--feature_extractor: 'no/such/folder/here'"),
-        (("--feature_extractor", CLASSIFIER, "--validation_num_samples", 1), "at least 2 samples"),
-        (("--feature_extractor", CLASSIFIER, "--validation_num_samples", 2), "--validation_images 3"),
+        (("--feature_extractor", CLASSIFIER, "--num_samples", 1), "at least 2 samples"),
+        (("--feature_extractor", CLASSIFIER, "--num_samples", 2), "--shown_samples 3"),
         (("--num_timestep", 3), "did you mean --num_timesteps"),
     ],
 )
@@ -744,7 +760,7 @@ def test_data_that_have_no_distance(analyze, save, tmp_path, monkeypatch):
     monkeypatch.setattr(analyze_error, "measure_error", lambda *_: pytest.fail("measured before it was refused"))
     one, extractor = save_images(tmp_path / "one", count=1), ("--feature_extractor", CLASSIFIER)
     with pytest.raises(ValueError, match="--feature_extractor: .* split 'train' has 1"):
-        analyze(save(build_unet()), "--dataset_name", one, "--num_samples", 1, *extractor)
+        analyze(save(build_unet()), "--dataset_name", one, "--num_images", 1, *extractor)
     four = {"in_channels": 4, "out_channels": 4}
     DDPMPipeline(build_unet(**four), DDPMScheduler()).save_pretrained(tmp_path / "teacher4")
     teacher = ("--pretrained_model_name_or_path", tmp_path / "teacher4")
@@ -760,7 +776,7 @@ def test_a_damaged_image_is_named_by_its_row(analyze, save, tmp_path):
     row = int(shuffled(0, 0, 5)[0])  # the first that is chosen
     assert row != 0
     (tmp_path / "images" / f"{row}.png").write_bytes(b"no image")
-    data = ("--dataset_name", "", "--train_data_dir", tmp_path / "images", "--num_samples", 2)
+    data = ("--dataset_name", "", "--train_data_dir", tmp_path / "images", "--num_images", 2)
     with pytest.raises(ValueError, match=f"row {row} .*{row}.png"):
         analyze(save(build_unet()), *data)
     (tmp_path / "text").mkdir()

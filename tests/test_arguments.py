@@ -4,7 +4,6 @@
 import argparse
 import importlib
 import re
-import shutil
 import warnings
 from pathlib import Path
 
@@ -65,7 +64,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-    "coarse_scale noise_offset validation_images"
+    "coarse_scale noise_offset validation_shown_samples"
 ).split()
 FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay"]
 
@@ -256,9 +255,7 @@ def test_the_recipes_parse(parse, recipe):
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("rank", [None, "0", "1"])
 def test_an_empty_command_line_is_the_embedded_default(tmp_path, monkeypatch, capsys, script, rank):
-    (tmp_path / "assets").mkdir()
-    shutil.copy(ROOT / DEFAULT_RECIPE, tmp_path / DEFAULT_RECIPE)
-    monkeypatch.chdir(tmp_path)  # as from the repository's root, without an earlier run's output
+    monkeypatch.chdir(tmp_path)  # without an earlier run's output; what is bundled is found from anywhere
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     if rank is not None:
         monkeypatch.setenv("LOCAL_RANK", rank)
@@ -267,7 +264,7 @@ def test_an_empty_command_line_is_the_embedded_default(tmp_path, monkeypatch, ca
     said = capsys.readouterr().out
     assert ("@assets/default.args" in said and "--help" in said) == (rank != "1")
     named = parse_args(module.__doc__, module.add_method_arguments, [f"@{DEFAULT_RECIPE}"])
-    assert vars(args) == vars(named) and args.pretrained_model_name_or_path == "assets/teacher"
+    assert vars(args) == vars(named) and args.pretrained_model_name_or_path == str(ROOT / "assets/teacher")
     assert capsys.readouterr().out == ""
     monkeypatch.setattr("sys.argv", ["train.py"])
     assert vars(parse_args(module.__doc__, module.add_method_arguments)) == vars(named)
@@ -333,7 +330,8 @@ def test_every_argument_is_explained(script):
     assert len(found) > 60
     for action in found:
         assert action.help and len(action.help) > 10, action.option_strings
-        assert len(action.option_strings) == 1 or action.dest == "help"
+        switched = [f"--{action.dest}", f"--no-{action.dest}"]
+        assert len(action.option_strings) == 1 or action.dest == "help" or action.option_strings == switched
         # a number's default, where there is one, is named
         if isinstance(action.default, int | float) and not isinstance(action.default, bool) and action.default:
             assert "default" in action.help, action.option_strings

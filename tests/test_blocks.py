@@ -16,7 +16,6 @@ from utils.students.blocks import (
     feature_pairs,
     make_block_student,
     presets_for,
-    refuse_pruning_ratio,
     student_config,
 )
 from utils.students.sizes import example_inputs, model_size
@@ -504,10 +503,3 @@ def test_a_preset_that_does_not_fit_is_refused_with_those_that_do(config, preset
     with pytest.raises(ValueError, match=message):
         student_config(config, preset)
     assert presets_for(config) == [name for name in PRESETS if name in fitting.split(", ")]
-
-
-def test_a_pruning_ratio_is_refused_with_the_presets():
-    with pytest.raises(ValueError, match=r"--pruning_ratio.*--student_preset \(bk_base, bk_small, bk_tiny\)"):
-        refuse_pruning_ratio(SD21_BASE)
-    with pytest.raises(ValueError, match="koala_700m"):
-        refuse_pruning_ratio(SDXL)

@@ -13,7 +13,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from conftest import build_unet, read_log
+from conftest import build_unet, read_log, run_script
 from hub_rules import card_errors
 from huggingface_hub import ModelCard
 from PIL import Image
@@ -28,20 +28,18 @@ from utils.training.arguments import parse_args
 
 
 @pytest.fixture(scope="module")
-def made() -> dict[str, Path]:
-    """The student that `student` copies, trained when first asked for."""
-    return {}
+def made(tmp_path_factory, teacher_dir, data_dir) -> Path:
+    """The student that `student` copies, as a user trains it."""
+    flags = ["--max_train_steps", "2", "--lambda_kd_feat", "0.5", "--random_flip", "--validation_shown_samples", "2"]
+    return run_script(tmp_path_factory.mktemp("made"), teacher_dir, data_dir, "train_place", *flags, output="first")
 
 
 @pytest.fixture
-def student(made, run, tmp_path) -> Path:
+def student(made, tmp_path) -> Path:
     """A student of a local teacher, to be changed at will."""
-    if not made:
-        flags = ["--max_train_steps", "2", "--lambda_kd_feat", "0.5", "--random_flip"]
-        made["student"] = run("train_place", *flags, output="first")
-    copy = shutil.copytree(made["student"], tmp_path / "copies" / "first")
+    copy = shutil.copytree(made, tmp_path / "copies" / "first")
     record = (copy / "args.json").read_text()
-    (copy / "args.json").write_text(record.replace(json.dumps(str(made["student"])), json.dumps(str(copy))))
+    (copy / "args.json").write_text(record.replace(json.dumps(str(made)), json.dumps(str(copy))))
     update_card(copy)
     return copy
 
@@ -111,7 +109,7 @@ def test_the_flags_are_a_recipe(student, tmp_path):
     assert set(made_with) - same == {"pretrained_model_name_or_path", "dataset_name", "output_dir"}
 
 
-def test_loss_curves(student, tmp_path):
+def test_loss_curves(student, ornaments, tmp_path):
     picture = np.asarray(Image.open(student / "losses.png").convert("L"))
     assert picture.shape[0] > 300 and picture.shape[1] > 900
     assert (picture < 128).mean() > 0.002
@@ -299,7 +297,7 @@ def test_baselines_are_called_what_they_are(run):
 def test_from_scratch(run, tmp_path, data_dir):
     build_unet().save_config(tmp_path)
     flags = ["--student_config", tmp_path / "config.json", "--lambda_kd_output", "0", "--max_train_steps", "1"]
-    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--report_to", "none"]
+    flags += ["--validation_num_inference_steps", "2", "--validation_shown_samples", "2", "--report_to", "none"]
     folder = run("train_lift", *flags, "--dataset_name", data_dir, "--train_batch_size", "4", defaults=False)
     text = str(valid(folder))
     assert (

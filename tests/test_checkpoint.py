@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: exact resume, faults, damage, refusals."""
 
+import functools
+import hashlib
 import json
-import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import build_unet, read_log
+from conftest import build_unet, read_log, run_script, save_images
 from diffusers import DDPMPipeline, DDPMScheduler
+from forks import Process
 from safetensors.torch import load_file, save_file
 
 import train_place
@@ -32,6 +31,27 @@ def dropout_teacher(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("dropout")
     DDPMPipeline(build_unet(dropout=0.2), DDPMScheduler()).save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, teacher_dir, data_dir) -> Path:
+    """One run with checkpoints of steps 2 and 4, which `stopped` copies."""
+    folder = tmp_path_factory.mktemp("trained")
+    return run_script(folder, teacher_dir, data_dir, "train_place", "--checkpointing_steps", "2", "--use_ema")
+
+
+@pytest.fixture
+def stopped(trained, tmp_path) -> Path:
+    """That run where the fixture `run` goes on, to be damaged at will."""
+    return shutil.copytree(trained, tmp_path / "student")
+
+
+@pytest.fixture
+def go_on(run, stopped):
+    """`go_on(*flags)` resumes `stopped` from its newest checkpoint."""
+    return functools.partial(
+        run, "train_place", "--checkpointing_steps", "2", "--use_ema", "--resume_from_checkpoint", "latest"
+    )
 
 
 @pytest.fixture
@@ -70,14 +90,21 @@ def assert_same_run(ours: Path, theirs: Path, step: int = 6) -> None:
     assert (ours / "log.jsonl").read_text() == (theirs / "log.jsonl").read_text()
 
 
+@pytest.fixture(scope="module")
+def wholes() -> dict[int, tuple[Path, list]]:
+    """Data workers -> the run that nothing stopped, and its rows: made by the first test that compares with it."""
+    return {}
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop_at", [2, 4])  # 20 rows: in epoch 1; 40 rows: in epoch 2 of 24
-def test_resume_is_exact(run, rows_seen, dropout_teacher, tmp_path, monkeypatch, workers, stop_at):
+def test_resume_is_exact(run, wholes, rows_seen, dropout_teacher, tmp_path, monkeypatch, workers, stop_at):
     if workers:
         monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", 0)
     flags = ["--pretrained_model_name_or_path", dropout_teacher, *EVERYTHING, "--dataloader_num_workers", workers]
-    whole = run("train_place", *flags, output="whole")
-    rows_whole = rows_seen.copy()
+    if workers not in wholes:
+        wholes[workers] = run("train_place", *flags, output="whole"), rows_seen.copy()
+    whole, rows_whole = wholes[workers]
     start = load_file(whole / "checkpoints" / "step-0000002" / "student.safetensors")
     end = load_file(whole / "checkpoints" / "step-0000006" / "student.safetensors")
     assert all((start[name] - end[name]).abs().max() > 1e-4 for name in start if name.endswith("conv1.weight"))
@@ -93,78 +120,70 @@ def test_resume_is_exact(run, rows_seen, dropout_teacher, tmp_path, monkeypatch,
     assert_same_run(whole, resumed)
 
 
-def script_process(*flags, seed: int, limit: int | None = None, code: str = "pass") -> subprocess.Popen:
-    """train_place.py in a new process with its own ambient seed and, perhaps, a limit on file sizes in bytes."""
-    command = (
-        f"import random, numpy, torch; random.seed({seed}); numpy.random.seed({seed}); torch.manual_seed({seed});"
-        f"{code}; import sys, train_place; train_place.main(sys.argv[1:])"
-    )
-    environment = {**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-c", command, *map(str, flags)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-        preexec_fn=limit and (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))),
-    )
+@pytest.fixture
+def script_process(python):
+    """train_place.py in a new process with its own ambient seed, after `code`."""
+
+    def start(*flags, seed: int, code: str = "pass") -> Process:
+        command = (
+            f"import random, numpy, torch; random.seed({seed}); numpy.random.seed({seed}); torch.manual_seed({seed});"
+            f"{code}; import sys, train_place; train_place.main(sys.argv[1:])"
+        )
+        return python.start("-c", command, *flags)
+
+    return start
 
 
 def flags_for(teacher: str, data: str, folder: Path) -> list[str]:
     flags = ["--pretrained_model_name_or_path", teacher, "--dataset_name", data, "--pruning_ratio", "0.5"]
     flags += [
+        "--student_init",
+        "magnitude",
+        "--validation_shown_samples",
+        "0",
         "--validation_num_inference_steps",
         "2",
-        "--validation_images",
-        "2",
-        "--report_to",
-        "none",
-        "--num_cpu_threads",
-        "1",
     ]
+    flags += ["--report_to", "none", "--num_cpu_threads", "1"]
     return [*flags, *EVERYTHING, "--output_dir", str(folder)]
 
 
 def signal_in_a_window(number: signal.Signals) -> str:
     """Code that sends the signal in the middle of the accumulation window of step 3."""
     return (
-        "import os, signal, train_place as L; f, n = L.place_loss, [0]\n"
+        "import os, signal, utils.training.log as L; f, n = L.RunLog.add, [0]\n"
         f"def g(*a, **k):\n n[0] += 1\n n[0] == 5 and os.kill(os.getpid(), {int(number)})\n return f(*a, **k)\n"
-        "L.place_loss = g\npass"
+        "L.RunLog.add = g\npass"
     )
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
-def test_a_signal_saves_and_says_how_to_go_on(dropout_teacher, data_dir, tmp_path, number):
+def test_a_signal_saves_and_says_how_to_go_on(script_process, dropout_teacher, data_dir, tmp_path, number):
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "out")
     stopped = script_process(*flags, seed=1, code=signal_in_a_window(number))
-    out, err = stopped.communicate(timeout=120)
-    assert stopped.returncode == 128 + number, err[-2000:]
-    assert "--resume_from_checkpoint latest" in out and "step 3" in out
+    assert stopped.wait() == 128 + number, stopped.stderr[-2000:]
+    assert "--resume_from_checkpoint latest" in stopped.stdout and "step 3" in stopped.stdout
     assert (tmp_path / "out" / "checkpoints" / "step-0000003").is_dir()
 
 
-def test_a_new_process_goes_on_exactly(run, dropout_teacher, data_dir, tmp_path):
+def test_a_new_process_goes_on_exactly(run, script_process, dropout_teacher, data_dir, tmp_path):
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "stopped")
     stopped = script_process(*flags, seed=1, code=signal_in_a_window(signal.SIGTERM))
-    _, err = stopped.communicate(timeout=120)
-    assert stopped.returncode == 128 + signal.SIGTERM, err[-2000:]
+    assert stopped.wait() == 128 + signal.SIGTERM, stopped.stderr[-2000:]
     resumed = script_process(*flags, "--resume_from_checkpoint", "latest", seed=2)
-    _, err = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, err[-2000:]
+    assert resumed.wait() == 0, resumed.stderr[-2000:]
     whole = run("train_place", *flags[:-2], output="whole")
     assert_same_run(tmp_path / "stopped", whole)
 
 
-def test_a_second_signal_ends_at_once(dropout_teacher, data_dir, tmp_path):
+def test_a_second_signal_ends_at_once(script_process, dropout_teacher, data_dir, tmp_path):
     code = (
-        "import os, signal, time, train_place as L\n"
+        "import os, signal, time, utils.training.log as L\n"
         "def g(*a, **k):\n os.kill(os.getpid(), 15); os.kill(os.getpid(), 15); time.sleep(600)\n"
-        "L.place_loss = g\npass"
+        "L.RunLog.add = g\npass"
     )
     process = script_process(*flags_for(dropout_teacher, data_dir, tmp_path / "out"), seed=1, code=code)
-    process.communicate(timeout=300)
-    assert process.returncode == 128 + 15
+    assert process.wait() == 128 + 15
     assert not list((tmp_path / "out" / "checkpoints").glob("step-*"))
 
 
@@ -189,7 +208,7 @@ def test_after_the_loop_signals_do_what_they_did(run, monkeypatch):
     assert handlers == [before]
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(dropout_teacher, data_dir, tmp_path):
+def test_a_full_disk_leaves_the_last_good_checkpoint(script_process, dropout_teacher, data_dir, tmp_path):
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "out")
     # room for everything up to step 2; then the limit falls below a checkpoint's files
     code = (
@@ -200,13 +219,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(dropout_teacher, data_dir, 
         "C.Checkpoints._write = g\npass"
     )
     process = script_process(*flags, seed=1, code=code)
-    _, err = process.communicate(timeout=120)
-    assert process.returncode != 0
-    assert "step 4 could not be written" in err and "step-0000002" in err
+    assert process.wait() != 0
+    assert "step 4 could not be written" in process.stderr and "step-0000002" in process.stderr
     assert [path.name for path in sorted((tmp_path / "out" / "checkpoints").iterdir())] == ["step-0000002"]
     resumed = script_process(*flags, "--resume_from_checkpoint", "latest", seed=2)
-    _, err = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, err[-2000:]
+    assert resumed.wait() == 0, resumed.stderr[-2000:]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(run, monkeypatch, tmp_path):
@@ -246,9 +263,8 @@ def test_rotation_keeps_the_newest(run):
 
 @pytest.mark.parametrize("name", ["student.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "missing"])
-def test_damage_is_named_and_the_one_before_offered(run, name, damage):
-    folder = run("train_place", "--checkpointing_steps", "2", "--use_ema")
-    path = folder / "checkpoints" / "step-0000004" / name
+def test_damage_is_named_and_the_one_before_offered(go_on, stopped, name, damage):
+    path = stopped / "checkpoints" / "step-0000004" / name
     content = path.read_bytes()
     if damage == "missing":
         path.unlink()
@@ -256,18 +272,29 @@ def test_damage_is_named_and_the_one_before_offered(run, name, damage):
         middle = len(content) // 2
         path.write_bytes(content[:middle] + (b"" if damage == "truncated" else b"\xff" + content[middle + 1 :]))
     with pytest.raises(ValueError, match=name.replace(".", r"\.")) as error:
-        run("train_place", "--use_ema", "--resume_from_checkpoint", "latest", "--checkpointing_steps", "2")
+        go_on()
     assert "step-0000002" in str(error.value)
-    resumed = run("train_place", "--use_ema", "--resume_from_checkpoint", folder / "checkpoints" / "step-0000002")
-    assert (resumed / "checkpoints" / "step-0000004").is_dir()
 
 
-def test_leftovers_of_a_killed_process_are_no_checkpoints(run):
-    folder = run("train_place", "--checkpointing_steps", "2")
+def test_the_one_before_can_be_resumed(run, trained, stopped):
+    checkpoint = stopped / "checkpoints" / "step-0000004"
+    (checkpoint / "state.json").write_text("{")
+    run(
+        "train_place",
+        "--use_ema",
+        "--checkpointing_steps",
+        "2",
+        "--resume_from_checkpoint",
+        checkpoint.parent / "step-0000002",
+    )
+    assert_same_run(stopped, trained, step=4)
+
+
+def test_leftovers_of_a_killed_process_are_no_checkpoints(go_on, stopped):
     for name in (".step-0000009.partial", ".step-0000001.removed"):
-        shutil.copytree(folder / "checkpoints" / "step-0000002", folder / "checkpoints" / name)
-    run("train_place", "--resume_from_checkpoint", "latest", "--max_train_steps", "5")
-    names = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        shutil.copytree(stopped / "checkpoints" / "step-0000002", stopped / "checkpoints" / name)
+    go_on("--max_train_steps", "5")
+    names = sorted(path.name for path in (stopped / "checkpoints").iterdir())
     assert names == ["step-0000004", "step-0000005"]
 
 
@@ -283,27 +310,24 @@ def test_leftovers_of_a_killed_process_are_no_checkpoints(run):
         (["--pruning_ratio", "0.3"], "pruning_ratio was 0.5, is 0.3"),
     ],
 )
-def test_other_arguments_are_refused_by_name(run, flags, named):
-    run("train_place")
+def test_other_arguments_are_refused_by_name(go_on, flags, named):
+    if "--pruning_ratio" in flags:
+        flags = [*flags, "--student_init", "magnitude"]  # which `run` gives with its own ratio alone
     with pytest.raises(ValueError, match=named):
-        run("train_place", "--resume_from_checkpoint", "latest", *flags)
+        go_on(*flags)
 
 
 def test_changed_data_is_noticed(run, tmp_path, data_dir):
     shutil.copytree(data_dir, tmp_path / "data")
-    run("train_place", "--dataset_name", tmp_path / "data")
-    from conftest import save_images
-
+    run("train_place", "--dataset_name", tmp_path / "data", "--max_train_steps", "1")
     shutil.rmtree(tmp_path / "data")
     save_images(tmp_path / "data", seed=1)
     with pytest.raises(ValueError, match="data was"):
         run("train_place", "--dataset_name", tmp_path / "data", "--resume_from_checkpoint", "latest")
 
 
-def test_allow_changed_arguments(run, caplog):
-    run("train_place")
-    flags = ["--allow_changed_arguments", "--max_train_steps", "5", "--learning_rate", "1e-5"]
-    folder = run("train_place", "--resume_from_checkpoint", "latest", *flags)
+def test_allow_changed_arguments(go_on, caplog):
+    folder = go_on("--allow_changed_arguments", "--max_train_steps", "5", "--learning_rate", "1e-5")
     assert "learning_rate was 0.0002, is 1e-05" in caplog.text
     assert (folder / "checkpoints" / "step-0000005").is_dir()
 
@@ -341,18 +365,17 @@ def test_resume_from_what_is_no_checkpoint(run, tmp_path):
     assert not (tmp_path / "student").exists()
 
 
-def test_another_student_is_refused(run, tmp_path):
-    folder = run("train_place")
-    checkpoint = folder / "checkpoints" / "step-0000004"
+def test_another_student_is_refused(go_on, stopped):
+    checkpoint = stopped / "checkpoints" / "step-0000004"
     wrong = {"denoiser.conv_in.weight": torch.zeros(3)}
     save_file(wrong, checkpoint / "student.safetensors")
     state = json.loads((checkpoint / "state.json").read_text())
-    state["sha256"]["student.safetensors"] = (
-        __import__("hashlib").sha256((checkpoint / "student.safetensors").read_bytes()).hexdigest()
-    )
+    state["sha256"]["student.safetensors"] = hashlib.sha256(
+        (checkpoint / "student.safetensors").read_bytes()
+    ).hexdigest()
     (checkpoint / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="another student"):
-        run("train_place", "--resume_from_checkpoint", "latest")
+        go_on()
 
 
 def test_an_occupied_folder_is_not_touched(run, tmp_path):
@@ -361,7 +384,7 @@ def test_an_occupied_folder_is_not_touched(run, tmp_path):
     with pytest.raises(ValueError, match="--overwrite_output_dir"):
         run("train_place")
     assert (tmp_path / "student" / "thesis.txt").read_text() == "years"
-    folder = run("train_place", "--overwrite_output_dir")
+    folder = run("train_place", "--overwrite_output_dir", "--max_train_steps", "1")
     assert not (folder / "thesis.txt").exists()
 
 
@@ -386,7 +409,7 @@ def test_a_refused_run_leaves_no_folders(run, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-def test_dry_run_leaves_nothing(run, tmp_path, capsys):
+def test_dry_run_leaves_nothing(run, ornaments, capsys):
     folder = run("train_place", "--dry_run")
     assert not folder.exists()
     printed = capsys.readouterr().out

@@ -15,8 +15,9 @@ from torch import nn
 
 from train_place import add_method_arguments
 from utils.backbones import choose_backbone
+from utils.backbones.base import Prediction
 from utils.backbones.ddpm import DDPM
-from utils.backbones.types import Noised, Prediction
+from utils.backbones.process import Noised
 from utils.distillation.features import Tapped
 from utils.randomness import StepRandom
 from utils.training.arguments import parse_args
@@ -95,13 +96,13 @@ def test_teachers_load_frozen_and_equal(load, save, scheduler, pipeline_class):
     unet = build_unet(seed=4)
     backbone = load(teacher=save(scheduler(num_train_timesteps=500, prediction_type="v_prediction"), unet))
     assert type(backbone) is DDPM and backbone.component == "unet"
-    assert backbone.pipeline_class is pipeline_class and isinstance(backbone.scheduler, DDPMScheduler)
-    assert backbone.scheduler.config.num_train_timesteps == 500
-    assert backbone.scheduler.config.prediction_type == "v_prediction"
+    assert backbone.pipeline_class is pipeline_class and isinstance(backbone.process.scheduler, DDPMScheduler)
+    assert backbone.process.scheduler.config.num_train_timesteps == 500
+    assert backbone.process.scheduler.config.prediction_type == "v_prediction"
     teacher = backbone.teacher
     assert same_weights(teacher, unet) and not teacher.training
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in teacher.parameters())
-    assert (backbone.channels, backbone.resolution) == (1, 8)
+    assert (backbone.image_channels, backbone.resolution) == (1, 8)
 
 
 def test_half_precision_files_load_as_float32(load, save):
@@ -114,8 +115,8 @@ def test_from_scratch(load, parse):
     flags = ["--student_config", RECIPES / "fashion_mnist_teacher.json"]
     backbone = load(*flags, teacher=None)
     assert backbone.teacher is None and backbone.pipeline_class is DDPMPipeline
-    assert (backbone.channels, backbone.resolution) == (1, 16)
-    assert dict(backbone.scheduler.config) == dict(DDPMScheduler().config)
+    assert (backbone.image_channels, backbone.resolution) == (1, 16)
+    assert dict(backbone.process.scheduler.config) == dict(DDPMScheduler().config)
     student, sizes = backbone.make_student(parse(*flags, teacher=None), images(2, side=16))
     assert tuple(student.config.block_out_channels) == (32, 64, 128) and student.training
     assert "2,586,337" in sizes
@@ -130,7 +131,10 @@ def test_the_oldest_layout_with_everything_at_the_root(load, save, tmp_path):
         shutil.move(path, root)
     backbone = load(teacher=root)
     assert same_weights(backbone.teacher, build_unet(seed=3))
-    assert backbone.scheduler.config.num_train_timesteps == 500 and not backbone.scheduler.config.clip_sample
+    assert (
+        backbone.process.scheduler.config.num_train_timesteps == 500
+        and not backbone.process.scheduler.config.clip_sample
+    )
     assert backbone.sample(backbone.teacher, [0, 1], 2).shape == (2, 1, 8, 8)
 
 
@@ -351,10 +355,10 @@ def test_noise_and_targets(load, save, settings, kind, antithetic):
     timestep = rng.integers(count, 16, antithetic=antithetic)
     noise = rng.normal(clean.shape)
     signal_share, noise_share = coefficients(settings, timestep)
-    assert torch.equal(noised.timestep, timestep) and torch.equal(noised.clean, clean) and noised.weight is None
+    assert torch.equal(noised.place, timestep) and torch.equal(noised.clean, clean) and noised.weight is None
     torch.testing.assert_close(noised.x_t, signal_share * clean + noise_share * noise, rtol=1e-4, atol=1e-5)
     if antithetic:
-        assert (noised.timestep.reshape(-1, 2).sum(dim=1) == count - 1).all()
+        assert (noised.place.reshape(-1, 2).sum(dim=1) == count - 1).all()
     if kind == "epsilon":
         assert torch.equal(noised.target, noise)
     elif kind == "sample":
@@ -375,7 +379,7 @@ def test_min_snr_weights(load, save, kind, gamma):
     noised = backbone.add_noise(backbone.encode(images(64), None)[0], StepRandom(0, 0))
     alphas = torch.cumprod(1 - DDPMScheduler().betas.double(), 0)
     expected = []
-    for t in noised.timestep.tolist():
+    for t in noised.place.tolist():
         snr = (alphas[t] / (1 - alphas[t])).item()
         expected.append(min(snr, gamma) / {"epsilon": snr, "v_prediction": snr + 1, "sample": 1.0}[kind])
     torch.testing.assert_close(noised.weight, torch.tensor(expected), rtol=1e-3, atol=1e-7)
@@ -386,7 +390,7 @@ def test_min_snr_weights(load, save, kind, gamma):
 def test_min_snr_weights_are_finite_where_nothing_is_left(load, save, kind):
     """A schedule that ends in pure noise has an SNR of 0."""
     backbone = load("--snr_gamma", "5", teacher=save(DDPMScheduler(prediction_type=kind, rescale_betas_zero_snr=True)))
-    noised = backbone.noise_at(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.tensor([999]))
+    noised = backbone.process.noised(torch.zeros(1, 1, 8, 8), torch.zeros(1, 1, 8, 8), torch.tensor([999]))
     assert noised.weight.isfinite().all()
     assert noised.weight == {"epsilon": 1, "v_prediction": 0, "sample": 0}[kind]
 
@@ -396,13 +400,13 @@ def test_task_loss(load):
     generator = torch.Generator().manual_seed(0)
     output, target = torch.randn(2, 4, 1, 8, 8, generator=generator)
     weight = torch.tensor([0.5, 0.0, 2.0, 1.0])
-    noised = Noised(output, torch.zeros(4), output, target, None)
+    noised = Noised(output, torch.zeros(4), torch.zeros(4), output, target, None)
     errors = [((output[i] - target[i]) ** 2).sum().item() / 64 for i in range(4)]
-    plain = backbone.task_loss(Prediction(output, []), noised)
+    plain = backbone.task_terms(Prediction(output, None, []), noised)["task"]
     assert plain.item() == pytest.approx(sum(errors) / 4, rel=1e-5)
-    weighted = backbone.task_loss(Prediction(output, []), noised._replace(weight=weight))
+    weighted = backbone.task_terms(Prediction(output, None, []), noised._replace(weight=weight))["task"]
     assert weighted.item() == pytest.approx((0.5 * errors[0] + 2 * errors[2] + errors[3]) / 4, rel=1e-5)
-    ones = backbone.task_loss(Prediction(output, []), noised._replace(weight=torch.ones(4)))
+    ones = backbone.task_terms(Prediction(output, None, []), noised._replace(weight=torch.ones(4)))["task"]
     assert ones.item() == pytest.approx(plain.item(), rel=1e-5)
 
 
@@ -410,7 +414,7 @@ def test_task_loss(load):
 def test_predict_is_float32(load, dtype):
     backbone = load()
     noised = backbone.add_noise(backbone.encode(images(3), None)[0], StepRandom(0, 0))
-    expected = backbone.teacher(noised.x_t, noised.timestep).sample
+    expected = backbone.teacher(noised.x_t, noised.place).sample
     model = nn.Module.to(backbone.teacher, dtype)
     found = backbone.predict(Tapped(model, ["mid_block"]), noised, {})
     assert found.output.dtype == torch.float32 and len(found.features) == 1
@@ -609,7 +613,7 @@ def test_another_resolution(load, parse, tmp_path, resolution):
     student, _ = backbone.make_student(parse(*flags), images(2, side=resolution))
     assert backbone.resolution == resolution == student.config.sample_size == backbone.teacher.config.sample_size
     for model in (student, backbone.teacher):
-        assert backbone.sample(model, [0, 1], 2).shape == (2, 1, resolution, resolution)
+        assert backbone.sample(model, [0, 1], 2, [None] * 2).shape == (2, 1, resolution, resolution)
     backbone.pipeline(student).save_pretrained(tmp_path / "saved")
     assert DDPMPipeline.from_pretrained(tmp_path / "saved").unet.config.sample_size == resolution
 

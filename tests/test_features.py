@@ -9,7 +9,6 @@ from conftest import build_unet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.backbones.types import Prediction
 from utils.distillation.features import Tapped, feature_loss, tap_pair
 
 BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
@@ -27,10 +26,6 @@ def noisy(batch_size=3, seed=0) -> dict[str, torch.Tensor]:
 
 def hooks(model: nn.Module) -> int:
     return sum(len(module._forward_hooks) for module in model.modules())
-
-
-def prediction(outcome) -> Prediction:
-    return Prediction(*outcome)
 
 
 def manual_features(model: nn.Module, inputs: dict) -> dict:
@@ -178,38 +173,37 @@ def test_feature_loss_equals_a_sum_by_hand(student_dtype, teacher_dtype):
     shapes = [(2, 3, 4, 4), (2, 5, 2, 2)]
     ours = [torch.randn(shape, generator=generator).to(student_dtype) for shape in shapes]
     theirs = [torch.randn(shape, generator=generator).to(teacher_dtype) for shape in shapes]
-    output = torch.zeros(2, 1, 8, 8)
-    found = feature_loss(Prediction(output, ours), Prediction(output, theirs))
+    found = feature_loss(ours, theirs)
     assert found.dtype == torch.float32 and found.shape == ()
     by_hand = 0.0
     for our, their in zip(ours, theirs, strict=True):
         by_hand += ((our.double() - their.double()) ** 2).sum().item() / our.numel()
     assert found.item() == pytest.approx(by_hand, rel=1e-5)
-    assert feature_loss(Prediction(output, theirs), Prediction(output, theirs)) == 0
+    assert feature_loss(theirs, theirs) == 0
 
 
 def test_feature_loss_of_nothing_is_zero():
     output = torch.zeros(2, 1, 8, 8)
-    found = feature_loss(Prediction(output, []), Prediction(output, []))
-    assert found.shape == () and found == 0
+    found = feature_loss([], [])
+    assert found == 0
     with pytest.raises(ValueError):
-        feature_loss(Prediction(output, [output]), Prediction(output, [output, output]))
+        feature_loss([output], [output, output])
 
 
 def gradients(student: Tapped, teacher: Tapped) -> dict[str, torch.Tensor]:
     """Of one step of feature and output loss."""
     with torch.no_grad():
-        theirs = prediction(teacher(**noisy()))
-    ours = prediction(student(**noisy()))
-    (feature_loss(ours, theirs) + ours.output.square().mean()).backward()
+        theirs = teacher(**noisy())
+    ours = student(**noisy())
+    (feature_loss(ours[1], theirs[1]) + ours[0].square().mean()).backward()
     return {name: parameter.grad for name, parameter in student.named_parameters()}
 
 
 def test_projectors_and_student_get_gradients():
     student, teacher = tap_pair(build_unet(1, **NARROW), build_unet().requires_grad_(False), PAIRS, EXAMPLE, 0)
     with torch.no_grad():
-        theirs = prediction(teacher(**noisy()))
-    feature_loss(prediction(student(**noisy())), theirs).backward()
+        theirs = teacher(**noisy())
+    feature_loss(student(**noisy())[1], theirs[1]).backward()
     assert len(list(student.projectors.parameters())) == 2 * len(PAIRS)
     for name, parameter in student.named_parameters():
         last = name.startswith(("denoiser.conv_out", "denoiser.conv_norm_out"))  # behind every tapped block

@@ -39,7 +39,7 @@ def test_the_plan_does_not_call_a_wrapped_student(run, monkeypatch, one_process_
         return student, optimizer
 
     monkeypatch.setattr(train_place.Accelerator, "prepare", prepared)
-    folder = run("train_place", "--max_train_steps", "2", "--validation_images", "0")
+    folder = run("train_place", "--max_train_steps", "2", "--validation_shown_samples", "0")
     assert (folder / "unet").is_dir()
 
 
@@ -54,7 +54,15 @@ def same_run(ours: Path, theirs: Path, step: int) -> bool:
 
 def test_8_bit_adam_resumes_exactly(run):
     pytest.importorskip("bitsandbytes")
-    flags = ["--use_8bit_adam", "--learning_rate", "1e-3", "--checkpointing_steps", "2", "--validation_images", "0"]
+    flags = [
+        "--use_8bit_adam",
+        "--learning_rate",
+        "1e-3",
+        "--checkpointing_steps",
+        "2",
+        "--validation_shown_samples",
+        "0",
+    ]
     whole = run("train_place", *flags, output="whole")
     names = load_file(whole / "checkpoints" / "step-0000004" / "optimizer.safetensors")
     assert {tensor.dtype for tensor in names.values()} == {torch.uint8, torch.float32}  # large and small weights
@@ -92,7 +100,7 @@ FP16 = ["--use_ema", "--learning_rate", "1e-3", "--lr_scheduler", "linear", "--c
 FP16 += [
     "--checkpoints_total_limit",
     "9",
-    "--validation_images",
+    "--validation_shown_samples",
     "0",
     "--max_train_steps",
     "6",
@@ -167,18 +175,18 @@ def test_what_launch_may_ask_for_and_is_not_done_here_is_refused(run, monkeypatc
     monkeypatch.setenv(variable, value)
     for script in ("train_lift", "train_place"):
         with pytest.raises(ValueError, match=told):
-            run(script, "--validation_images", "0")
+            run(script, "--validation_shown_samples", "0")
 
 
 def test_accumulation_told_twice_and_alike_is_no_contradiction(run, monkeypatch):
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
-    folder = run("train_place", "--gradient_accumulation_steps", "2", "--validation_images", "0")
+    folder = run("train_place", "--gradient_accumulation_steps", "2", "--validation_shown_samples", "0")
     assert [line["step"] for line in strict_log(folder)] == [1, 2, 3, 4]
 
 
 def test_a_checkpoint_belongs_to_its_precision(run, monkeypatch):
     """Also where it is accelerate's config that chose it; where the flag says the same, it is the same run."""
-    flags = ["--checkpointing_steps", "2", "--validation_images", "0"]
+    flags = ["--checkpointing_steps", "2", "--validation_shown_samples", "0"]
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     run("train_place", *flags)
     again = [*flags, "--resume_from_checkpoint", "latest", "--max_train_steps", "5"]
@@ -189,7 +197,7 @@ def test_a_checkpoint_belongs_to_its_precision(run, monkeypatch):
 
 
 def test_another_device_is_another_run(run):
-    folder = run("train_place", "--checkpointing_steps", "2", "--validation_images", "0")
+    folder = run("train_place", "--checkpointing_steps", "2", "--validation_shown_samples", "0")
     for path in folder.glob("checkpoints/*/state.json"):
         path.write_text(path.read_text().replace('"device_type": "cpu"', '"device_type": "cuda"'))
     with pytest.raises(ValueError, match="another run: device_type was cuda, is cpu"):
@@ -209,5 +217,5 @@ def test_xformers_that_cannot_run_leave_torchs_attention(run, monkeypatch, caplo
         raise NotImplementedError("No operator found for `memory_efficient_attention_forward`")
 
     monkeypatch.setattr(UNet2DModel, "enable_xformers_memory_efficient_attention", raises)
-    run("train_place", "--enable_xformers_memory_efficient_attention", "--validation_images", "0")
+    run("train_place", "--enable_xformers_memory_efficient_attention", "--validation_shown_samples", "0")
     assert "PyTorch's attention stays. No operator found" in caplog.text

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ import latent_pipelines
 import pytest
 from conftest import build_unet
 from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
+from forks import ForkServer, Process
 from hub_server import TOKEN, USER, HubServer
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
@@ -47,22 +47,26 @@ def home(tmp_path_factory):
     return tmp_path_factory.mktemp("home")
 
 
-def child(server: HubServer, home: Path, *words, token: str | None = TOKEN, cwd=ROOT) -> subprocess.CompletedProcess:
-    """Python with these arguments, for which `server` is the Hub."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **server.environment(home, token)}
-    command = [sys.executable, *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
+@pytest.fixture(scope="module")
+def child(hub, home):
+    """`child(*words)`: Python with these arguments, for which `hub`, or another `server`, is the Hub."""
+    with ForkServer(**hub.environment(home)) as forks:
+
+        def run(*words, token: str | None = TOKEN, cwd: Path = ROOT, server: ForkServer = forks) -> Process:
+            return server.run(*words, cwd=cwd, HF_TOKEN=token or "")
+
+        yield run
 
 
 @pytest.fixture(scope="module")
-def train(home, data_dir):
-    """`train(server, output, *flags)` runs train_place.py for two steps."""
+def train(child, data_dir):
+    """`train(output, *flags)` runs train_place.py for two steps."""
 
-    def run(server: HubServer, output: Path, *flags, token: str | None = TOKEN) -> subprocess.CompletedProcess:
-        tiny = "--max_train_steps 2 --train_batch_size 4 --logging_steps 1 --validation_images 2 --pruning_ratio 0.5 "
-        tiny += "--validation_num_inference_steps 2 --student_init magnitude --num_cpu_threads 1"
+    def run(output: Path, *flags, **options) -> Process:
+        tiny = "--max_train_steps 2 --train_batch_size 4 --logging_steps 1 --validation_shown_samples 2 "
+        tiny += "--pruning_ratio 0.5 --validation_num_inference_steps 2 --student_init magnitude --num_cpu_threads 1"
         data = ["--dataset_name", data_dir, "--output_dir", output]
-        return child(server, home, "train_place.py", *tiny.split(), *data, *flags, token=token)
+        return child("train_place.py", *tiny.split(), *data, *flags, **options)
 
     return run
 
@@ -72,7 +76,7 @@ def pushed(hub, train, tmp_path_factory):
     """A private student of the Hub's teacher, pushed at the end of its training; `.folder` is where it was made."""
     folder = tmp_path_factory.mktemp("pushed") / "student"
     flags = ["--pretrained_model_name_or_path", f"{USER}/teacher", "--push_to_hub", "--hub_model_id", "tiny"]
-    done = train(hub, folder, *flags, "--hub_private_repo", "--hub_token", TOKEN, token=None)
+    done = train(folder, *flags, "--hub_private_repo", "--hub_token", TOKEN, token=None)
     assert done.returncode == 0, done.stderr[-3000:]
     return SimpleNamespace(folder=folder, done=done, repository=hub.repositories[f"{USER}/tiny"])
 
@@ -91,36 +95,38 @@ print(type(pipeline).__name__, count, image.size)
 """
 
 
-def comes_back(hub: HubServer, home: Path, name: str, folder: Path) -> list[str]:
+def comes_back(child, hub: HubServer, home: Path, name: str, folder: Path) -> list[str]:
     """Runs the lines that the published card prints, in a process without this repository, and compares every tensor
     with the pipeline in `folder`: its class, how many tensors, and the size of the image that the card draws."""
     card = hub.repositories[f"{USER}/{name}"].files["README.md"][0].decode()
     loading = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     assert f'from_pretrained("{USER}/{name}")' in loading
-    done = child(hub, home, "-c", loading + BACK, folder, cwd=home)
+    done = child("-c", loading + BACK, folder, cwd=home)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.split(maxsplit=2)
 
 
-def test_push_and_from_pretrained(hub, home, pushed):
+def test_push_and_from_pretrained(child, hub, home, pushed):
     assert f"Pushed to {hub.url}/{USER}/tiny" in pushed.done.stdout
     assert pushed.repository.private
     assert len(pushed.repository.commits) == 2  # the repository's own, and one with everything
     assert set(pushed.repository.files) == {".gitattributes", *PUBLISHED}
     tensors = load_file(pushed.folder / "unet" / "diffusion_pytorch_model.safetensors")
-    assert comes_back(hub, home, "tiny", pushed.folder) == ["DDIMPipeline", str(len(tensors)), "(8, 8)\n"]
+    assert comes_back(child, hub, home, "tiny", pushed.folder) == ["DDIMPipeline", str(len(tensors)), "(8, 8)\n"]
 
 
 @pytest.mark.slow
-def test_push_of_a_latent_student(hub, home, tmp_path):
+def test_push_of_a_latent_student(child, hub, home, tmp_path):
     """All the pipeline's parts go, the teacher's as they are, and come back."""
     teacher = latent_pipelines.save_pipeline(tmp_path / "sd1")
     data = latent_pipelines.save_captioned(tmp_path / "captioned", count=4)
-    flags = "--student_preset bk_small --max_train_steps 1 --train_batch_size 2 --validation_images 2 --report_to none"
-    flags += " --validation_num_inference_steps 2 --num_cpu_threads 1 --push_to_hub --hub_model_id latent"
+    flags = "--student_preset bk_small --max_train_steps 1 --train_batch_size 2 --validation_shown_samples 2"
+    flags += (
+        " --report_to none --validation_num_inference_steps 2 --num_cpu_threads 1 --push_to_hub --hub_model_id latent"
+    )
     folder = tmp_path / "student"
     paths = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--output_dir", folder]
-    done = child(hub, home, "train_place.py", *flags.split(), *paths)
+    done = child("train_place.py", *flags.split(), *paths)
     assert done.returncode == 0, done.stderr[-3000:]
     repository = hub.repositories[f"{USER}/latent"]
     for part in ("vae", "text_encoder", "unet"):
@@ -129,7 +135,7 @@ def test_push_of_a_latent_student(hub, home, tmp_path):
         assert repository.files[name] == (local.read_bytes(), True)
     assert all(name in repository.files for name in ("tokenizer/tokenizer_config.json", "samples.png", "README.md"))
     tensors = [load_file(path) for path in folder.glob("*/*.safetensors")]
-    kind, count, size = comes_back(hub, home, "latent", folder)
+    kind, count, size = comes_back(child, hub, home, "latent", folder)
     assert (kind, size) == ("StableDiffusionPipeline", "(32, 32)\n")
     assert int(count) == sum(map(len, tensors))
 
@@ -164,35 +170,38 @@ def test_the_token_is_written_nowhere(pushed, home):
 
 def test_a_refused_token_stops_before_training(hub, train, tmp_path, teacher_dir):
     flags = ["--pretrained_model_name_or_path", teacher_dir, "--push_to_hub", "--hub_model_id", "never"]
-    done = train(hub, tmp_path / "student", *flags, token="hf_wrong")
+    done = train(tmp_path / "student", *flags, token="hf_wrong")
     assert done.returncode != 0
-    assert re.search(r"ValueError: --push_to_hub: .*--hub_token", done.stderr)
+    assert re.search(r"^train_place.py: error: --push_to_hub: .*--hub_token", done.stderr, re.MULTILINE)
     assert "hf_wrong" not in done.stdout + done.stderr
     assert not (tmp_path / "student").exists() and f"{USER}/never" not in hub.repositories
     assert "parameters" not in done.stdout  # not even the plan
 
 
-def test_refusals_before_training(hub, home):
+def test_refusals_before_training(child, hub):
     """Each by name, before hours are spent; asked of the function, in one process."""
     hub.publish("public", ROOT / "tests" / "nothing")
     hub.publish("frozen", ROOT / "tests" / "nothing")
     hub.repositories[f"{USER}/frozen"].read_only = True
     script = (
-        "from utils.publishing.hub import create_repository\n"
-        "for name, private in (('public', True), ('frozen', False), ('other/theirs', False), ('a b', False)):\n"
-        "    try: print('made', create_repository(name, private))\n"
-        "    except ValueError as error: print(*str(error).split())\n"
+        "from utils.publishing.hub import check_repository, create_repository\n"
+        "for refuse in (check_repository, create_repository):\n"
+        "    for name, private in (('public', True), ('frozen', False), ('other/theirs', False), ('a b', False)):\n"
+        "        try: print('let through', refuse(name, private))\n"
+        "        except ValueError as error: print(*str(error).split())\n"
         "print('made', create_repository('public', False))\n"
-        "print('dry', create_repository('imagined', False, dry_run=True))\n"
+        "print('checked', check_repository('imagined', False))\n"
     )
-    done = child(hub, home, "-c", script)
+    done = child("-c", script)
     lines = done.stdout.splitlines()
+    assert not any(line.startswith("let through") for line in lines)
     refusals = [line for line in lines if line.startswith("--")]
-    assert refusals[0].startswith(f"--hub_private_repo: {USER}/public exists and is public.")
-    assert re.match(r"--push_to_hub: the Hub refused frozen, .*You may not write here", refusals[1])
-    assert re.match(r"--push_to_hub: the Hub refused other/theirs", refusals[2])
-    assert re.match(r"--push_to_hub: the Hub refused a b, .*HFValidationError", refusals[3])
-    assert [line for line in lines if not line.startswith("-")][-2:] == [f"made {USER}/public", "dry imagined"]
+    for public, frozen, theirs, impossible in (refusals[:4], refusals[4:]):  # before the dry run ends, and after it
+        assert public.startswith(f"--hub_private_repo: {USER}/public exists and is public.")
+        assert re.match(r"--push_to_hub: the Hub refused frozen, .*You may not write here", frozen)
+        assert re.match(r"--push_to_hub: the Hub refused other/theirs", theirs)
+        assert re.match(r"--push_to_hub: the Hub refused a b, .*HFValidationError", impossible)
+    assert [line for line in lines if not line.startswith("-")][-2:] == [f"made {USER}/public", "checked None"]
     assert f"{USER}/imagined" not in hub.repositories
 
 
@@ -205,12 +214,13 @@ def test_offline_is_refused_in_the_process(run, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_in_the_upload(hub, home, train, tmp_path, teacher_dir):
+def test_a_server_that_dies_in_the_upload(hub, home, child, train, tmp_path, teacher_dir):
     folder = tmp_path / "student"
     with HubServer() as dying:
         dying.dies_in_upload = True
         flags = ["--pretrained_model_name_or_path", teacher_dir, "--push_to_hub", "--hub_model_id", "survivor"]
-        done = train(dying, folder, *flags, "--report_to", "none")
+        with ForkServer(**dying.environment(home)) as forks:
+            done = train(folder, *flags, "--report_to", "none", server=forks)
         assert any(request.startswith("PUT") for request in dying.requests)
     assert done.returncode != 0
     lines = done.stderr.splitlines()
@@ -221,15 +231,15 @@ def test_a_server_that_dies_in_the_upload(hub, home, train, tmp_path, teacher_di
     assert DDPMPipeline.from_pretrained(folder).unet.config.block_out_channels == [8, 16]
 
     _python, *words = shlex.split(command)
-    again = child(hub, home, *words)
+    again = child(*words)
     assert again.returncode == 0, again.stderr[-3000:]
     assert set(hub.repositories[f"{USER}/survivor"].files) == {".gitattributes", *PUBLISHED}
 
 
-def test_a_student_trained_without_the_flag(hub, home, train, tmp_path, teacher_dir):
+def test_a_student_trained_without_the_flag(hub, child, train, tmp_path, teacher_dir):
     folder = tmp_path / "student"
     before = list(hub.requests)
-    done = train(hub, folder, "--pretrained_model_name_or_path", teacher_dir, "--report_to", "none")
+    done = train(folder, "--pretrained_model_name_or_path", teacher_dir, "--report_to", "none")
     assert done.returncode == 0 and "Pushed" not in done.stdout
     assert hub.requests == before  # nobody asked the Hub anything
 
@@ -238,26 +248,26 @@ def test_a_student_trained_without_the_flag(hub, home, train, tmp_path, teacher_
     repository = hub.repositories[f"{USER}/later"]
     repository.files["notes.txt"] = (b"mine", False)
     push = ["-m", "utils.publishing.hub", folder, "--hub_model_id", f"{USER}/later"]
-    assert child(hub, home, *push).returncode == 0
+    assert child(*push).returncode == 0
     assert set(repository.files) == {".gitattributes", "notes.txt", *PUBLISHED}
     assert len(repository.commits) == 2
 
     # the same again: no error, no commit
-    again = child(hub, home, *push)
+    again = child(*push)
     assert again.returncode == 0 and "Pushed" in again.stdout
     assert len(repository.commits) == 2
 
     # measured and described by hand since: both are published
     (folder / "metrics.json").write_text(json.dumps({"metrics": {"fid": 9.5}, "protocol": {"images": str(folder)}}))
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# By hand\n")
-    assert child(hub, home, *push).returncode == 0
+    assert child(*push).returncode == 0
     assert repository.files["README.md"][0].endswith(b"# By hand\n")
     assert json.loads(repository.files["metrics.json"][0])["protocol"] == {"images": "student"}
     assert len(repository.commits) == 3
 
 
-def test_only_a_pipeline_is_pushed(hub, home, tmp_path):
-    done = child(hub, home, "-m", "utils.publishing.hub", tmp_path, "--hub_model_id", "empty")
+def test_only_a_pipeline_is_pushed(hub, child, tmp_path):
+    done = child("-m", "utils.publishing.hub", tmp_path, "--hub_model_id", "empty")
     assert done.returncode != 0 and "no model_index.json" in done.stderr
     assert f"{USER}/empty" not in hub.repositories
 

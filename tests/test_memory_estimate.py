@@ -86,13 +86,13 @@ def measured(monkeypatch):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_estimate_is_within_15_percent_of_the_real_peak(run, tmp_path, monkeypatch, measured, shape):
+def test_the_estimate_is_within_15_percent_of_the_real_peak(ornaments, run, tmp_path, monkeypatch, measured, shape):
     monkeypatch.setattr(memory, "_gib", lambda count: f"{count} bytes")
     told = []
     estimate = train_place.memory_estimate
     monkeypatch.setattr(train_place, "memory_estimate", lambda *args: told.append(estimate(*args)) or told[0])
     flags = flags_of(shape, tmp_path)
-    common = ["--max_train_steps", 2, "--validation_images", 0, "--report_to", "none", "--num_cpu_threads", 1]
+    common = ["--max_train_steps", 2, "--validation_shown_samples", 0, "--report_to", "none", "--num_cpu_threads", 1]
     run("train_place", *flags, *common, "--output_dir", tmp_path / "student", defaults=False)
     estimated = int(re.search(r"about (\d+) bytes", told[0])[1])
     print(f"{shape}: estimated {estimated:,}, real {measured.peak:,}, ratio {estimated / measured.peak:.3f}")
@@ -102,7 +102,7 @@ def test_the_estimate_is_within_15_percent_of_the_real_peak(run, tmp_path, monke
 def arguments(**changes) -> SimpleNamespace:
     settings = {"train_batch_size": 16, "gradient_accumulation_steps": 1, "use_8bit_adam": False, "use_ema": False}
     settings |= {"lambda_kd_output": 1, "lambda_kd_feat": 0, "enable_xformers_memory_efficient_attention": False}
-    settings |= {"validation_images": 0, "validation_feature_extractor": None, "validation_batch_size": 4}
+    settings |= {"validation_shown_samples": 0, "validation_feature_extractor": None, "validation_batch_size": 4}
     return SimpleNamespace(**{**settings, **changes})
 
 

@@ -83,7 +83,7 @@ def waits(run, monkeypatch):
         monkeypatch.setattr(utils.data.rows, "StepRandom", Shapes)
         monkeypatch.setattr(RunLog, "end_step", end_step)
         monkeypatch.setattr(train_place, "make_optimizer", lambda args, weights: torch.optim.SGD(weights, lr=1e-3))
-        steps = ["--max_train_steps", 9, "--logging_steps", 9, "--validation_images", 0]
+        steps = ["--max_train_steps", 9, "--logging_steps", 9, "--validation_shown_samples", 0]
         with pytest.raises(EnoughSteps):
             run("train_place", *flags, *steps, output="on_meta")
         return copies.found
@@ -104,9 +104,9 @@ def test_no_step_with_a_latent_cache_waits(run, waits, tmp_path):
     teacher = latent_pipelines.save_pipeline(tmp_path / "sd1")
     latent_pipelines.build_unet(layers_per_block=1).save_pretrained(tmp_path / "narrow")
     flags = ["--pretrained_model_name_or_path", teacher, "--student_model_name_or_path", tmp_path / "narrow"]
-    flags += ["--cache_dir", tmp_path / "cache", "--dataset_name", "", "--noise_offset", "0.1"]
+    flags += ["--latent_cache_dir", tmp_path / "cache", "--dataset_name", "", "--noise_offset", "0.1"]
     data = ["--train_data_dir", latent_pipelines.save_captioned(tmp_path / "captioned")]
-    run("train_place", *flags, *data, "--max_train_steps", 1, "--validation_images", 0, output="cached")
+    run("train_place", *flags, *data, "--max_train_steps", 1, "--validation_shown_samples", 0, output="cached")
     assert waits(*flags, "--use_ema", "--gradient_accumulation_steps", 2) == []
 
 

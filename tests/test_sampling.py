@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Real tiny pipelines of several families as functions of (seed, index), and what they cost."""
 
+import argparse
 import json
 from argparse import Namespace
 
@@ -28,7 +29,9 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from utils.backbones.base import Configs
 from utils.backbones.ddpm import DDPM
+from utils.backbones.process import Diffusion
 from utils.evaluation.cost import Meter, cost
 from utils.evaluation.pipelines import denoiser_of, load_pipeline, pipeline_files, pipeline_folder, use_scheduler
 from utils.evaluation.sampler import STREAM, Sampler, read_prompts
@@ -130,7 +133,9 @@ def same_but_rounding(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_it_is_ddim_as_validation_samples_it():
     pipeline, seeds = tiny_ddpm(DDIMScheduler()), [seed_from(7, STREAM, index) for index in range(5)]
-    backbone = DDPM(None, None, DDPMScheduler(), DDPMPipeline, 1, 8)
+    flags = argparse.Namespace(antithetic_timesteps=False, snr_gamma=None, noise_offset=0.0)
+    process = Diffusion(flags, DDPMScheduler(), bounded=True)
+    backbone = DDPM(flags, None, process, Configs(None, dict(pipeline.unet.config), 8, None))
     expected = backbone.sample(pipeline.unet, seeds, 4)
     assert torch.equal(Sampler(pipeline, seed=7, num_inference_steps=4)(range(5)), expected)
 
@@ -324,7 +329,7 @@ def test_adapters_beside_a_pipeline_are_applied_and_counted(tmp_path):
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    save_lora(unet, tmp_path)
+    save_lora(unet, StableDiffusionPipeline, "unet", tmp_path)
     pipeline = load_pipeline(tmp_path, "--x", dtype=torch.float32, device="cpu")
     flags = {"prompts": ["a b", "c"], "num_inference_steps": 2}
     adapted, bare = Sampler(pipeline, **flags)(range(2)), Sampler(plain, **flags)(range(2))
@@ -365,7 +370,7 @@ def test_seconds_are_those_of_the_threads_that_had_work():
 
 def test_prompts_are_read_line_by_line(tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa cat\r\na\u2028dog \n\n".encode())
-    assert read_prompts(Namespace(prompt_column=None, prompts=str(tmp_path / "prompts.txt")), None) == [
+    assert read_prompts(Namespace(caption_column=None, prompts=str(tmp_path / "prompts.txt")), None) == [
         *("a cat", "a\u2028dog")
     ]
 

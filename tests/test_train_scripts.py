@@ -12,21 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from conftest import build_unet, read_log
+from conftest import build_unet, read_log, run_script
 from diffusers import DDIMPipeline, DDPMPipeline, UNet2DModel
-from diffusers.training_utils import EMAModel
 from PIL import Image
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor
 
 import train_place
-from train_place import add_method_arguments
-from utils.backbones import choose_backbone
 from utils.backbones.ddpm import DDPM
-from utils.data.rows import ImageRows, load_rows, sample_batch
-from utils.distillation.losses import place_loss
-from utils.randomness import StepRandom, shuffled
-from utils.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 BASELINES = {
@@ -69,56 +62,16 @@ def test_the_scripts_differ_in_their_method_alone():
     assert [line for line in changed if not allowed.match(line)] == []
 
 
-@pytest.mark.parametrize("flags", [[], ["--use_ema", "--lr_scheduler", "cosine", "--lr_warmup_steps", "2"]])
-def test_loss_trace_equals_a_plain_loop(run, tmp_path, teacher_dir, data_dir, flags):
-    common = ["--max_train_steps", "5", "--learning_rate", "1e-3", "--train_batch_size", "6", "--seed", "3", *flags]
-    common += ["--adam_epsilon", "1e-3"]  # the default makes a step of the last bits of gradients that are about zero
-    folder = run("train_place", *common)
-    trace = [line["loss"] for line in read_log(folder)]
-
-    argv = ["--pretrained_model_name_or_path", teacher_dir, "--dataset_name", data_dir, "--pruning_ratio", "0.5"]
-    argv += [*common, "--output_dir", str(tmp_path / "plain")]
-    args = parse_args("", add_method_arguments, argv)
-    backbone = choose_backbone(args).load(args)
-    dataset = ImageRows(load_rows(args), backbone.transform(args), args.seed, quiet=True)
-    student, _ = backbone.make_student(args, sample_batch(dataset, 6, args.seed))
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0.0, eps=1e-3)
-    ema = EMAModel(student.parameters(), decay=args.ema_decay)
-    pixels = dataset.held
-    rates = [1.0] * 5 if not flags else [0, 1 / 2, 1, *(0.5 * (1 + math.cos(math.pi * i / 3)) for i in (1, 2))]
-    for step in range(5):
-        rng = StepRandom(args.seed, step)
-        rows = [int(shuffled(3, p // 24, 24)[p % 24]) for p in range(6 * step, 6 * step + 6)]
-        clean = pixels[rows] / 127.5 - 1
-        timestep = rng.integers(1000, 6)
-        noise = rng.normal(clean.shape)
-        a = backbone.scheduler.alphas_cumprod[timestep].reshape(-1, 1, 1, 1)
-        x_t = a.sqrt() * clean + (1 - a).sqrt() * noise
-        prediction = student(x_t, timestep).sample
-        with torch.no_grad():
-            teacher_prediction = backbone.teacher(x_t, timestep).sample
-        loss = F.mse_loss(prediction, noise) + place_loss(prediction, teacher_prediction).loss
-        assert trace[step] == pytest.approx(loss.item(), rel=1e-5)
-        optimizer.param_groups[0]["lr"] = 1e-3 * rates[step]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(student.parameters())
-    expected = ema.shadow_params if args.use_ema else list(student.parameters())
-    for found, tensor in zip(UNet2DModel.from_pretrained(folder / "unet").parameters(), expected, strict=True):
-        torch.testing.assert_close(found, tensor.detach(), rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.parametrize("name", BASELINES)
 def test_baselines(run, name):
-    student_before = weights(run("train_lift", *BASELINES[name], "--learning_rate", "1e-9", output="before"))
-    folder = run("train_lift", *BASELINES[name], "--learning_rate", "1e-3")
+    flags = ["--learning_rate", "1e-3", "--max_train_steps", "3", "--checkpointing_steps", "2"]
+    folder = run("train_lift", *BASELINES[name], *flags)
     log = read_log(folder)
-    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert [line["step"] for line in log] == [1, 2, 3]
     assert all(math.isfinite(value) for line in log for value in line.values() if value is not None)
-    moved = max((weights(folder)[key] - tensor).abs().max() for key, tensor in student_before.items())
-    assert moved > 1e-4
+    before, after = (load_file(path / "student.safetensors") for path in sorted((folder / "checkpoints").iterdir()))
+    assert max((after[name] - tensor).abs().max() for name, tensor in before.items()) > 1e-4
+    assert all(torch.equal(after[f"denoiser.{key}"], tensor) for key, tensor in weights(folder).items())
     terms = set(log[0])
     assert {"loss", "task", "grad_norm", "learning_rate"} <= terms
     assert any(f"error_quarter_{i}" in terms for i in (1, 2, 3, 4))
@@ -135,15 +88,17 @@ def test_without_distillation_the_teacher_never_runs(run):
     forwards = []
 
     def count(module, _inputs):
-        if isinstance(module, UNet2DModel) and module.device.type != "meta":  # there MACs are counted
+        # not those that count multiply-adds, on meta, or bytes, with fake tensors
+        real = isinstance(module, UNet2DModel) and not isinstance(next(module.parameters()), FakeTensor)
+        if real and module.device.type != "meta":
             forwards.append("student" if module.training else "frozen")
 
     handle = torch.nn.modules.module.register_module_forward_pre_hook(count)
     try:
-        run("train_lift", "--lambda_kd_output", "0", "--student_init", "magnitude", "--validation_images", "1")
+        run("train_lift", "--lambda_kd_output", "0", "--validation_shown_samples", "1")
         alone = forwards.count("frozen"), forwards.count("student")
         forwards.clear()
-        run("train_lift", "--student_init", "magnitude", "--validation_images", "1", output="distilled")
+        run("train_lift", "--validation_shown_samples", "1", output="distilled")
     finally:
         handle.remove()
     assert alone[1] == 4
@@ -154,23 +109,23 @@ def test_from_scratch(run, tmp_path, data_dir):
     config = tmp_path / "config.json"
     build_unet().save_config(tmp_path)
     argv = ["--student_config", config, "--lambda_kd_output", "0", "--max_train_steps", "2", "--train_batch_size", "4"]
-    argv += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--report_to", "none"]
+    argv += ["--validation_num_inference_steps", "2", "--validation_shown_samples", "2", "--report_to", "none"]
     folder = run("train_lift", *argv, "--dataset_name", data_dir, defaults=False)
     assert DDPMPipeline.from_pretrained(folder).unet.config.block_out_channels == [16, 32]
 
 
-def test_the_student_is_a_stock_pipeline(run, tmp_path):
-    folder = run("train_place", "--use_ema", "--lambda_kd_feat", "1", "--learning_rate", "1e-3")
+def test_the_student_is_a_stock_pipeline(run, ornaments, python, tmp_path):
+    """The whole way of a user, with Taylor scores, samples and loss curves, to a process that knows nothing of us."""
+    flags = ["--use_ema", "--lambda_kd_feat", "1", "--learning_rate", "1e-3"]
+    folder = run("train_place", *flags, "--student_init", "taylor", "--validation_shown_samples", "2")
     script = (
         "import sys, torch; from diffusers import DDPMPipeline; p = DDPMPipeline.from_pretrained(sys.argv[1]);"
         "i = p(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0];"
         "print(i.size, sum(x.numel() for x in p.unet.parameters()));"
         "assert not any(m.split('.')[0] in ('utils', 'train_place') for m in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(folder)], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split()[:2] == ["(8,", "8)"]
+    done = python.run("-c", script, folder, cwd=tmp_path)
+    assert done.stdout.split()[:2] == ["(8,", "8)"] and done.returncode == 0, done.stderr
     ema = load_file(folder / "checkpoints" / "step-0000004" / "ema.safetensors")
     for i, parameter in enumerate(UNet2DModel.from_pretrained(folder / "unet").parameters()):
         assert torch.equal(parameter, ema[str(i)])  # the average, not the last weights
@@ -182,6 +137,7 @@ def test_the_student_is_a_stock_pipeline(run, tmp_path):
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n") and "PLACE" in card and "samples.png" in card
     assert Image.open(folder / "samples.png").size == (2 * 68, 2 * 68)
+    assert Image.open(folder / "losses.png").size[0] > 900
 
 
 def test_a_ddim_teacher_gives_a_ddim_student(run, tmp_path, teacher_dir):
@@ -199,6 +155,12 @@ def test_projectors_are_trained_and_clipped_with_the_student(run):
     assert all((first[name] - last[name]).abs().max() > 1e-3 for name in projectors)
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, teacher_dir, data_dir) -> Path:
+    """A run with the defaults alone."""
+    return run_script(tmp_path_factory.mktemp("plain"), teacher_dir, data_dir, "train_place", "--max_train_steps", "3")
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -212,19 +174,11 @@ def test_projectors_are_trained_and_clipped_with_the_student(run):
     ],
     ids=lambda flags: flags[0],
 )
-def test_flags_change_the_loss(run, flags):
-    plain = run("train_place", "--max_train_steps", "3", "--student_init", "magnitude", output="plain")
-    other = run("train_place", "--max_train_steps", "3", "--student_init", "magnitude", *flags, output="other")
+def test_flags_change_the_loss(run, plain, flags):
+    other = run("train_place", "--max_train_steps", "3", *flags)
     traces = [[line["loss"] for line in read_log(folder)] for folder in (plain, other)]
     assert traces[0] != traces[1] and len(traces[1]) == 3
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-
-
-def test_gradient_checkpointing_computes_the_same(run):
-    plain = run("train_place", "--lambda_kd_feat", "1", output="plain")
-    again = run("train_place", "--lambda_kd_feat", "1", "--gradient_checkpointing", output="checkpointed")
-    for before, after in zip(read_log(plain), read_log(again), strict=True):
-        assert after["loss"] == pytest.approx(before["loss"], rel=1e-5)
 
 
 def test_the_bar_is_closed_before_the_summary(run, monkeypatch):
@@ -246,7 +200,7 @@ def test_bad_images_are_skipped_and_counted(run, tmp_path, capsys):
     data = ["--train_data_dir", folder, "--dataset_name", ""]
     with pytest.raises(ValueError, match=r"row 5 .*05\.png.*--skip_bad_images"):
         run("train_place", *data)
-    run("train_place", *data, "--skip_bad_images")
+    run("train_place", *data, "--skip_bad_images", "--max_train_steps", "3")
     printed = capsys.readouterr().out
     assert "12 images (1 undecodable ones replaced)" in printed and "1 images could not be decoded" in printed
 
@@ -259,7 +213,14 @@ def test_accumulation_counts_optimizer_steps(run):
 
 
 def test_feature_distance_keeps_the_best(run, capsys):
-    flags = ["--validation_feature_extractor", ROOT / "assets" / "classifier", "--validation_num_samples", "20"]
+    flags = [
+        "--validation_shown_samples",
+        "2",
+        "--validation_feature_extractor",
+        ROOT / "assets" / "classifier",
+        "--validation_num_samples",
+        "20",
+    ]
     flags += ["--validation_batch_size", "8", "--validation_split", "test", "--validation_steps", "2"]
     folder = run("train_place", *flags, "--learning_rate", "1e-2")
     distances = [line["frechet_distance"] for line in read_log(folder) if "frechet_distance" in line]
@@ -273,7 +234,8 @@ def test_feature_distance_keeps_the_best(run, capsys):
     assert sorted(path.name for path in (folder / "samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
 
 
-def test_8bit_adam_without_bitsandbytes_says_so(run):
+def test_8bit_adam_without_bitsandbytes_says_so(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)  # it cannot be imported
     with pytest.raises(ValueError, match="pip install bitsandbytes"):
         run("train_place", "--use_8bit_adam")
 
@@ -292,7 +254,8 @@ def test_a_tracker_that_is_not_there_is_refused(run, tracker):
 def test_tensorboard_gets_every_term(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    folder = run("train_place", "--report_to", "tensorboard", "--tracker_project_name", "here")
+    flags = ["--report_to", "tensorboard", "--tracker_project_name", "here", "--validation_shown_samples", "1"]
+    folder = run("train_place", *flags)
     events = EventAccumulator(str(folder / "here")).Reload()
     wanted = {"loss", "task", "coarse", "fine", "w", "slope", "intercept", "grad_norm", "images_per_second"}
     assert wanted | {"error_quarter_2"} <= set(events.Tags()["scalars"])
@@ -309,7 +272,7 @@ def launch(*flags, cwd=ROOT, before=(), **environment) -> subprocess.CompletedPr
 @pytest.mark.slow
 def test_launched_under_dynamo(run, tmp_path, teacher_dir, data_dir):
     flags = ["--max_train_steps", "2", "--train_batch_size", "4", "--lambda_kd_feat", "1", "--use_ema"]
-    flags += ["--validation_num_inference_steps", "2", "--validation_images", "2", "--num_cpu_threads", "1"]
+    flags += ["--validation_num_inference_steps", "2", "--validation_shown_samples", "2", "--num_cpu_threads", "1"]
     plain, compiled = run("train_lift", *flags, output="plain"), tmp_path / "compiled"
     flags += ["--pretrained_model_name_or_path", teacher_dir, "--dataset_name", data_dir, "--pruning_ratio", "0.5"]
     done = launch("train_lift.py", *flags, "--output_dir", compiled, before=("--dynamo_backend", "eager"))

@@ -1,12 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the command lines of all scripts share: the parser, recipe files, flags that stand in several."""
+"""What the command lines of all scripts share: the parser, recipe files, and how a user's error is told."""
 
 import argparse
 import difflib
 import os
 import re
 import shlex
+import signal
 import sys
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+ALONE = 5  # seconds: a launcher that has seen the main process fail ends the others in less
+
+KINDS = {int: "N", float: "X", Path: "PATH"}  # what --help writes behind a flag; `bundled` joins below
+EPILOG = """\
+@file.args   a recipe: one flag with its values a line, # starts a comment
+later flags win: --no-FLAG undoes a switch, FLAG "" any other, as if it had never been given
+assets/... and recipes/... that are not in the current folder are those of this repository"""
+
+
+class UsageError(ValueError):
+    """What a user got wrong, in one sentence that names the flag, what was found and what to do."""
+
+    everywhere = False  # raised on every process, by `utils.distributed.on_main_process`
+
+
+def bundled(path: str) -> str:
+    """A path of this repository, `assets/...` or `recipes/...`, from whatever folder it is given; others as they
+    are. The type of every flag that names something to read."""
+    is_ours = path.startswith(("assets/", "recipes/")) and not Path(path).exists() and (ROOT / path).exists()
+    return str(ROOT / path) if is_ours else path
+
+
+KINDS[bundled] = "PATH"
+
+
+def without_root(value):
+    """A path below this repository as it is written at its root; everything else as it is."""
+    return value.removeprefix(f"{ROOT}{os.sep}") if isinstance(value, str) else value
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """`--use_ema`, and `--no-use_ema` to undo it."""
+
+    def __init__(self, option_strings, dest, default=False, help=None, **kwargs):
+        super().__init__(option_strings, dest, default=default, help=help, **kwargs)
+        self.help = help  # Python 3.11 adds the default
 
 
 class HideToken(argparse.Action):
@@ -19,49 +62,90 @@ class HideToken(argparse.Action):
             sys.argv[:] = [word.replace(token, "***") for word in sys.argv]
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with ValueErrors, no abbreviations, and recipe files: `@file.args` holds one flag with its values a
-    line; `#` starts a comment; flags behind it on the command line win."""
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """The kind of a flag's value, not its name once more in capitals."""
 
-    def __init__(self, **kwargs):
+    def _get_default_metavar_for_optional(self, action: argparse.Action) -> str:
+        return KINDS.get(action.type, "TEXT")
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse with UsageErrors, no abbreviations, values that can be unset, and recipe files: see `EPILOG`."""
+
+    def __init__(self, *, renamed: Mapping[str, str] | None = None, epilog: str | None = None, **kwargs):
+        """`renamed`: flags of earlier versions, and what they are called now."""
         super().__init__(
+            **{"usage": "%(prog)s [@recipe.args] [flags]", **kwargs},
+            epilog="\n\n".join(filter(None, (EPILOG, epilog))),
             fromfile_prefix_chars="@",
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            **kwargs,
+            formatter_class=HelpFormatter,
         )
+        self.renamed = renamed or {}
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
+        """As argparse's; recipes of this repository are found from any folder."""
+        return super().parse_known_args(_find_recipes(sys.argv[1:] if args is None else args), namespace)
 
     def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return shlex.split(line, comments=True)
+        return _find_recipes(shlex.split(line, comments=True))
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]):
+        if arg_strings == [""] and action.option_strings and action.default is not argparse.SUPPRESS:
+            return action.default
+        return super()._get_values(action, arg_strings)
 
     def error(self, message: str):
-        """Raises ValueError: a script, a notebook and a test can all read it."""
+        """Raises UsageError: a script, a notebook and a test can all read it."""
         message = re.sub(r"hf_\w+", "hf_***", message)  # a token behind a misspelt flag
         flags = list(self._option_string_actions)
         words = message.split() if message.startswith("unrecognized") else []
         unknown = [word for word in words if word.startswith("--") and word not in flags]
+        names = [word.partition("=")[0] for word in unknown]
+        if renamed := [f"{name} is now {self.renamed[name]}." for name in names if name in self.renamed]:
+            raise UsageError(f"{' '.join(renamed)} See --help.")
         close = [match for word in unknown for match in difflib.get_close_matches(word, flags, n=1)]
-        raise ValueError(f"{message}{f' (did you mean {close[0]}?)' if close else ''}. See --help.")
+        meant = f" (did you mean {' and '.join(close)}?)" if close else ""
+        raise UsageError(f"{message}{meant}. See --help.")
 
 
-def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a push; `python -m utils.publishing.hub` has them too."""
-    group = parser.add_argument_group("Hub")
-    group.add_argument(
-        "--push_to_hub",
-        action="store_true",
-        help="publish the student at the end; its repository is created, and the token checked, before training",
-    )
-    group.add_argument("--hub_model_id", help="name, user/name or organisation/name; default: the student's folder")
-    group.add_argument(
-        "--hub_private_repo",
-        action="store_true",
-        help="create the repository private; default: as the account or organisation has it",
-    )
-    group.add_argument(
-        "--hub_token",
-        action=HideToken,
-        default=argparse.SUPPRESS,
-        help="for everything on the Hub, gated teachers too; written nowhere. Default and safer: HF_TOKEN, or that of "
-        "`hf auth login`, as `ps` shows a command line, and so does `accelerate launch` when a run fails",
-    )
+def _find_recipes(words: Sequence[str]) -> list[str]:
+    return [f"@{bundled(word[1:])}" if word.startswith("@") else word for word in words]
+
+
+def warn_of_idle_flags(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, table: Sequence[tuple[str, bool, str]]
+) -> None:
+    """Warn of every flag that was given but changes nothing beside the others. A row of `table`: flags, whether they
+    are idle, and what they go with."""
+    for names, is_idle, partner in table:
+        for name in names.split():
+            if is_idle and getattr(args, name, None) != parser.get_default(name):
+                warnings.warn(f"--{name} has no effect here: it goes with {partner}.", stacklevel=3)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call a script's `main` as its last line. A UsageError becomes one sentence on stderr and exit code 2, read once
+    however many processes raise it; everything else keeps its traceback. Our own warnings are one line each."""
+    warnings.showwarning = _show_warning
+    try:
+        main()
+    except UsageError as error:
+        rank = int(os.environ.get("RANK", 0))
+        if rank:  # the main process says it, and its launcher ends this one meanwhile; or this one is alone
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(ALONE)
+        if not (rank and error.everywhere):
+            process = f" of process {rank}" if rank else ""
+            sentence = str(error).rsplit("UsageError: ", 1)[-1]  # a data worker's comes inside of its traceback
+            print(f"{Path(sys.argv[0]).name}: error{process}: {sentence.rstrip()}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    """A sentence where it comes from this repository, once for each machine; where it stands, if from a library."""
+    is_ours = issubclass(category, UserWarning) and ROOT in Path(filename).resolve().parents
+    if not is_ours or "site-packages" in filename:
+        print(warnings.formatwarning(message, category, filename, lineno, line), end="", file=file or sys.stderr)
+    elif int(os.environ.get("LOCAL_RANK", 0)) <= 0:
+        print(f"{Path(sys.argv[0]).name}: warning: {message}", file=file or sys.stderr, flush=True)

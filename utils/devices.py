@@ -56,8 +56,11 @@ def probe_xformers(device: torch.device, dtype: torch.dtype) -> None:
     memory_efficient_attention(query, query, query).sum().backward()
 
 
+EXACT = ("timestep", "time_ids")  # in bfloat16 a timestep of 999 would be 1000, and a side of 1023 pixels 1024
+
+
 def to_dtype(value: Any, dtype: torch.dtype) -> Any:
-    """The floating point tensors of a nested dict in `dtype`; everything else as it is."""
+    """The floating point tensors of a nested dict in `dtype`, but for those named in `EXACT`; all else as it is."""
     if isinstance(value, dict):
-        return {name: to_dtype(part, dtype) for name, part in value.items()}
+        return {name: part if name in EXACT else to_dtype(part, dtype) for name, part in value.items()}
     return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value

@@ -10,6 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, KwargsHandler
 
+from utils.command_line import UsageError
+
 # Hosts wait while the main process validates or indexes data. A process that dies is noticed by its launcher, and by
 # its closed connection, without any timeout; the library's own is 30 minutes.
 PATIENCE = timedelta(days=1)
@@ -29,19 +31,19 @@ def refuse_unsupported(args) -> None:
     """Refuse what `accelerate launch` asks for and these scripts do not do, before accelerate makes of it what it can.
 
     Raises:
-        ValueError: FSDP, DeepSpeed, Megatron-LM or fp8, or other gradient accumulation steps than the flag's.
+        UsageError: FSDP, DeepSpeed, Megatron-LM or fp8, or other gradient accumulation steps than the flag's.
     """
     for variable, name in UNSUPPORTED.items():
         if os.environ.get(variable, "false").lower() in ("true", "1"):
-            raise ValueError(
+            raise UsageError(
                 f"accelerate's config asks for {name} ({variable} is set); these scripts train with DDP alone. Launch "
                 "them with a config of recipes/accelerate, or --config_file of a plain multi-GPU one."
             )
     if args.mixed_precision is None and os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower() == "fp8":
-        raise ValueError("accelerate's config asks for fp8, which is not supported here: give --mixed_precision bf16.")
+        raise UsageError("accelerate's config asks for fp8, which is not supported here: give --mixed_precision bf16.")
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", str(args.gradient_accumulation_steps))
     if steps != str(args.gradient_accumulation_steps):
-        raise ValueError(
+        raise UsageError(
             f"--gradient_accumulation_steps is {args.gradient_accumulation_steps}, but accelerate is told "
             f"{steps} by ACCELERATE_GRADIENT_ACCUMULATION_STEPS: make them equal, or unset the variable."
         )
@@ -87,6 +89,8 @@ def on_main_process(accelerator: Accelerator, function: Callable, *arguments):
             value = function(*arguments)
         except ValueError as error:
             refusals = [error]
+            if isinstance(error, UsageError):
+                error.everywhere = True  # said once, by the main process
     if group:
         torch.distributed.broadcast_object_list(refusals, src=0, group=group)
     if refusals[0] is not None:

@@ -6,12 +6,14 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.command_line import UsageError
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 
 def check_output_dir(output_dir: str) -> None:
-    """Raises ValueError where `--output_dir` cannot be written; leaves nothing behind."""
+    """Raises UsageError where `--output_dir` cannot be written; leaves nothing behind."""
     folder = Path(output_dir)
     made = [path for path in (folder, *folder.parents) if not path.exists()]  # innermost first
     try:
@@ -19,7 +21,7 @@ def check_output_dir(output_dir: str) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise ValueError(f"--output_dir {folder} cannot be written: {error}") from error
+        raise UsageError(f"--output_dir {folder} cannot be written: {error}") from error
     finally:
         for path in made:
             if path.exists():
@@ -31,13 +33,13 @@ def wanted_checkpoint(args) -> Path | None:
     again may have died before its first.
 
     Raises:
-        ValueError: there is no checkpoint in the folder that it names.
+        UsageError: there is no checkpoint in the folder that it names.
     """
     wanted = args.resume_from_checkpoint
     if wanted == "latest":
         return next(reversed(complete_checkpoints(Path(args.output_dir) / "checkpoints")), None)
     if wanted and not (Path(wanted) / "state.json").is_file():
-        raise ValueError(f"--resume_from_checkpoint {wanted} is not a checkpoint: it has no state.json.")
+        raise UsageError(f"--resume_from_checkpoint {wanted} is not a checkpoint: it has no state.json.")
     return Path(wanted) if wanted else None
 
 

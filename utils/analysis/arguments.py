@@ -2,12 +2,29 @@
 """The command line of analyze_error.py, in groups. What contradicts itself is refused here."""
 
 import argparse
-import warnings
-from pathlib import Path
+from collections.abc import Sequence
 
-from utils.command_line import ArgumentParser
+from utils.backbones.base import FAMILY_FLAGS
+from utils.command_line import ArgumentParser, UsageError, bundled, warn_of_idle_flags
+from utils.download_cache import use_download_cache
+from utils.flags import (
+    add_shared,
+    check_data,
+    check_group_size,
+    check_not_negative,
+    check_output_folder,
+    check_positive,
+    read_prompts_file,
+)
 from utils.output_dir import check_output_dir
 
+RENAMED = {
+    "--validation_split": "--split",
+    "--validation_num_samples": "--num_samples (and the images seen at every timestep are --num_images)",
+    "--validation_images": "--shown_samples",
+    "--validation_prompts": "--prompts FILE, one prompt a line",
+    "--validation_guidance_scale": "--guidance_scale",
+}
 HOW_TO_READ = """\
 How to read it
   coarse share  what lines remove of the squared error: one line per image and channel, or one per PLACE group. High:
@@ -21,32 +38,24 @@ How to read it
                 coarse part cost; what still differs is the fine part."""
 
 
-def parse_args(description: str, argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, checked. Raises ValueError naming the flag, what was found and what to do."""
-    parser = ArgumentParser(description=description, epilog=HOW_TO_READ)
+def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line, checked. Raises UsageError naming the flag, what was found and what to do."""
+    parser = ArgumentParser(description=description, epilog=HOW_TO_READ, renamed=RENAMED)
     group = parser.add_argument_group("teacher and student")
-    group.add_argument("--pretrained_model_name_or_path", help="the teacher: a diffusers pipeline folder or Hub id")
+    add_shared(group, "pretrained_model_name_or_path")
     group.add_argument(
         "--student_model_name_or_path",
+        type=bundled,
         help="the student: its pipeline's folder, or its U-Net's alone, of "
         "which the schedule it was trained on cannot be checked",
     )
-    group.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
-    group.add_argument("--variant", help="weight file variant of the teacher, such as fp16")
-    group.add_argument("--pretrained_vae_model_name_or_path", help="another VAE of the same latent space")
-    group.add_argument(
-        "--allow_pickle_weights", action="store_true", help="load a teacher whose weights are .bin files"
-    )
+    add_shared(group, "revision variant pretrained_vae_model_name_or_path allow_pickle_weights cache_dir")
 
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="a dataset on the Hub, or a local folder in its layout (parquet)")
-    group.add_argument("--dataset_config_name", help="the dataset's configuration, where it has several")
-    group.add_argument("--train_data_dir", help="or: a folder of image files, read as `imagefolder`")
-    group.add_argument("--validation_split", default="train", help="split to take images from (default: train)")
-    group.add_argument("--image_column", default="image", help="column of the images (default: image)")
-    group.add_argument("--resolution", type=int, help="pixels a side; default: the teacher's sample_size")
-    group.add_argument("--skip_bad_images", action="store_true", help="put the next good row where one is damaged")
-    group.add_argument("--caption_column", help="column of the captions of a text-to-image teacher (default: text)")
+    add_shared(
+        group,
+        "dataset_name dataset_config_name train_data_dir split image_column caption_column resolution skip_bad_images",
+    )
 
     group = parser.add_argument_group("error")
     group.add_argument(
@@ -56,97 +65,89 @@ def parse_args(description: str, argv: list[str] | None = None) -> argparse.Name
         help="timesteps, the midpoints of as many equal stretches of the schedule (default: 20)",
     )
     group.add_argument(
-        "--num_samples", type=int, default=256, help="images, each seen at every timestep (default: 256)"
+        "--num_images", type=int, default=256, help="images, each seen at every timestep (default: 256)"
     )
-    group.add_argument(
-        "--group_size",
-        type=int,
-        default=16,
-        help="elements of a PLACE group, from 2 to those of a channel (default: 16, the paper's)",
-    )
+    add_shared(group, "group_size")
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
-    group.add_argument("--validation_images", type=int, default=8, help="columns of samples.png (default: 8)")
-    group.add_argument(
-        "--validation_prompts",
-        nargs="+",
-        help="of the samples; default: captions of the data, with an extractor as many as there are samples",
+    group.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: 7.5)")
+    add_shared(
+        group,
+        "prompts feature_extractor inception_path",
+        prompts={
+            "help": "text file, one prompt a line; sample i has the i-th, over and over. Default: captions of the "
+            "data, with an extractor as many as there are samples"
+        },
+        feature_extractor={
+            "help": "inception, or a transformers image model, folder or Hub id; measures the Frechet distance from "
+            "the whole split to samples of student, corrected student and teacher. Default: none is measured"
+        },
     )
-    group.add_argument("--validation_guidance_scale", type=float, help="classifier-free guidance (default: 7.5)")
     group.add_argument(
-        "--feature_extractor",
-        help="inception, or a transformers image model, folder or Hub id; measures the Frechet distance from the "
-        "whole split to samples of student, corrected student and teacher. Default: none is measured",
+        "--num_samples", type=int, default=2048, help="samples of each for that distance (default: 2048)"
     )
-    group.add_argument("--inception_path", help="folder of Inception's weights, where they cannot be downloaded")
-    group.add_argument(
-        "--validation_num_samples", type=int, default=2048, help="samples of each for that distance (default: 2048)"
-    )
+    group.add_argument("--shown_samples", type=int, default=8, help="columns of samples.png (default: 8)")
 
     group = parser.add_argument_group("run and output")
-    group.add_argument("--output_dir", default="analysis", help="for analysis.json and figures (default: analysis)")
-    group.add_argument("--overwrite_output_dir", action="store_true", help="replace an analysis that is there")
+    add_shared(
+        group,
+        "output_dir overwrite_output_dir",
+        output_dir={"default": "analysis", "help": "for analysis.json and figures (default: analysis)"},
+        overwrite_output_dir={"help": "replace an analysis that is there"},
+    )
     group.add_argument("--batch_size", type=int, default=128, help="images at once (default: 128)")
-    group.add_argument("--seed", type=int, default=0, help="images, noise and samples follow from it (default: 0)")
-    group.add_argument("--num_cpu_threads", type=int, help="threads on the CPU; default: one for each core")
-    parser.set_defaults(  # what a backbone asks of training and is settled here
-        pruning_ratio=None,
-        student_config=None,
-        center_crop=True,
-        random_flip=False,
-        max_train_samples=None,
-        snr_gamma=None,
-        student_preset=None,
-        lora_rank=None,
-        cache_dir=None,
-        cache_variants=None,
-        noise_offset=0.0,
-        proportion_empty_prompts=0.0,
+    add_shared(
+        group,
+        "seed num_cpu_threads",
+        seed={"help": "images, noise and samples follow from it (default: 0)"},
+        num_cpu_threads={"help": "threads on the CPU; default: one for each core"},
     )
     args = parser.parse_args(argv)
     _check(args)
-    for flag, reason in (
-        ("inception_path", args.feature_extractor != "inception" and "it goes with --feature_extractor inception"),
-        (
-            "validation_num_samples",
-            not args.feature_extractor and "without --feature_extractor no distance is measured",
-        ),
-        ("dataset_config_name", args.train_data_dir and "a --train_data_dir has no configurations"),
-    ):
-        if reason and getattr(args, flag) != parser.get_default(flag):
-            warnings.warn(f"--{flag} has no effect: {reason}.", stacklevel=2)
+    use_download_cache(args.cache_dir)
+    idle = [
+        ("inception_path", args.feature_extractor != "inception", "--feature_extractor inception"),
+        ("num_samples", not args.feature_extractor, "--feature_extractor, which measures a distance"),
+        ("dataset_config_name", bool(args.train_data_dir), "--dataset_name"),
+    ]
+    warn_of_idle_flags(args, parser, idle)
     return args
+
+
+def for_backbone(args: argparse.Namespace) -> argparse.Namespace:
+    """The training scripts' flags that a backbone reads: off, but for what this script has, under its names."""
+    off = {"student_config": None, "random_flip": False, "snr_gamma": None, "antithetic_timesteps": False}
+    own = {
+        "validation_prompts": read_prompts_file(args.prompts) if args.prompts else None,
+        "validation_guidance_scale": args.guidance_scale,
+        "validation_shown_samples": args.shown_samples,
+        "center_crop": True,
+    }
+    called = {"validation_prompts": "prompts", "validation_guidance_scale": "guidance_scale"}
+    return argparse.Namespace(**{**FAMILY_FLAGS, **off, **vars(args), **own, "called": called})
 
 
 def _check(args: argparse.Namespace) -> None:
     for flag, what in (("pretrained_model_name_or_path", "teacher"), ("student_model_name_or_path", "student")):
         if not getattr(args, flag):
-            raise ValueError(f"--{flag} is missing: name the {what}'s folder. The error is between the two.")
-    if bool(args.dataset_name) == bool(args.train_data_dir):
-        found = "both" if args.dataset_name else "neither"
-        raise ValueError(f"Give one of --dataset_name and --train_data_dir; found {found}.")
-    for name in (
-        "resolution num_timesteps num_samples num_inference_steps validation_images validation_num_samples batch_size "
-        "num_cpu_threads"
-    ).split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be above 0.")
-    if args.seed < 0:
-        raise ValueError(f"--seed is {args.seed}; it must not be negative.")
-    if args.group_size < 2:
-        raise ValueError(f"--group_size is {args.group_size}; a line needs at least 2 elements, the paper has 16.")
-    if args.feature_extractor and args.validation_num_samples < max(2, args.validation_images):
-        raise ValueError(
-            f"--validation_num_samples is {args.validation_num_samples}; a distance needs at least 2 samples, and the "
-            f"first --validation_images {args.validation_images} of them are shown."
+            raise UsageError(f"--{flag} is missing: name the {what}'s folder. The error is between the two.")
+    check_data(args)
+    check_positive(
+        args,
+        "resolution num_timesteps num_images num_inference_steps guidance_scale shown_samples num_samples batch_size "
+        "num_cpu_threads",
+    )
+    check_not_negative(args, "seed")
+    check_group_size(args)
+    if args.feature_extractor and args.num_samples < max(2, args.shown_samples):
+        raise UsageError(
+            f"--num_samples is {args.num_samples}; a distance needs at least 2 samples, and the first --shown_samples "
+            f"{args.shown_samples} of them are shown."
         )
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file.")
-    if folder.is_dir() and any(folder.iterdir()) and not args.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir {folder} is not empty. Choose another folder, or replace the analysis in it with "
-            "--overwrite_output_dir."
-        )
+    check_output_folder(
+        args,
+        "is not empty. Choose another folder, or replace the analysis in it with --overwrite_output_dir.",
+        unless=args.overwrite_output_dir,
+    )
     check_output_dir(args.output_dir)

@@ -4,9 +4,10 @@
 from torch import Tensor, nn
 
 from utils.analysis.error import least_squares_line
+from utils.backbones.base import StandIn
 
 
-class CorrectedDenoiser(nn.Module):
+class CorrectedDenoiser(StandIn):
     """The paper's probe (section 1 of its method): a student whose every prediction is moved along the line to the
     teacher's for the same input, b0 + b1 * e_S with one line per sample and channel, fitted in float64.
 
@@ -14,25 +15,17 @@ class CorrectedDenoiser(nn.Module):
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module):
-        super().__init__()
-        self.student, self.teacher = student, teacher
-        self.config, self.dtype, self.device = student.config, student.dtype, student.device
+        super().__init__(student)
+        self.teacher = teacher
 
-    def __getattr__(self, name: str):  # pipelines look at their denoiser's parts
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("student"), name)
-
-    def forward(self, *inputs, return_dict: bool = True, **condition):
-        """As the student's own forward, and in its output class."""
-        output = self.student(*inputs, **condition)
+    def denoise(self, *inputs, **condition):
+        """As the student's own, and in its output class."""
+        output = self.denoiser(*inputs, **condition)
         student_pred, teacher_pred = _in_float64(output.sample), _in_float64(self.teacher(*inputs, **condition).sample)
         slope_BC, intercept_BC = least_squares_line(student_pred.flatten(2), teacher_pred.flatten(2))
         per_channel = (*slope_BC.shape, *(1,) * (student_pred.ndim - 2))
         corrected = intercept_BC.view(per_channel) + slope_BC.view(per_channel) * student_pred
-        corrected = corrected.to(output.sample)  # its device and dtype
-        return type(output)(sample=corrected) if return_dict else (corrected,)
+        return type(output)(sample=corrected.to(output.sample))  # its device and dtype
 
 
 def _in_float64(pred: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.command_line import UsageError
 from utils.distillation.losses import fit_line
 
 
@@ -124,7 +125,7 @@ class ErrorStatistics:
             ("--pretrained_model_name_or_path", "teacher", teacher),
         ):
             if not pred.isfinite().all():
-                raise ValueError(f"{flag}: the {name} predicts NaN or infinity, of which no error has a size.")
+                raise UsageError(f"{flag}: the {name} predicts NaN or infinity, of which no error has a size.")
         self._lines.append(split_error(student.flatten(2), teacher.flatten(2)))
         slope_BCG, intercept_BCG, *parts = split_groups(student, teacher, self.group_size)
         self._group_lines.append(torch.stack([slope_BCG, intercept_BCG]).flatten(1, 2).float())

@@ -21,12 +21,15 @@ def save_analysis(analysis: dict, folder: Path) -> None:
     write_file(folder / "analysis.json", text + "\n")
 
 
-def weight_hashes(name_or_path: str) -> dict[str, str] | None:
-    """SHA-256 of a denoiser's weight files, by their path in its folder; None for a name on the Hub."""
+def weight_hashes(name_or_path: str, component: str) -> dict[str, str] | None:
+    """SHA-256 of a denoiser's weight files, in a folder of its own or its `component` of a pipeline's, by their path
+    there; None for a name on the Hub."""
     folder = Path(name_or_path)
     if not folder.is_dir():
         return None
-    files = [path for path in (*folder.glob("*"), *folder.glob("unet/*")) if path.suffix in (".safetensors", ".bin")]
+    files = [
+        path for path in (*folder.glob("*"), *folder.glob(f"{component}/*")) if path.suffix in (".safetensors", ".bin")
+    ]
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
 
 

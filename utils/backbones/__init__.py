@@ -4,6 +4,7 @@
 import importlib
 
 from utils.backbones.loading import pipeline_class_name, read_json_config
+from utils.command_line import UsageError
 
 # pipeline class in the teacher's model_index.json, or model class in --student_config -> module and class
 BACKBONES = {
@@ -19,7 +20,7 @@ def choose_backbone(args) -> type:
     """The backbone class for the teacher, or, training from scratch, for the student's config.
 
     Raises:
-        ValueError: no such teacher, not a diffusers pipeline, or a class that no backbone knows.
+        UsageError: no such teacher, not a diffusers pipeline, or a class that no backbone knows.
     """
     if args.pretrained_model_name_or_path:
         flag, source = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
@@ -33,6 +34,6 @@ def choose_backbone(args) -> type:
     if class_name not in BACKBONES:
         kind = "Pipeline" if args.pretrained_model_name_or_path else "Model"
         supported = ", ".join(name for name in BACKBONES if name.endswith(kind))
-        raise ValueError(f"{flag} {source} is a {class_name}; supported are {supported}.")
+        raise UsageError(f"{flag} {source} is a {class_name}; supported are {supported}.")
     module, name = BACKBONES[class_name]
     return getattr(importlib.import_module(module), name)

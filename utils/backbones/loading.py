@@ -5,85 +5,53 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import ConfigMixin, DDPMScheduler, DiffusionPipeline, ModelMixin
+from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
-# class -> its folder in a pipeline
-COMPONENTS = {
-    "UNet2DModel": "unet",
-    "UNet2DConditionModel": "unet",
-    "AutoencoderKL": "vae",
-    "DDPMScheduler": "scheduler",
-}
-# what decides which noise a timestep has and what is predicted of it
-SCHEDULE = "prediction_type num_train_timesteps beta_start beta_end beta_schedule rescale_betas_zero_snr".split()
+from utils.command_line import UsageError
+
+TEACHER = "--pretrained_model_name_or_path"
 
 
 def read_json_config(path: str, flag: str) -> dict:
-    """A model config from a JSON file. Raises ValueError naming `flag` where there is none."""
+    """A model config from a JSON file. Raises UsageError naming `flag` where there is none."""
     try:
         config = json.loads(Path(path).read_text())
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{flag} {path} is not a readable JSON file: {error}") from error
+        raise UsageError(f"{flag} {path} is not a readable JSON file: {error}") from error
     if not isinstance(config, dict) or "_class_name" not in config:
-        raise ValueError(f"{flag} {path} has no '_class_name': give the config.json of a diffusers model.")
+        raise UsageError(f"{flag} {path} has no '_class_name': give the config.json of a diffusers model.")
     return config
 
 
 def pipeline_class_name(name_or_path: str, revision: str | None, flag: str) -> str:
-    """The `_class_name` of a pipeline's model_index.json. Raises ValueError naming `flag` where there is none."""
+    """The `_class_name` of a pipeline's model_index.json. Raises UsageError naming `flag` where there is none."""
     try:
         return DiffusionPipeline.load_config(name_or_path, revision=revision)["_class_name"]
     except (OSError, ValueError, KeyError) as error:
         where = "that folder has no model_index.json" if Path(name_or_path).is_dir() else "no such folder here"
-        raise ValueError(
+        raise UsageError(
             f"{flag} {name_or_path}: {where}, and no diffusers pipeline of that name was "
             f"found on the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
         ) from error
 
 
 def component_config(
-    model_class: type[ConfigMixin], name_or_path: str, flag: str, revision: str | None = None
+    model_class: type[ConfigMixin], folder: str, name_or_path: str, flag: str, revision: str | None = None
 ) -> dict:
-    """A model's or scheduler's config from its folder in a pipeline or, as in the Hub's oldest repositories, from the
-    root; or from a folder of the model alone. Raises ValueError naming `flag` where there is none."""
+    """A model's or scheduler's config from its `folder` in a pipeline or, as in the Hub's oldest repositories, from
+    the root; or from a folder of the model alone. Raises UsageError naming `flag` where there is none."""
     errors = []
-    for subfolder in (COMPONENTS[model_class.__name__], None):
+    for subfolder in (folder, None):
         try:
             return dict(model_class.load_config(name_or_path, subfolder=subfolder, revision=revision))
         except (OSError, ValueError) as error:
             errors.append(str(error))
-    raise ValueError(f"{flag} {name_or_path} holds no config of a {model_class.__name__}: {errors[0]}")
-
-
-def load_schedule(args) -> DDPMScheduler:
-    """The teacher's schedule, which a student must share: its pipeline's own scheduler only samples.
-
-    Raises:
-        ValueError: the teacher has no scheduler, or the student's pipeline has one of another schedule. A denoiser
-            without a pipeline does not say what it was trained on.
-    """
-    flag, source = "--pretrained_model_name_or_path", args.pretrained_model_name_or_path
-    scheduler = DDPMScheduler.from_config(component_config(DDPMScheduler, source, flag, args.revision))
-    if not args.student_model_name_or_path:
-        return scheduler
-    flag, source = "--student_model_name_or_path", args.student_model_name_or_path
-    try:
-        config = component_config(DDPMScheduler, source, flag)
-    except ValueError:
-        return scheduler
-    student = DDPMScheduler.from_config(config).config
-    for key in SCHEDULE:
-        if student[key] != scheduler.config[key]:
-            what = "predicts" if key == "prediction_type" else f"has {key}"
-            raise ValueError(
-                f"{flag} {source}: its scheduler {what} {student[key]}, the teacher's {scheduler.config[key]}; both "
-                "must see the same noise and predict the same of it. Take a student and a teacher of one schedule."
-            )
-    return scheduler
+    raise UsageError(f"{flag} {name_or_path} holds no config of a {model_class.__name__}: {errors[0]}")
 
 
 def load_component(
     model_class: type[ModelMixin],
+    folder: str,
     name_or_path: str,
     flag: str,
     *,
@@ -91,8 +59,8 @@ def load_component(
     variant: str | None = None,
     allow_pickle: bool = False,
 ) -> ModelMixin:
-    """The float32 model whose config `component_config` finds. Raises ValueError naming `flag`."""
-    for subfolder in (COMPONENTS[model_class.__name__], None):
+    """The float32 model whose config `component_config` finds. Raises UsageError naming `flag`."""
+    for subfolder in (folder, None):
         try:
             model_class.load_config(name_or_path, subfolder=subfolder, revision=revision)
         except (OSError, ValueError):
@@ -108,14 +76,14 @@ def load_component(
                 output_loading_info=True,
             )
         except (OSError, ValueError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"{flag} {name_or_path} does not load: {error} If its weights are pickled (.bin), "
                 "--allow_pickle_weights loads them, weights only."
             ) from error
         if info["missing_keys"]:  # diffusers would go on with random ones
-            raise ValueError(
+            raise UsageError(
                 f"{flag} {name_or_path}: the weights lack {len(info['missing_keys'])} tensors of the "
                 f"{model_class.__name__} in its config, the first is {min(info['missing_keys'])}."
             )
         return model
-    raise ValueError(f"{flag} {name_or_path} holds no {model_class.__name__}.")
+    raise UsageError(f"{flag} {name_or_path} holds no {model_class.__name__}.")

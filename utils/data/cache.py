@@ -21,41 +21,43 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from utils.command_line import UsageError
 from utils.data.rows import ImageRows, as_is, load_rows
 from utils.distributed import wait_for_everyone
 from utils.files import read_json, write_json, written_beside
 
 BLOCK = 256  # rows, or captions, a file
+FORMAT = 2  # of cache.json and the files beside it: counted up when one of them means something else
 
 
 def open_dataset(args, accelerator: Accelerator, backbone) -> Dataset:
     """The training set as batches of the backbone's tensors; without the dataset's flags, a complete cache.
 
     Raises:
-        ValueError: as `load_rows`, `ImageRows` and `check_cache`.
+        UsageError: as `load_rows`, `ImageRows` and `check_cache`.
     """
     if not (args.dataset_name or args.train_data_dir):
         check_cache(args, accelerator, None, backbone)
-        return CachedRows(Path(args.cache_dir), backbone)
+        return CachedRows(Path(args.latent_cache_dir), backbone)
     dataset = ImageRows(
         load_rows(args),
         backbone.transform(args),
         args.seed,
         skip_bad_images=args.skip_bad_images,
-        variants=args.cache_variants or (1 if args.cache_dir else None),
+        variants=args.cache_variants or (1 if args.latent_cache_dir else None),
         quiet=not accelerator.is_local_main_process,
     )
-    if args.cache_dir:
+    if args.latent_cache_dir:
         check_cache(args, accelerator, dataset, backbone)
     return dataset
 
 
 def encoded_once(args, accelerator: Accelerator, dataset: Dataset, backbone) -> Dataset:
-    """`dataset` itself without `--cache_dir`; with it its encoded rows, made now where they are missing, by all
+    """`dataset` itself without `--latent_cache_dir`; with it its encoded rows, made now where they are missing, by all
     processes together. The encoders are freed afterwards."""
-    if not args.cache_dir or isinstance(dataset, CachedRows):
+    if not args.latent_cache_dir or isinstance(dataset, CachedRows):
         return dataset
-    folder = Path(args.cache_dir)
+    folder = Path(args.latent_cache_dir)
     if accelerator.is_main_process and not (folder / "cache.json").exists():
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "cache.json", {**cache_settings(args, accelerator, dataset, backbone), "complete": False})
@@ -76,43 +78,46 @@ def cache_settings(args, accelerator: Accelerator, dataset: Dataset | None, back
     data = {} if dataset is None else {"data": dataset.fingerprint(), "rows": len(dataset)}
     return {
         **data,
-        "encoders": _encoder_hash(args),
+        "format": FORMAT,
+        "encoders": _encoder_hash(args, ["vae", *backbone.conditions.components]),
         "dtype": args.teacher_dtype or accelerator.mixed_precision,
         "resolution": backbone.resolution,
         "center_crop": args.center_crop,
         "random_flip": args.random_flip,
-        "caption_column": args.caption_column or "text",
+        **backbone.conditions.settings(),
         "seed": args.seed,
         "variants": args.cache_variants or 1,
     }
 
 
 def check_cache(args, accelerator: Accelerator, dataset: Dataset | None, backbone) -> None:
-    """Raises ValueError where `--cache_dir` holds another cache, or, without the dataset, none that is complete."""
-    path = Path(args.cache_dir) / "cache.json"
+    """Raises UsageError where `--latent_cache_dir` holds another cache or, without the dataset, none complete."""
+    flag = f"--latent_cache_dir {args.latent_cache_dir}"
+    path = Path(args.latent_cache_dir) / "cache.json"
     if not path.exists():
         if dataset is None:
-            raise ValueError(f"--cache_dir {args.cache_dir}: no cache there. Give the data that is to be encoded.")
+            raise UsageError(f"{flag}: no cache there. Give the data that is to be encoded.")
         return
-    made, wanted = read_json(path), cache_settings(args, accelerator, dataset, backbone)
+    made, wanted = read_json(path) or {}, cache_settings(args, accelerator, dataset, backbone)
+    if made.get("format") != FORMAT:
+        raise UsageError(
+            f"{flag} is a cache of another version of these scripts, whose files mean something else (format "
+            f"{made.get('format', 1)}, now {FORMAT}). Encode anew, into another folder."
+        )
     differing = [
         f"{name} was {made.get(name)}, is {value}" for name, value in wanted.items() if made.get(name) != value
     ]
     if differing:
-        raise ValueError(
-            f"--cache_dir {args.cache_dir} was made with other settings: {'; '.join(differing)}. Give another folder."
-        )
+        raise UsageError(f"{flag} was made with other settings: {'; '.join(differing)}. Give another folder.")
     if dataset is None and not made["complete"]:
-        raise ValueError(
-            f"--cache_dir {args.cache_dir} is not complete: give the data again, to encode what is missing."
-        )
+        raise UsageError(f"{flag} is not complete: give the data again, to encode what is missing.")
 
 
 class CachedRows(Dataset):
     """The rows of a complete cache; indexed by lists of (epoch, row), as `utils.data.rows.ImageRows` is."""
 
     def __init__(self, folder: Path, backbone):
-        self.folder, self.tokenizers = folder, backbone.tokenizers
+        self.folder, self.tokenizers = folder, backbone.conditions.tokenizers
         made = read_json(folder / "cache.json")
         self.num_rows, self.variants, self.data = made["rows"], made["variants"], made["data"]
         self.bad_rows: set[int] = set()
@@ -121,7 +126,8 @@ class CachedRows(Dataset):
         for path in sorted(folder.glob("text-*.safetensors")):
             keys = self._open(path.name).get_tensor("caption").tolist()
             self.places |= {key: (path.name, i) for i, key in enumerate(keys)}
-        backbone.empty = load_file(folder / "empty.safetensors")
+        if self.tokenizers:
+            backbone.conditions.use_empty(load_file(folder / "empty.safetensors"))
 
     def __len__(self) -> int:
         return self.num_rows
@@ -145,7 +151,8 @@ class CachedRows(Dataset):
         """What `backbone.cache_rows` made of these rows, with `row` and `replaced` as in `ImageRows`."""
         rows = [self._row(epoch % self.variants, row) for epoch, row in positions]
         batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0] if "input_ids" not in name}
-        text = self._text(batch.pop("caption").tolist())
+        captions = batch.pop("caption").tolist()
+        text = self._text(captions) if self.tokenizers else {}
         numbers = torch.tensor([row for _, row in positions])
         return {**batch, **text, "row": numbers, "replaced": torch.zeros_like(numbers, dtype=torch.bool)}
 
@@ -171,7 +178,7 @@ def caption_key(tokens: list[torch.Tensor]) -> int:
 
 
 def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -> None:
-    folder, variants = Path(args.cache_dir), args.cache_variants or 1
+    folder, variants = Path(args.latent_cache_dir), args.cache_variants or 1
     blocks = [(variant, block) for variant in range(variants) for block in range(-(-len(dataset) // BLOCK))]
     blocks = blocks[accelerator.process_index :: accelerator.num_processes]
     blocks = [each for each in blocks if not (folder / _latents_name(*each)).exists()]
@@ -189,7 +196,7 @@ def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -
         batch.pop("row")
         dataset.bad_rows.update(row for (_, row), bad in zip(positions, batch.pop("replaced"), strict=True) if bad)
         tokens = {name: value for name, value in batch.items() if name.startswith("input_ids")}
-        keys = [caption_key(list(each)) for each in zip(*tokens.values(), strict=True)]
+        keys = [caption_key([ids[i] for ids in tokens.values()]) for i in range(len(positions))]
         encoded = _encoded(backbone, batch, "latents", args.train_batch_size)
         pieces.append({**encoded, **tokens, "caption": torch.tensor(keys)})
         progress.update(len(positions))
@@ -200,13 +207,15 @@ def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -
 
 
 def _encode_captions(args, accelerator: Accelerator, backbone) -> None:
-    folder = Path(args.cache_dir)
+    folder = Path(args.latent_cache_dir)
+    if not backbone.conditions.tokenizers:
+        return
     if accelerator.is_main_process and not (folder / "empty.safetensors").exists():
-        _write(folder / "empty.safetensors", [backbone.empty_prompt()])
+        _write(folder / "empty.safetensors", [backbone.conditions.empty()])
     tokens = {}
     for path in sorted(folder.glob("latents-*.safetensors")):
         with safe_open(path, framework="pt") as file:
-            ids = [file.get_tensor(f"input_ids_{i}") for i in range(len(backbone.tokenizers))]
+            ids = [file.get_tensor(f"input_ids_{i}") for i in range(len(backbone.conditions.tokenizers))]
             for key, *each in zip(file.get_tensor("caption").tolist(), *ids, strict=True):
                 tokens.setdefault(key, each)
     keys = list(tokens)
@@ -232,13 +241,13 @@ def _encoded(backbone, batch: dict[str, torch.Tensor], part: str, batch_size: in
     return {name: value[:count] for name, value in backbone.cache_rows(filled, (part,)).items()}
 
 
-def _encoder_hash(args) -> str:
+def _encoder_hash(args, components: list[str]) -> str:
     """Of the weight files of VAE and text encoders."""
     digest = hashlib.sha256()
     source = args.pretrained_model_name_or_path
     if not Path(source).is_dir():
         source = DiffusionPipeline.download(source, revision=args.revision, variant=args.variant)
-    for part in ("vae", "text_encoder", "text_encoder_2"):
+    for part in components:
         for path in sorted((Path(source) / part).glob("*.safetensors")):
             with path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())

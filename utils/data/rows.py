@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from utils.command_line import UsageError
 from utils.data.transforms import ImageTransform
 from utils.randomness import StepRandom, counter_hash, shuffled
 
@@ -31,18 +32,18 @@ def load_rows(args, split: str = "train", *, split_flag: str | None = None) -> "
     `split_flag` is the flag that names the split, where there is one.
 
     Raises:
-        ValueError: none named, nothing there, no such split, or no such image column (named with those there are).
+        UsageError: none named, nothing there, no such split, or no such image column (named with those there are).
     """
     import datasets
 
     name = args.dataset_name or args.train_data_dir
     if not name:
-        raise ValueError("Give --dataset_name or --train_data_dir: images are needed here, a cache is not enough.")
+        raise UsageError("Give --dataset_name or --train_data_dir: images are needed here, a cache is not enough.")
     flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
     if args.train_data_dir and not Path(name).is_dir():
-        raise ValueError(f"{flag} {name}: no such folder. Give a folder of images.")
+        raise UsageError(f"{flag} {name}: no such folder. Give a folder of images.")
     if Path(name).is_dir() and not any(path.is_file() for path in Path(name).rglob("*")):
-        raise ValueError(f"{flag} {name}: the folder is empty.")
+        raise UsageError(f"{flag} {name}: the folder is empty.")
     try:
         if args.dataset_name:
             splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
@@ -50,24 +51,25 @@ def load_rows(args, split: str = "train", *, split_flag: str | None = None) -> "
             splits = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, drop_labels=True)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         kind = "a dataset" if args.dataset_name else "a folder of images (are there any?)"
-        raise ValueError(f"{flag} {name} cannot be loaded as {kind}: {error}") from error
+        raise UsageError(f"{flag} {name} cannot be loaded as {kind}: {error}") from error
     if split not in splits:
-        raise ValueError(f"{split_flag or flag}: {name} has no split '{split}', only {', '.join(splits)}.")
+        raise UsageError(f"{split_flag or flag}: {name} has no split '{split}', only {', '.join(splits)}.")
     rows = splits[split]
     if args.image_column not in rows.column_names:
-        raise ValueError(
+        raise UsageError(
             f"--image_column {args.image_column}: {name} has no such column, only {', '.join(rows.column_names)}."
         )
     if len(rows) == 0:
-        raise ValueError(f"{flag} {name}: split '{split}' has no rows.")
-    if split == "train" and args.max_train_samples:
-        rows = rows.select(range(min(args.max_train_samples, len(rows))))
+        raise UsageError(f"{flag} {name}: split '{split}' has no rows.")
+    limit = getattr(args, "max_train_samples", None)  # a flag of the training scripts alone
+    if split == "train" and limit:
+        rows = rows.select(range(min(limit, len(rows))))
     for column, feature in rows.features.items():
         if column == args.image_column or isinstance(feature, datasets.Image):
             try:
                 rows = rows.cast_column(column, datasets.Image(decode=False))
             except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's are among these
-                raise ValueError(f"--image_column {column}: {name} holds {feature} there, no images.") from error
+                raise UsageError(f"--image_column {column}: {name} holds {feature} there, no images.") from error
     return rows
 
 
@@ -99,7 +101,7 @@ class ImageRows(Dataset):
         """`variants`: crop and flip every row in this many ways, one after the other; None is another way each epoch.
         `numbers`: where `rows` are a selection, the place of each in its dataset, for errors to name.
 
-        Raises ValueError as `transform.check` and, where the images are held, `decode` do."""
+        Raises UsageError as `transform.check` and, where the images are held, `decode` do."""
         self.rows, self.transform, self.seed = rows, transform, seed
         self.skip_bad_images, self.variants = skip_bad_images, variants
         self.numbers = range(len(rows)) if numbers is None else numbers
@@ -122,7 +124,7 @@ class ImageRows(Dataset):
         """Uint8 (C, H, W) of one row; of the next good one, where bad ones are skipped.
 
         Raises:
-            ValueError: the row is not an image that Pillow reads; named by row and, where it has one, path.
+            UsageError: the row is not an image that Pillow reads; named by row and, where it has one, path.
         """
         for candidate in (*range(row, len(self)), *range(row)):
             stored = self.rows[candidate]
@@ -133,11 +135,11 @@ class ImageRows(Dataset):
                 self.stand_ins[row] = (candidate + 1) % len(self)
                 if not self.skip_bad_images:
                     path = (stored[self.transform.image_column] or {}).get("path") or "stored in the dataset"
-                    raise ValueError(
+                    raise UsageError(
                         f"row {self.numbers[candidate]} ({path}) cannot be decoded as an image: {error}. Mend or "
                         "remove it, or put the next good one in its place with --skip_bad_images."
                     ) from error
-        raise ValueError(f"none of the {len(self)} images can be decoded.")
+        raise UsageError(f"none of the {len(self)} images can be decoded.")
 
     def __getitems__(self, positions: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """A batch: `pixels` uint8 (B, C, R, R), `row` int64 (B,), `replaced` bool (B,) where another row stands in."""

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
+from utils.command_line import UsageError
+
 if TYPE_CHECKING:
     import datasets
 
@@ -61,7 +63,7 @@ class ImageTransform:
         return int(across_y * (spare_y + 1)), int(across_x * (spare_x + 1))
 
     def check(self, rows: "datasets.Dataset") -> None:
-        """Raises ValueError where `rows` lack what `batch` needs."""
+        """Raises UsageError where `rows` lack what `batch` needs."""
 
     def batch(
         self, images: torch.Tensor | list[torch.Tensor], columns: dict[str, list], bits: np.ndarray
@@ -88,16 +90,16 @@ class CaptionedTransform(ImageTransform):
         self.columns = (caption_column, self.image_column) if micro_conditioning else (caption_column,)
 
     def check(self, rows: "datasets.Dataset") -> None:
-        """Raises ValueError where there are no captions."""
+        """Raises UsageError where there are no captions."""
         if self.caption_column not in rows.column_names:
-            raise ValueError(
+            raise UsageError(
                 f"--caption_column {self.caption_column}: the dataset has no such column, only "
                 f"{', '.join(rows.column_names)}. A folder of images needs a metadata.jsonl with file_name and text."
             )
         caption = rows.select_columns([self.caption_column])[0][self.caption_column]
         one_of_them = caption[0] if isinstance(caption, list) and caption else caption
         if not isinstance(one_of_them, str):
-            raise ValueError(
+            raise UsageError(
                 f"--caption_column {self.caption_column}: found {one_of_them!r} in the first row; a caption is a "
                 "string or a list of strings."
             )

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from accelerate.utils import recursively_apply
 from torch import nn
 
-from utils.backbones.types import Prediction
+from utils.command_line import UsageError
 from utils.devices import to_dtype
 
 
@@ -36,13 +36,16 @@ class Tapped(nn.Module):
 
     def _keep(self, name: str, _module, _inputs, output):
         if self._taps is not None:
-            self._taps[name] = output[0] if isinstance(output, tuple) else output  # down blocks: (hidden, skips)
+            # a block may give a tuple: a U-Net's (hidden, skips), an MMDiT's (text, image); its last tensor is the one
+            outputs = output if isinstance(output, tuple) else (output,)
+            self._taps[name] = [part for part in outputs if isinstance(part, torch.Tensor)][-1]
 
-    def forward(self, x_t: torch.Tensor, timestep: torch.Tensor, **condition):
-        """(B, C, *S) and (B,) -> output (B, C, *S), features [(B, C_i, *S_i)]."""
+    def forward(self, x_t: torch.Tensor, **condition):
+        """(B, C, *S) and the denoiser's keywords, its `timestep` (B,) among them, -> output (B, C, *S), features
+        [(B, C_i, *S_i)], of transformers [(B, N, D_i)]. Floats are cast to the weights' dtype, see `to_dtype`."""
         self._taps = {}
         dtype = next(self.denoiser.parameters()).dtype  # diffusers' own `dtype` walks through every module
-        output = self.denoiser(x_t.to(dtype), timestep, return_dict=False, **to_dtype(condition, dtype))[0]
+        output = self.denoiser(x_t.to(dtype), return_dict=False, **to_dtype(condition, dtype))[0]
         taps, self._taps = self._taps, None
         return output, [project(taps[name]) for name, project in zip(self.blocks, self.projectors, strict=True)]
 
@@ -50,7 +53,8 @@ class Tapped(nn.Module):
 def tap_pair(
     student: nn.Module, teacher: nn.Module | None, pairs: Sequence[tuple[str, str]], example: dict, seed: int
 ) -> tuple[Tapped, Tapped | None]:
-    """Student and teacher with the `pairs` of block names tapped; 1x1 projectors where the widths differ.
+    """Student and teacher with the `pairs` of block names tapped; projectors where the
+    widths differ: 1x1 convolutions, of tokens linear.
 
     `example` holds the forward arguments of one sample; it shows the blocks' shapes.
 
@@ -67,15 +71,29 @@ def tap_pair(
         student_features, teacher_features = (on_meta(side)(**inputs)[1] for side in (tapped_student, tapped_teacher))
         projectors = []
         for pair, student_feature, teacher_feature in zip(pairs, student_features, teacher_features, strict=True):
-            if student_feature.shape[2:] != teacher_feature.shape[2:]:
-                raise ValueError(
-                    f"--lambda_kd_feat: block {pair[0]} of the student is {tuple(student_feature.shape[2:])} where "
-                    f"the teacher's {pair[1]} is {tuple(teacher_feature.shape[2:])}. Set --lambda_kd_feat 0."
+            (width, places), (teacher_width, teacher_places) = map(
+                _width_and_places, (student_feature, teacher_feature)
+            )
+            if places != teacher_places:
+                raise UsageError(
+                    f"--lambda_kd_feat: block {pair[0]} of the student is {tuple(places)} where the teacher's "
+                    f"{pair[1]} is {tuple(teacher_places)}. Set --lambda_kd_feat 0."
                 )
-            widths = student_feature.shape[1], teacher_feature.shape[1]
-            projectors.append(nn.Identity() if widths[0] == widths[1] else nn.Conv2d(*widths, kernel_size=1))
+            projectors.append(_projector(width, teacher_width, is_tokens=student_feature.ndim == 3))
     tapped_student.projectors = nn.ModuleList(projectors)
     return tapped_student, tapped_teacher
+
+
+def _width_and_places(feature: torch.Tensor) -> tuple[int, torch.Size]:
+    """Of a map (B, C, *S) or of tokens (B, N, D)."""
+    return (feature.shape[2], feature.shape[1:2]) if feature.ndim == 3 else (feature.shape[1], feature.shape[2:])
+
+
+def _projector(width: int, teacher_width: int, *, is_tokens: bool) -> nn.Module:
+    """From the student's width to the teacher's, place by place."""
+    if width == teacher_width:
+        return nn.Identity()
+    return nn.Linear(width, teacher_width) if is_tokens else nn.Conv2d(width, teacher_width, kernel_size=1)
 
 
 def on_meta(module: nn.Module) -> nn.Module:
@@ -85,9 +103,9 @@ def on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, tensors)
 
 
-def feature_loss(student: Prediction, teacher: Prediction) -> torch.Tensor:
+def feature_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor | float:
     """Sum over the paired blocks of the mean squared difference, a scalar; 0 where nothing is tapped."""
-    if not student.features:
-        return torch.zeros((), device=student.output.device)
-    pairs = zip(student.features, teacher.features, strict=True)
+    if not student:
+        return 0.0
+    pairs = zip(student, teacher, strict=True)
     return torch.stack([F.mse_loss(ours.float(), theirs.float()) for ours, theirs in pairs]).sum()

@@ -3,14 +3,16 @@
 
 import argparse
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.command_line import ArgumentParser
+from utils.command_line import ArgumentParser, Switch, UsageError, bundled, warn_of_idle_flags
+from utils.download_cache import use_download_cache
+from utils.flags import add_shared, check_not_negative, check_output_folder, check_positive
 
 PR_NEIGHBOURS = 5  # k of precision and recall, the paper's
 METRICS = {"fid": 2, "kid": 2, "pr": PR_NEIGHBOURS + 1, "is": 10, "clip": 2}  # -> the least samples; IS has 10 splits
+RENAMED = {"--prompt_column": "--caption_column"}
 REFERENCES = ("dataset_name", "train_data_dir", "reference_images", "reference_stats", "cleanfid_stats")
 
 
@@ -18,36 +20,33 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     """Parse and check the command line.
 
     Raises:
-        ValueError: an unknown or misspelt flag, a value out of range, or flags that contradict each other.
+        UsageError: an unknown or misspelt flag, a value out of range, or flags that contradict each other.
     """
-    parser = ArgumentParser(description=description)
+    parser = ArgumentParser(description=description, renamed=RENAMED)
     for add_group in (_samples, _sampling, _reference, _metrics, _cost, _output, _speed):
         add_group(parser)
     args = parser.parse_args(argv)
     _check(args)
-    for reason in without_effect(args, parser):
-        warnings.warn(reason, stacklevel=2)
+    use_download_cache(args.cache_dir)
+    warn_of_idle_flags(args, parser, _idle_flags(args))
     return args
 
 
 def _samples(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("what is measured")
-    group.add_argument(
-        "--pretrained_model_name_or_path", help="any diffusers pipeline, folder or Hub id; samples are drawn from it"
+    add_shared(
+        group,
+        "pretrained_model_name_or_path revision variant allow_pickle_weights cache_dir",
+        pretrained_model_name_or_path={"help": "any diffusers pipeline, folder or Hub id; samples are drawn from it"},
     )
-    group.add_argument("--images", help="or: a folder of images that exist, read with its subfolders in order of path")
-    group.add_argument("--revision", help="branch, tag or commit of the pipeline on the Hub")
-    group.add_argument("--variant", help="weight file variant, such as fp16")
+    group.add_argument(
+        "--images", type=bundled, help="or: a folder of images that exist, read with its subfolders in order of path"
+    )
     group.add_argument(
         "--dtype",
         choices=["fp32", "fp16", "bf16"],
         default="fp32",
         help="of the pipeline (default: fp32; half precision changes the samples, the noise they start from included)",
-    )
-    group.add_argument(
-        "--allow_pickle_weights",
-        action="store_true",
-        help="load weights that are .bin files, not safetensors (unpickled with weights_only=True)",
     )
 
 
@@ -65,7 +64,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
         default=64,
         help="samples or images at once (default: 64); another size changes the last bits of a sample, not its noise",
     )
-    group.add_argument("--seed", type=int, default=0, help="of the samples and of KID's subsets (default: 0)")
+    add_shared(group, "seed", seed={"help": "of the samples and of KID's subsets (default: 0)"})
     group.add_argument("--num_inference_steps", type=int, help="sampler steps (default: the pipeline's own)")
     group.add_argument(
         "--scheduler", help="class name of a diffusers scheduler, such as DDIMScheduler (default: the pipeline's own)"
@@ -82,35 +81,39 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         help="sample i is of the i-th of these, over and over (default: all classes, equally often)",
     )
-    group.add_argument("--prompts", help="text file, one prompt a line; sample or image i has the i-th, over and over")
-    group.add_argument("--prompt_column", help="or: the column of --dataset_name that holds the prompts")
+    add_shared(
+        group,
+        "prompts caption_column",
+        caption_column={"help": "or: the column of --dataset_name that holds the prompts"},
+    )
 
 
 def _reference(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reference: one of these five")
-    group.add_argument("--dataset_name", help="a dataset on the Hub, or a local folder in its layout (parquet)")
-    group.add_argument("--train_data_dir", help="or: a folder of image files, read as `imagefolder`")
-    group.add_argument("--reference_images", help="or: a folder of images, read as they are")
-    group.add_argument("--reference_stats", help="or: an .npz file of --save_stats, clean-fid or pytorch-fid")
+    add_shared(group, "dataset_name train_data_dir")
+    group.add_argument("--reference_images", type=bundled, help="or: a folder of images, read as they are")
+    group.add_argument(
+        "--reference_stats", type=bundled, help="or: an .npz file of --save_stats, clean-fid or pytorch-fid"
+    )
     group.add_argument("--cleanfid_stats", help="or: the name of statistics that clean-fid publishes, such as cifar10")
     details = parser.add_argument_group("reference, details")
-    details.add_argument("--dataset_config_name", help="the dataset's configuration, where it has several")
-    details.add_argument("--split", default="train", help="of the dataset (default: train)")
-    details.add_argument("--image_column", default="image", help="column of the images (default: image)")
-    details.add_argument("--max_reference_samples", type=int, help="use the first this many images")
-    details.add_argument(
-        "--resolution",
-        type=int,
-        help="bring samples and reference to this many pixels a side: shorter side resized, centre cut (default: "
-        "images of a dataset to the size of the samples, files of a folder not at all)",
+    add_shared(
+        details,
+        "dataset_config_name split image_column resolution",
+        resolution={
+            "help": "bring samples and reference to this many pixels a side: shorter side resized, centre cut "
+            "(default: images of a dataset to the size of the samples, files of a folder not at all)"
+        },
     )
+    details.add_argument("--max_reference_samples", type=int, help="use the first this many images")
     details.add_argument(
         "--cleanfid_res", type=int, help="resolution in the name of clean-fid's statistics, such as 32"
     )
     details.add_argument("--cleanfid_split", default="train", help="split in their name (default: train)")
     details.add_argument("--save_stats", help="write the reference's statistics here, for --reference_stats")
     details.add_argument(
-        "--cache_dir",
+        "--reference_cache_dir",
+        metavar="DIR",
         default=str(Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "lift-and-place"),
         help="what was measured of reference images is kept here by their content (default: ~/.cache/lift-and-place)",
     )
@@ -126,11 +129,14 @@ def _metrics(parser: argparse.ArgumentParser) -> None:
         "Score), clip (CLIP score; needs prompts). Default: fid kid pr; fid alone where the reference is statistics. "
         "fid needs no more memory for more samples, kid and pr keep all features",
     )
-    group.add_argument(
-        "--feature_extractor",
-        default="inception",
-        help="inception (default: clean-fid's; then the Frechet distance is FID), or any transformers image model, "
-        "folder or Hub id: DINOv2, CLIP, a ResNet, assets/classifier",
+    add_shared(
+        group,
+        "feature_extractor inception_path",
+        feature_extractor={
+            "default": "inception",
+            "help": "inception (default: clean-fid's; then the Frechet distance is FID), or any transformers image "
+            "model, folder or Hub id: DINOv2, CLIP, a ResNet, assets/classifier",
+        },
     )
     group.add_argument(
         "--fid_mode",
@@ -138,9 +144,9 @@ def _metrics(parser: argparse.ArgumentParser) -> None:
         default="clean",
         help="resizing and port of inception: clean-fid's (default), or that of pytorch-fid, for older numbers",
     )
-    group.add_argument("--inception_path", help="folder or file of inception's weights, where there is no network")
     group.add_argument(
         "--clip_model",
+        type=bundled,
         default="openai/clip-vit-large-patch14",
         help="for the CLIP score, folder or Hub id (default: openai/clip-vit-large-patch14)",
     )
@@ -151,7 +157,9 @@ def _metrics(parser: argparse.ArgumentParser) -> None:
 def _cost(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cost")
     group.add_argument(
-        "--compare_to", help="a second pipeline, such as the teacher: its size, time and memory beside the first's"
+        "--compare_to",
+        type=bundled,
+        help="a second pipeline, such as the teacher: its size, time and memory beside the first's",
     )
     group.add_argument(
         "--compare_num_samples",
@@ -163,94 +171,89 @@ def _cost(parser: argparse.ArgumentParser) -> None:
 
 def _output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument(
-        "--output_dir",
-        default="evaluation",
-        help="metrics.json, samples.png and, while sampling, the samples (default: evaluation). A run that was "
-        "stopped goes on with the same command",
-    )
-    group.add_argument(
-        "--overwrite_output_dir",
-        action="store_true",
-        help="delete what an earlier evaluation left there, its samples too",
+    add_shared(
+        group,
+        "output_dir overwrite_output_dir",
+        output_dir={
+            "default": "evaluation",
+            "help": "metrics.json, samples.png and, while sampling, the samples (default: evaluation). A run that was "
+            "stopped goes on with the same command",
+        },
+        overwrite_output_dir={"help": "delete what an earlier evaluation left there, its samples too"},
     )
     group.add_argument(
         "--keep_images",
-        action="store_true",
+        action=Switch,
         help="leave the samples in images/ of --output_dir; the same command with other metrics then uses them",
     )
     group.add_argument(
         "--update_model_card",
-        action="store_true",
+        action=Switch,
         help="write the metrics into README.md of the pipeline's folder, in the Hub's model-index form",
     )
 
 
 def _speed(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("speed")
-    group.add_argument(
-        "--num_cpu_threads",
-        type=int,
-        help="batches that a process works on at once on the CPU, each in a thread of its own, so that no number "
-        "depends on how many (default: one for each of its cores). Memory grows with them",
-    )
-    group.add_argument(
-        "--dataloader_num_workers", type=int, default=0, help="processes that decode images (default: 0, none extra)"
+    add_shared(
+        group,
+        "num_cpu_threads dataloader_num_workers",
+        num_cpu_threads={
+            "help": "batches that a process works on at once on the CPU, each in a thread of its own, so that no "
+            "number depends on how many (default: one for each of its cores). Memory grows with them"
+        },
     )
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises ValueError for values out of range and for flags that contradict each other; fills in the defaults."""
+    """Raises UsageError for values out of range and for flags that contradict each other; fills in the defaults."""
     positive = (
         "batch_size num_inference_steps height width max_reference_samples resolution cleanfid_res kid_subset_size "
         "compare_num_samples num_cpu_threads"
     )
-    for name in positive.split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must be above 0.")
-    if args.dataloader_num_workers < 0:
-        raise ValueError(f"--dataloader_num_workers is {args.dataloader_num_workers}; it must not be negative.")
+    check_positive(args, positive)
+    check_not_negative(args, "dataloader_num_workers")
     if not 0 <= args.seed < 2**32:
-        raise ValueError(f"--seed is {args.seed}; it must lie from 0 to 2**32 - 1.")
+        raise UsageError(f"--seed is {args.seed}; it must lie from 0 to 2**32 - 1.")
     if args.eta is not None and not 0 <= args.eta <= 1:
-        raise ValueError(f"--eta is {args.eta}; it must lie in [0, 1].")
+        raise UsageError(f"--eta is {args.eta}; it must lie in [0, 1].")
     if args.guidance_scale is not None and not 0 <= args.guidance_scale < float("inf"):
-        raise ValueError(f"--guidance_scale is {args.guidance_scale}; it must be a number from 0 on.")
+        raise UsageError(f"--guidance_scale is {args.guidance_scale}; it must be a number from 0 on.")
     for name in ("num_samples", "max_reference_samples", "kid_subsets", "kid_subset_size"):
         if getattr(args, name) is not None and getattr(args, name) < 2:
-            raise ValueError(f"--{name} is {getattr(args, name)}; statistics need at least 2.")
+            raise UsageError(f"--{name} is {getattr(args, name)}; statistics need at least 2.")
 
     if bool(args.pretrained_model_name_or_path) == bool(args.images):
         found = "both" if args.images else "neither"
-        raise ValueError(
+        raise UsageError(
             f"Give one of --pretrained_model_name_or_path, a pipeline, and --images, a folder; found {found}."
         )
     if args.pretrained_model_name_or_path and args.num_samples is None:
         args.num_samples = 10_000
     given = [f"--{name}" for name in REFERENCES if getattr(args, name)]
     if len(given) != 1:
-        raise ValueError(
+        raise UsageError(
             f"Give one reference to measure against, found {' and '.join(given) or 'none'}: "
             f"{', '.join(f'--{name}' for name in REFERENCES)}."
         )
     _check_metrics(args)
     if args.cleanfid_stats and args.feature_extractor != "inception":
-        raise ValueError(
+        raise UsageError(
             f"--cleanfid_stats are of inception's features, not of --feature_extractor {args.feature_extractor}."
         )
     if args.cleanfid_stats and not args.cleanfid_res:
-        raise ValueError("--cleanfid_stats needs --cleanfid_res, the resolution in the name of the statistics.")
-    if args.prompts and args.prompt_column:
-        raise ValueError("Give one of --prompts and --prompt_column; found both.")
+        raise UsageError("--cleanfid_stats needs --cleanfid_res, the resolution in the name of the statistics.")
+    if args.prompts and args.caption_column:
+        raise UsageError("Give one of --prompts and --caption_column; found both.")
     if args.prompts and not Path(args.prompts).is_file():
-        raise ValueError(f"--prompts {args.prompts}: no such file. Give a text file, one prompt a line.")
-    if args.prompt_column and not (args.dataset_name or args.train_data_dir):
-        raise ValueError("--prompt_column is a column of --dataset_name or --train_data_dir: give one.")
+        raise UsageError(f"--prompts {args.prompts}: no such file. Give a text file, one prompt a line.")
+    if args.caption_column and not (args.dataset_name or args.train_data_dir):
+        raise UsageError("--caption_column is a column of --dataset_name or --train_data_dir: give one.")
     pipeline = args.pretrained_model_name_or_path
     if args.update_model_card and not (pipeline and Path(pipeline).is_dir()):
-        raise ValueError("--update_model_card writes into a pipeline's folder: give one as the pipeline.")
+        raise UsageError("--update_model_card writes into a pipeline's folder: give one as the pipeline.")
     if args.save_stats and (Path(args.save_stats).is_dir() or not Path(args.save_stats).resolve().parent.is_dir()):
-        raise ValueError(f"--save_stats {args.save_stats}: name a file in a folder that exists.")
+        raise UsageError(f"--save_stats {args.save_stats}: name a file in a folder that exists.")
     _check_output_dir(args)
 
 
@@ -260,46 +263,45 @@ def _check_metrics(args: argparse.Namespace) -> None:
         args.metrics = ["fid"] if is_statistics else ["fid", "kid", "pr"]
     for name in args.metrics:
         if name not in METRICS:
-            raise ValueError(f"--metrics {name}: there is no such metric. There are {', '.join(METRICS)}.")
+            raise UsageError(f"--metrics {name}: there is no such metric. There are {', '.join(METRICS)}.")
         if name in ("kid", "pr") and is_statistics:
-            raise ValueError(
+            raise UsageError(
                 f"--metrics {name} needs the features of the reference, and statistics are their mean and covariance "
                 "only: give the images, or leave it out."
             )
-    if "clip" in args.metrics and not (args.prompts or args.prompt_column):
-        raise ValueError("--metrics clip compares images with prompts: give --prompts FILE or --prompt_column.")
+    if "clip" in args.metrics and not (args.prompts or args.caption_column):
+        raise UsageError("--metrics clip compares images with prompts: give --prompts FILE or --caption_column.")
 
 
 def _check_output_dir(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file.")
     read = ("images reference_images train_data_dir dataset_name reference_stats prompts compare_to").split()
     for name in (*read, "pretrained_model_name_or_path"):
         path = getattr(args, name)
         if path and Path(path).exists() and Path(path).resolve().is_relative_to(folder.resolve()):
-            raise ValueError(f"--{name} {path} lies in --output_dir {folder}; choose another --output_dir.")
+            raise UsageError(f"--{name} {path} lies in --output_dir {folder}; choose another --output_dir.")
     for name in ("images", "reference_images", "train_data_dir"):  # whose images would be found there next time
         path = getattr(args, name)
         if path and folder.resolve().is_relative_to(Path(path).resolve()):
-            raise ValueError(f"--output_dir {folder} lies in --{name} {path}; choose another --output_dir.")
+            raise UsageError(f"--output_dir {folder} lies in --{name} {path}; choose another --output_dir.")
     unfinished = args.pretrained_model_name_or_path and (folder / "sampling" / "protocol.json").is_file()
-    if folder.is_dir() and any(folder.iterdir()) and not (unfinished or args.overwrite_output_dir):
-        raise ValueError(
-            f"--output_dir {folder} is not empty, and holds no unfinished evaluation to go on with. Choose another "
-            "folder, or delete the earlier evaluation in it with --overwrite_output_dir."
-        )
+    check_output_folder(
+        args,
+        "is not empty, and holds no unfinished evaluation to go on with. Choose another folder, or delete the earlier "
+        "evaluation in it with --overwrite_output_dir.",
+        unless=bool(unfinished or args.overwrite_output_dir),
+    )
 
 
-def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
-    """A line for every flag that was given but changes nothing beside the others."""
+def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
+    """The table of `warn_of_idle_flags`."""
     samples_flags = (
         "revision variant dtype allow_pickle_weights num_inference_steps scheduler eta guidance_scale height width "
         "class_labels keep_images compare_to"
     )
-    idle = [  # (flags, idle when, what they go with)
+    return [
         (samples_flags, bool(args.images), "--pretrained_model_name_or_path"),
-        ("prompts prompt_column", bool(args.images) and "clip" not in args.metrics, "--metrics clip"),
+        ("prompts caption_column", bool(args.images) and "clip" not in args.metrics, "--metrics clip"),
         ("dataset_config_name", not args.dataset_name, "--dataset_name"),
         ("split image_column", not (args.dataset_name or args.train_data_dir), "--dataset_name or --train_data_dir"),
         ("max_reference_samples", bool(args.reference_stats or args.cleanfid_stats), "images as the reference"),
@@ -308,10 +310,4 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         ("clip_model", "clip" not in args.metrics, "--metrics clip"),
         ("kid_subsets kid_subset_size", "kid" not in args.metrics, "--metrics kid"),
         ("compare_num_samples", not args.compare_to, "--compare_to"),
-    ]
-    return [
-        f"--{name} has no effect here: it goes with {partner}."
-        for names, is_idle, partner in idle
-        for name in names.split()
-        if is_idle and getattr(args, name) != parser.get_default(name)
     ]

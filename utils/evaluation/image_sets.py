@@ -11,6 +11,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from utils.command_line import UsageError
 from utils.data.rows import ImageTransform
 
 SUFFIXES = {".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -42,7 +43,7 @@ class ImageSet(Dataset):
         """Read the images as they are; returns (height, width), from the files' headers.
 
         Raises:
-            ValueError: they are not of one size, or one is no image; both named.
+            UsageError: they are not of one size, or one is no image; both named.
         """
         sizes: dict[tuple[int, int], int] = {}
         for index in tqdm(range(len(self)), desc="checking image sizes", disable=quiet, leave=False):
@@ -61,7 +62,7 @@ class ImageSet(Dataset):
         return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> torch.Tensor:
-        """Raises ValueError where an image cannot be decoded."""
+        """Raises UsageError where an image cannot be decoded."""
         return torch.stack([self._read(index) for index in indices])
 
     def _read(self, index: int) -> torch.Tensor:
@@ -75,13 +76,13 @@ class ImageSet(Dataset):
         path = (self.rows[index][self.image_column] or {}).get("path")
         return f"image {index} ({path or 'stored in the dataset'})"
 
-    def _unreadable(self, index: int, error: Exception) -> ValueError:
-        return ValueError(
+    def _unreadable(self, index: int, error: Exception) -> UsageError:
+        return UsageError(
             f"{self.source}: {self._name(index)} cannot be decoded as an image: {error}. Mend or remove it."
         )
 
-    def _mixed(self, first: int, second: int) -> ValueError:
-        return ValueError(
+    def _mixed(self, first: int, second: int) -> UsageError:
+        return UsageError(
             f"{self.source}: {self._name(first)} and {self._name(second)} are of different sizes, so what is measured "
             "would depend on how they are resized. Give --resolution, pixels a side that all are brought to."
         )
@@ -100,14 +101,14 @@ def image_files(folder: str, flag: str, limit: int | None = None) -> list[Path]:
     """The image files in `folder` and below, in order of path with 2.png before 10.png; the first `limit` of them.
 
     Raises:
-        ValueError: no such folder, or fewer than 2 images.
+        UsageError: no such folder, or fewer than 2 images.
     """
     if not Path(folder).is_dir():
-        raise ValueError(f"{flag} {folder}: no such folder. Give a folder of images.")
+        raise UsageError(f"{flag} {folder}: no such folder. Give a folder of images.")
     found = (path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES and path.name[0] != ".")
     paths = sorted((path for path in found if path.is_file()), key=_natural)[:limit]
     if len(paths) < 2:
-        raise ValueError(
+        raise UsageError(
             f"{flag} {folder}: found {len(paths)} image files ({', '.join(sorted(SUFFIXES))}); a distance needs at "
             "least 2, a meaningful one thousands."
         )

@@ -18,6 +18,7 @@ from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from utils.command_line import UsageError
 from utils.data.rows import as_is
 from utils.devices import cpu_share
 
@@ -28,11 +29,11 @@ def blocks(count: int, size: int) -> list[range]:
 
 
 def check_processes(accelerator: Accelerator) -> None:
-    """Raises ValueError where several processes were launched that do not know of each other: each would do all of the
+    """Raises UsageError where several processes were launched that do not know of each other: each would do all of the
     work, into the same folder."""
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
-        raise ValueError(
+        raise UsageError(
             f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}. On the CPU set the "
             "environment variable ACCELERATE_USE_CPU=true before `torchrun` or `accelerate launch --multi_gpu`."
         )

@@ -10,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from utils.command_line import UsageError
+
 LORA = "pytorch_lora_weights.safetensors"
 
 
@@ -17,11 +19,11 @@ def pipeline_folder(name_or_path: str, flag: str, *, revision=None, variant=None
     """The local folder of a pipeline; a Hub id is downloaded.
 
     Raises:
-        ValueError: there is no diffusers pipeline of that name.
+        UsageError: there is no diffusers pipeline of that name.
     """
     if Path(name_or_path).is_dir():
         if not (Path(name_or_path) / "model_index.json").is_file():
-            raise ValueError(
+            raise UsageError(
                 f"{flag} {name_or_path}: that folder has no model_index.json. Give the folder of a whole pipeline, as "
                 "its save_pretrained and the training scripts write it."
             )
@@ -30,7 +32,7 @@ def pipeline_folder(name_or_path: str, flag: str, *, revision=None, variant=None
     try:
         return Path(DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=safe))
     except (OSError, ValueError) as error:
-        raise ValueError(
+        raise UsageError(
             f"{flag} {name_or_path}: no such folder here, and no diffusers pipeline of that name could be had from "
             f"the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
         ) from error
@@ -42,7 +44,7 @@ def load_pipeline(
     """The pipeline on its device, without what would touch its images afterwards: safety checker and watermark.
 
     Raises:
-        ValueError: it does not load; safetensors alone are read unless `pickled`.
+        UsageError: it does not load; safetensors alone are read unless `pickled`.
     """
     try:
         parts = json.loads((folder / "model_index.json").read_text())
@@ -56,7 +58,7 @@ def load_pipeline(
         hint = ""
         if not pickled and any(folder.rglob("*.bin")):
             hint = " If its weights are pickled (.bin), --allow_pickle_weights loads them, weights only."
-        raise ValueError(f"{flag} {folder} does not load: {error}{hint}") from error
+        raise UsageError(f"{flag} {folder} does not load: {error}{hint}") from error
     for name in ("safety_checker", "watermark"):
         if getattr(pipeline, name, None) is not None:
             setattr(pipeline, name, None)
@@ -75,7 +77,7 @@ def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     """Give the pipeline the diffusers scheduler of that class name, with the settings of its own.
 
     Raises:
-        ValueError: no scheduler of diffusers, none for this kind of model, or one that this pipeline would misuse.
+        UsageError: no scheduler of diffusers, none for this kind of model, or one that this pipeline would misuse.
     """
     own = pipeline.scheduler
     compatible = {cls.__name__ for cls in own.compatibles}
@@ -83,17 +85,17 @@ def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
         compatible |= {name for name in dir(diffusers) if name.startswith("FlowMatch") and name.endswith("Scheduler")}
     if name not in compatible:
         known = "is no scheduler of diffusers" if not hasattr(diffusers, name) else "is for another kind of model"
-        raise ValueError(
+        raise UsageError(
             f"--scheduler {name} {known}. In place of the {type(own).__name__} of this pipeline can come: "
             f"{', '.join(sorted(compatible))}."
         )
     try:
         scheduler = getattr(diffusers, name).from_config(own.config)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"--scheduler {name} cannot be made from the pipeline's settings: {error}") from error
+        raise UsageError(f"--scheduler {name} cannot be made from the pipeline's settings: {error}") from error
     source = "".join(inspect.getsource(cls) for cls in type(pipeline).__mro__ if "diffusers" in cls.__module__)
     if getattr(scheduler, "init_noise_sigma", 1) != 1 and "init_noise_sigma" not in source:
-        raise ValueError(
+        raise UsageError(
             f"--scheduler {name} starts from noise of another scale (init_noise_sigma), which a "
             f"{type(pipeline).__name__} does not give it: the samples would be wrong. DDIMScheduler, "
             "DPMSolverMultistepScheduler, PNDMScheduler and UniPCMultistepScheduler start from unit noise."

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What samples are measured against: images or statistics."""
 
-import argparse
 import hashlib
 import json
 import socket
@@ -13,6 +12,7 @@ import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
+from utils.command_line import UsageError
 from utils.data.rows import fingerprint, load_rows
 from utils.evaluation.image_sets import ImageSet, image_files
 from utils.evaluation.measure import Measured, keeps_features, measure_images
@@ -25,13 +25,13 @@ def open_reference(args, extractor) -> ImageSet | FeatureStatistics:
     """The images, or the statistics, that the flags name; nothing is computed yet.
 
     Raises:
-        ValueError: nothing there, or statistics of another extractor.
+        UsageError: nothing there, or statistics of another extractor.
     """
     if args.reference_stats:
         try:
             statistics = FeatureStatistics.load(args.reference_stats)
         except ValueError as error:
-            raise ValueError(f"--reference_stats: {error}") from error
+            raise UsageError(f"--reference_stats: {error}") from error
         _check_extractor(statistics, extractor, args)
         measured_at = ((statistics.protocol or {}).get("reference") or {}).get("resolution")
         if args.resolution and measured_at not in (None, args.resolution):
@@ -46,20 +46,20 @@ def open_reference(args, extractor) -> ImageSet | FeatureStatistics:
     if args.reference_images:
         paths = image_files(args.reference_images, "--reference_images", args.max_reference_samples)
         return ImageSet.from_files(paths, "--reference_images")
-    rows = load_rows(argparse.Namespace(**vars(args), max_train_samples=None), args.split, split_flag="--split")
+    rows = load_rows(args, args.split, split_flag="--split")
     rows = rows.select(range(min(len(rows), args.max_reference_samples or len(rows))))
     if len(rows) < 2:
-        raise ValueError(f"the reference has {len(rows)} image; a distance needs at least 2.")
+        raise UsageError(f"the reference has {len(rows)} image; a distance needs at least 2.")
     flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
     return ImageSet(rows, flag, image_column=args.image_column)
 
 
 def _check_extractor(statistics: FeatureStatistics, extractor, args) -> None:
-    """Raises ValueError where the statistics are of other features than the extractor's."""
+    """Raises UsageError where the statistics are of other features than the extractor's."""
     flag, own = f"--reference_stats {args.reference_stats}", extractor.protocol
     if statistics.protocol is None:  # another tool's
         if statistics.mean.size != own["dimensions"]:
-            raise ValueError(
+            raise UsageError(
                 f"{flag} is of {statistics.mean.size} features, --feature_extractor {args.feature_extractor} gives "
                 f"{own['dimensions']}: it was made with another extractor."
             )
@@ -70,11 +70,11 @@ def _check_extractor(statistics: FeatureStatistics, extractor, args) -> None:
         return
     recorded = statistics.protocol.get("extractor")
     if not isinstance(recorded, dict):
-        raise ValueError(f"{flag} does not say of which extractor it is: make it anew with --save_stats.")
+        raise UsageError(f"{flag} does not say of which extractor it is: make it anew with --save_stats.")
     theirs, ours = extractor_identity(recorded), extractor_identity(own)
     if theirs != ours:
         changed = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        raise ValueError(
+        raise UsageError(
             f"{flag} is of the features of {recorded.get('name')}, not of those of --feature_extractor "
             f"{args.feature_extractor} (they differ in {', '.join(changed)}): such a distance means nothing. Use the "
             "same extractor and settings, or make the statistics anew with --save_stats."
@@ -82,7 +82,7 @@ def _check_extractor(statistics: FeatureStatistics, extractor, args) -> None:
 
 
 def _cleanfid_statistics(args) -> FeatureStatistics:
-    """clean-fid's own, downloaded once into its package. Raises ValueError where they cannot be had."""
+    """clean-fid's own, downloaded once into its package. Raises UsageError where they cannot be had."""
     from cleanfid.fid import get_reference_statistics
 
     timeout = socket.getdefaulttimeout()
@@ -92,7 +92,7 @@ def _cleanfid_statistics(args) -> FeatureStatistics:
             args.cleanfid_stats, args.cleanfid_res, mode=args.fid_mode, split=args.cleanfid_split
         )
     except (OSError, ValueError) as error:  # HTTP and URL errors are OSErrors; a cut file is a ValueError
-        raise ValueError(
+        raise UsageError(
             f"--cleanfid_stats {args.cleanfid_stats} --cleanfid_res {args.cleanfid_res} --cleanfid_split "
             f"{args.cleanfid_split}: could not be had from clean-fid's server ({error}). clean-fid's README lists the "
             "names; without a network, give the .npz file itself as --reference_stats, or the images."
@@ -135,7 +135,7 @@ def measure_reference(reference, extractor, accelerator: Accelerator, args) -> t
         "device": accelerator.device.type,
         "versions": versions("torch", "pillow", "numpy"),
     }
-    cached = _Cache(args.cache_dir, key)
+    cached = _Cache(args.reference_cache_dir, key)
     measured = cached.load(keeps_features(args)) if accelerator.is_main_process else None
     found = [measured is not None]
     broadcast_object_list(found)
@@ -181,4 +181,6 @@ class _Cache:
             with written_beside(self.statistics) as beside:
                 measured.statistics.save(beside)
         except OSError as error:
-            warnings.warn(f"--cache_dir cannot be written, so nothing is kept for the next run: {error}", stacklevel=2)
+            warnings.warn(
+                f"--reference_cache_dir cannot be written, so nothing is kept for the next run: {error}", stacklevel=2
+            )

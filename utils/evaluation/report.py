@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import EvalResult, ModelCard
 
+from utils.command_line import UsageError
 from utils.files import write_json, written_beside
 from utils.publishing.card import update_card
 from utils.publishing.model_index import card_evaluation, eval_results
@@ -77,12 +78,12 @@ def _end(text: str, length: int) -> str:
 
 
 def open_card(folder: Path) -> ModelCard:
-    """The model card in `folder`, or an empty one. Raises ValueError where it cannot be read as a card."""
+    """The model card in `folder`, or an empty one. Raises UsageError where it cannot be read as a card."""
     path = folder / "README.md"
     try:
         return ModelCard.load(path) if path.exists() else ModelCard("---\nlibrary_name: diffusers\n---\n")
     except (OSError, ValueError, AttributeError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"--update_model_card: {path} cannot be read as a model card: {error}") from error
+        raise UsageError(f"--update_model_card: {path} cannot be read as a model card: {error}") from error
 
 
 def update_model_card(folder: Path, content: dict) -> Path:

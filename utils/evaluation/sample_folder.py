@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from utils.command_line import UsageError
 from utils.evaluation.parallel import blocks
 from utils.files import read_json, write_json, written_beside
 
@@ -16,14 +17,14 @@ def clear_evaluation(output_dir: str) -> None:
     """Delete what an earlier evaluation left in `output_dir`, and nothing else.
 
     Raises:
-        ValueError: files of its names are there that no evaluation has made.
+        UsageError: files of its names are there that no evaluation has made.
     """
     folder = Path(output_dir)
     sampled, measured = (folder / "sampling" / "protocol.json").is_file(), _is_report(folder / "metrics.json")
     ours = {"images": sampled, "sampling": sampled, "metrics.json": measured, "samples.png": sampled or measured}
     present = {folder / name: is_ours for name, is_ours in ours.items() if (folder / name).exists()}
     if foreign := [str(path) for path, is_ours in present.items() if not is_ours]:
-        raise ValueError(
+        raise UsageError(
             f"--overwrite_output_dir would delete {', '.join(foreign)}, which no evaluation has made. Choose another "
             "--output_dir, or delete it yourself."
         )
@@ -52,7 +53,7 @@ class SampleFolder:
         """Begin, or go on; how many samples are there already. For the main process alone.
 
         Raises:
-            ValueError: the folder holds samples of another protocol; names what differs.
+            UsageError: the folder holds samples of another protocol; names what differs.
         """
         file = self.records / "protocol.json"
         protocol = json.loads(json.dumps(protocol, default=str))
@@ -60,7 +61,7 @@ class SampleFolder:
             changed = [key for key in {**protocol, **found} if protocol.get(key) != found.get(key)]
             if changed:
                 shown = "; ".join(f"{key}: {_short(found.get(key))} -> {_short(protocol.get(key))}" for key in changed)
-                raise ValueError(
+                raise UsageError(
                     f"--output_dir {self.records.parent} holds samples that were made otherwise ({shown}). Choose "
                     "another folder, or start anew in this one with --overwrite_output_dir."
                 )

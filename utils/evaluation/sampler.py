@@ -11,13 +11,14 @@ import functools
 import hashlib
 import inspect
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from utils.command_line import UsageError
 from utils.evaluation.pipelines import denoiser_of
+from utils.flags import read_prompts_file
 from utils.randomness import VALIDATION_STREAM, seed_from
 
 # the noise of a run's own validation, so that the same seed, steps and batch size measure the very same samples
@@ -43,7 +44,7 @@ class Sampler:
         """What is None is left to the pipeline. Sample i gets label or prompt i % their number.
 
         Raises:
-            ValueError: an argument that pipeline or scheduler do not take, or one missing that they need.
+            UsageError: an argument that pipeline or scheduler do not take, or one missing that they need.
         """
         self.pipeline, self.seed, self.eta = pipeline, seed, eta
         self.name = type(pipeline).__name__
@@ -62,30 +63,30 @@ class Sampler:
     def _check(self) -> None:
         for name in self.options:
             if name not in self.takes:
-                raise ValueError(f"--{name} has no effect: a {self.name} does not take it. Leave it out.")
+                raise UsageError(f"--{name} has no effect: a {self.name} does not take it. Leave it out.")
         for name, values in (("class_labels", self.class_labels), ("prompt", self.prompts)):
             if values is not None and name not in self.takes:
-                raise ValueError(f"--{name.replace('prompt', 'prompts')} has no effect: a {self.name} takes none.")
+                raise UsageError(f"--{name.replace('prompt', 'prompts')} has no effect: a {self.name} takes none.")
         if "prompt" in self.takes and not self.prompts:
-            raise ValueError(
-                f"a {self.name} draws what a prompt says: give --prompts FILE, one a line, or --prompt_column, a "
+            raise UsageError(
+                f"a {self.name} draws what a prompt says: give --prompts FILE, one a line, or --caption_column, a "
                 "column of --dataset_name."
             )
         config = denoiser_of(self.pipeline).config
         if "class_labels" in self.takes:
             self._check_labels(config.get("num_embeds_ada_norm") or config.get("num_class_embeds"))
         elif config.get("num_class_embeds") or config.get("class_embed_type"):
-            raise ValueError(f"the model of this {self.name} needs class labels, which a {self.name} cannot give it.")
+            raise UsageError(f"the model of this {self.name} needs class labels, which a {self.name} cannot give it.")
         filled = {"batch_size", "prompt", "class_labels"}
         needed = [p.name for p in self.takes.values() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
         if unknown := [name for name in needed if name not in filled]:
-            raise ValueError(f"a {self.name} needs {', '.join(unknown)}, which this script cannot give it.")
+            raise UsageError(f"a {self.name} needs {', '.join(unknown)}, which this script cannot give it.")
         factor = self._pixels_per_latent() or 1
         for name in ("height", "width"):
             if self.options.get(name, 0) % factor:
-                raise ValueError(f"--{name} is {self.options[name]}; a {self.name} draws multiples of {factor}.")
+                raise UsageError(f"--{name} is {self.options[name]}; a {self.name} draws multiples of {factor}.")
         if self.eta is not None and "eta" not in inspect.signature(self.pipeline.scheduler.step).parameters:
-            raise ValueError(
+            raise UsageError(
                 f"--eta has no effect: a {type(self.pipeline.scheduler).__name__} does not take it. Leave it out, or "
                 "add --scheduler DDIMScheduler."
             )
@@ -94,7 +95,7 @@ class Sampler:
             options = {"mu": 1.0} if shifted else {}
             self._scheduler([]).set_timesteps(self._default("num_inference_steps"), **options)
         except (ValueError, IndexError) as error:
-            raise ValueError(f"--num_inference_steps {self._default('num_inference_steps')}: {error}") from error
+            raise UsageError(f"--num_inference_steps {self._default('num_inference_steps')}: {error}") from error
 
     def _check_labels(self, count: int | None) -> None:
         if self.class_labels is None:
@@ -102,12 +103,12 @@ class Sampler:
             if count is None and optional:  # a model without classes, of a pipeline that may have them
                 return
             if count is None:
-                raise ValueError(
+                raise UsageError(
                     f"--class_labels: this {self.name} does not say how many classes it knows; list them."
                 )
             self.class_labels = range(count)
         if count is not None and not all(0 <= label < count for label in self.class_labels):
-            raise ValueError(f"--class_labels: this {self.name} knows the labels 0 to {count - 1}.")
+            raise UsageError(f"--class_labels: this {self.name} knows the labels 0 to {count - 1}.")
 
     def _default(self, name: str):
         return self.options.get(name, self.takes[name].default if name in self.takes else None)
@@ -159,7 +160,7 @@ class Sampler:
         """Uint8 (B, C, H, W) on the CPU, C 1 or 3.
 
         Raises:
-            ValueError: the pipeline gives no images, or refuses its arguments.
+            UsageError: the pipeline gives no images, or refuses its arguments.
             FloatingPointError: a sample is not finite.
         """
         generators = [torch.Generator().manual_seed(seed_from(self.seed, STREAM, index)) for index in indices]
@@ -180,7 +181,7 @@ class Sampler:
             self.draws_ambient_noise = not torch.equal(state, torch.get_rng_state())
         if not isinstance(images, torch.Tensor) or images.ndim != 4 or images.shape[1] not in (1, 3):
             found = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
-            raise ValueError(f"a {self.name} gives {found}; only images of 1 or 3 channels can be measured.")
+            raise UsageError(f"a {self.name} gives {found}; only images of 1 or 3 channels can be measured.")
         if not images.isfinite().all():
             raise FloatingPointError(
                 f"samples {indices[0]} to {indices[-1]} are not finite: in half precision some models overflow (the "
@@ -217,34 +218,28 @@ class Sampler:
 
 
 def read_prompts(args, reference) -> list[str] | None:
-    """The lines of `--prompts`, or the `--prompt_column` of the reference's rows; None without either flag.
+    """The lines of `--prompts`, or the `--caption_column` of the reference's rows; None without either flag.
 
     Raises:
-        ValueError: no such file or column, nothing in it, or something else than prompts.
+        UsageError: no such file or column, nothing in it, or something else than prompts.
     """
-    if args.prompt_column:
-        if args.prompt_column not in reference.rows.column_names:
-            raise ValueError(
-                f"--prompt_column {args.prompt_column}: the dataset has no such column, only "
+    if args.caption_column:
+        if args.caption_column not in reference.rows.column_names:
+            raise UsageError(
+                f"--caption_column {args.caption_column}: the dataset has no such column, only "
                 f"{', '.join(reference.rows.column_names)}."
             )
         prompts = []
-        for row, value in enumerate(reference.rows.select_columns(args.prompt_column)):
-            value = value[args.prompt_column]
+        for row, value in enumerate(reference.rows.select_columns(args.caption_column)):
+            value = value[args.caption_column]
             value = value[0] if isinstance(value, list) and value else value  # of several captions, the first
             if not isinstance(value, str):
-                raise ValueError(f"--prompt_column {args.prompt_column}: row {row} holds {value!r}, no prompt.")
+                raise UsageError(f"--caption_column {args.caption_column}: row {row} holds {value!r}, no prompt.")
             prompts.append(value)
     elif args.prompts:
-        try:
-            lines = Path(args.prompts).read_text(encoding="utf-8-sig").rstrip().split("\n")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"--prompts {args.prompts} cannot be read as a text file: {error}") from error
-        prompts = [line.strip() for line in lines]
-        if "" in prompts[:-1]:  # prompt i is that of image i: to leave a line out would shift all that follow
-            raise ValueError(f"--prompts {args.prompts}: line {prompts.index('') + 1} is empty; one prompt a line.")
+        return read_prompts_file(args.prompts)
     else:
         return None
     if not any(prompts):
-        raise ValueError("--prompts: there is no prompt in it.")
+        raise UsageError(f"--caption_column {args.caption_column}: there is no prompt in it.")
     return prompts

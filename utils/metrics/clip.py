@@ -6,6 +6,7 @@ import threading
 import torch
 from torch import Tensor
 
+from utils.command_line import UsageError
 from utils.metrics.transformers_models import check_weights, describe, from_pretrained, preprocess
 from utils.pixels import as_rgb
 
@@ -16,7 +17,7 @@ class ClipScorer:
     def __init__(self, name_or_path: str, *, flag: str = "--clip_model", device: str | torch.device = "cpu") -> None:
         """Load a model directory or a Hub id; only safetensors, no code from the Hub.
 
-        Raises ValueError, naming `flag`, when it cannot be loaded or has no text half beside its image half.
+        Raises UsageError, naming `flag`, when it cannot be loaded or has no text half beside its image half.
         """
         from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -24,7 +25,7 @@ class ClipScorer:
         needs = "config.json, model.safetensors, preprocessor_config.json and the tokenizer's files"
         self.model, info = from_pretrained(AutoModel, name, flag, "CLIP model", needs, dtype=torch.float32)
         if not (hasattr(self.model, "get_text_features") and hasattr(self.model, "get_image_features")):
-            raise ValueError(
+            raise UsageError(
                 f"{flag}: {name!r} is a {type(self.model).__name__}, which does not embed both images and texts. Pass "
                 "a whole CLIP, such as openai/clip-vit-large-patch14; a text or vision half alone is not enough."
             )

@@ -11,6 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
+from utils.command_line import UsageError
 from utils.metrics.inception import InceptionExtractor
 from utils.metrics.transformers_models import check_weights, describe, from_pretrained, preprocess
 from utils.pixels import as_rgb
@@ -28,7 +29,7 @@ def load_extractor(
     """`inception` with its `fid_mode` and `inception_path`, or a transformers model directory or Hub id.
 
     `with_probabilities` also gives it `features_and_probabilities`, for the Inception Score.
-    Raises ValueError, naming the flag, when it cannot be had, is no image model, or has no classifier to ask.
+    Raises UsageError, naming the flag, when it cannot be had, is no image model, or has no classifier to ask.
     """
     if name == "inception":
         return InceptionExtractor(fid_mode, inception_path, device, flag=flag, with_probabilities=with_probabilities)
@@ -61,7 +62,7 @@ class FeatureExtractor:
     ) -> None:
         """Load a model directory or a Hub id. `dtype` is that of the forward pass; features are always float32.
 
-        Raises ValueError, naming `flag`, when it cannot be loaded, is no RGB image model, or lacks the classifier head
+        Raises UsageError, naming `flag`, when it cannot be loaded, is no RGB image model, or lacks the classifier head
         that `with_probabilities` needs.
         """
         # Here and not above: importing transformers takes seconds, which scripts that only read --help should not pay.
@@ -76,13 +77,13 @@ class FeatureExtractor:
         self.model, info = from_pretrained(auto_class, self.name, flag, "image model", needs, dtype=dtype)
 
         if self.model.main_input_name != "pixel_values" and not hasattr(self.model, "get_image_features"):
-            raise ValueError(
+            raise UsageError(
                 f"{flag}: {self.name!r} is a {type(self.model).__name__}, which takes no "
                 "images. Pass an image model, such as a ResNet, ViT, DINOv2 or CLIP."
             )
         channels = getattr(self.model.config, "num_channels", 3)
         if channels != 3:
-            raise ValueError(
+            raise UsageError(
                 f"{flag}: {self.name!r} takes images of {channels} channels. Pass a model "
                 "of RGB images; grayscale samples are repeated to three channels."
             )
@@ -91,7 +92,7 @@ class FeatureExtractor:
         self._trained_pooler = not info["missing_keys"]
         self.body = self.model.base_model if with_probabilities else self.model
         if with_probabilities and (self.body is self.model or not isinstance(self.body, PreTrainedModel)):
-            raise ValueError(
+            raise UsageError(
                 f"{flag}: {self.name!r} is a {type(self.model).__name__}, whose features and classes do not come from "
                 "one forward pass. Pass another classifier, or leave the Inception Score out."
             )
@@ -136,7 +137,7 @@ class FeatureExtractor:
         return {**described, "kind": f"transformers, {self._pooling}", "dimensions": self.dimensions}
 
     def _check_forward(self) -> int:
-        """The number of features. Raises ValueError where two images of noise give none, or others a second time."""
+        """The number of features. Raises UsageError where two images of noise give none, or others a second time."""
         config = getattr(self.model.config, "vision_config", self.model.config)
         size = getattr(config, "image_size", None) or 64  # any size will do, but for a model that neither resizes
         height, width = (size, size) if isinstance(size, int) else size
@@ -145,24 +146,24 @@ class FeatureExtractor:
         try:
             features, again = self(noise), self(noise)
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-            raise ValueError(
+            raise UsageError(
                 f"{self.flag}: {self.name!r} is a {type(self.model).__name__}, which gives no features of an image "
                 f"of {height}x{width}: {error}"
             ) from error
         if not torch.equal(features, again):
-            raise ValueError(
+            raise UsageError(
                 f"{self.flag}: {self.name!r} is a {type(self.model).__name__}, whose features of one image differ "
                 "from call to call (as where patches are masked at random). Pass another image model."
             )
         return features.shape[1]
 
     def _check_head(self) -> None:
-        """Raises ValueError when the checkpoint was not saved by an image classifier with a body of its own."""
+        """Raises UsageError when the checkpoint was not saved by an image classifier with a body of its own."""
         from transformers import AutoConfig
 
         architectures = from_pretrained(AutoConfig, self.name, self.flag, "image model", "config.json").architectures
         if not any(name.endswith("ForImageClassification") for name in architectures or []):
-            raise ValueError(
+            raise UsageError(
                 f"{self.flag}: {self.name!r} is a {' or '.join(architectures or ['model without architecture'])}: it "
                 "has no classifier head, which the Inception Score needs. Pass an image classifier (its config.json "
                 "names a ...ForImageClassification), or leave the Inception Score out."

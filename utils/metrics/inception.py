@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.command_line import UsageError
 from utils.files import sha256, versions
 from utils.pixels import as_rgb
 
@@ -43,12 +44,12 @@ class InceptionExtractor:
     ) -> None:
         """Read the weights from `path` (a folder, or the file), or from where clean-fid downloads them to.
 
-        Raises ValueError, naming the flag, when they cannot be had, cannot be read, or lack the output layer.
+        Raises UsageError, naming the flag, when they cannot be had, cannot be read, or lack the output layer.
         """
         from cleanfid.resize import build_resizer
 
         if fid_mode not in INCEPTION:
-            raise ValueError(f"--fid_mode {fid_mode}: there is only {' and '.join(INCEPTION)}.")
+            raise UsageError(f"--fid_mode {fid_mode}: there is only {' and '.join(INCEPTION)}.")
         file, digest = _inception_weights(fid_mode, path, flag)
         self.device, self.fid_mode = torch.device(device), fid_mode
         with warnings.catch_warnings(action="ignore"):  # clean-fid itself silences all warnings, for good
@@ -56,10 +57,10 @@ class InceptionExtractor:
             try:
                 self.model, self._classes = self._load(file)
             except (RuntimeError, ValueError, TypeError, AttributeError, EOFError, pickle.UnpicklingError) as error:
-                raise ValueError(f"{flag} inception: {file} does not hold the weights. {error}") from error
+                raise UsageError(f"{flag} inception: {file} does not hold the weights. {error}") from error
         self.model.to(self.device).eval().requires_grad_(False)
         if with_probabilities and self._classes is None:
-            raise ValueError(f"{flag} inception: {file} has no output layer, which the Inception Score needs.")
+            raise UsageError(f"{flag} inception: {file} has no output layer, which the Inception Score needs.")
         self.protocol = {
             "name": "inception",
             "kind": f"clean-fid, {fid_mode}",
@@ -108,7 +109,7 @@ def _inception_weights(fid_mode: str, path: str | None, flag: str) -> tuple[Path
     """The weight file and its SHA-256; without `path` clean-fid's own copy, downloaded if absent.
 
     Raises:
-        ValueError: there is none, or clean-fid's place holds another file.
+        UsageError: there is none, or clean-fid's place holds another file.
     """
     from cleanfid import downloads_helper, inception_pytorch
 
@@ -117,7 +118,7 @@ def _inception_weights(fid_mode: str, path: str | None, flag: str) -> tuple[Path
     if path is not None:
         file = Path(path) / name if Path(path).is_dir() else Path(path)
         if not file.is_file() or file.name != name:
-            raise ValueError(f"--inception_path {path}: no {name} there. Put the file from {url} into that folder.")
+            raise UsageError(f"--inception_path {path}: no {name} there. Put the file from {url} into that folder.")
         return file, sha256(file)
 
     folder = Path(tempfile.gettempdir()) if fid_mode == "clean" else Path(torch.hub.get_dir()) / "checkpoints"
@@ -129,7 +130,7 @@ def _inception_weights(fid_mode: str, path: str | None, flag: str) -> tuple[Path
             folder.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(file), hash_prefix=digest)
         except (OSError, RuntimeError) as error:  # URLError and timeouts are OSErrors, a wrong hash is a RuntimeError
-            raise ValueError(
+            raise UsageError(
                 f"{flag} inception: its weights are not in {folder} and cannot be downloaded ({error}). Two ways out: "
                 f"fetch {url} elsewhere and pass its folder, --inception_path FOLDER (the file name stays {name}); or "
                 "pass a transformers image model on this machine, such as --feature_extractor assets/classifier."
@@ -138,7 +139,7 @@ def _inception_weights(fid_mode: str, path: str | None, flag: str) -> tuple[Path
             socket.setdefaulttimeout(timeout)
     found = sha256(file)
     if not found.startswith(digest):
-        raise ValueError(
+        raise UsageError(
             f"{flag} inception: {file} is not the file of {url}, perhaps a broken download (SHA-256 {found[:16]}, not "
             f"{digest}). Delete it, or pass --inception_path FOLDER."
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils.command_line import UsageError
 from utils.files import sha256, versions
 
 
@@ -21,7 +22,7 @@ def preprocess(processor, images: Tensor, device: torch.device, dtype: torch.dty
 
 
 def from_pretrained(auto_class, name: str, flag: str, what: str, needs: str, dtype: torch.dtype | None = None):
-    """`auto_class.from_pretrained(name)`; with `dtype` a model and its loading report. Raises ValueError."""
+    """`auto_class.from_pretrained(name)`; with `dtype` a model and its loading report. Raises UsageError."""
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
     from transformers.utils import logging
@@ -36,7 +37,7 @@ def from_pretrained(auto_class, name: str, flag: str, what: str, needs: str, dty
         StrictDataclassError,
     ) as error:
         kind = "a directory" if Path(name).is_dir() else "no directory here, so taken for a Hub id,"
-        raise ValueError(
+        raise UsageError(
             f"{flag}: {name!r} is {kind} but could not be loaded as {'an' if what[0] in 'aeiou' else 'a'} {what}. It "
             f"needs {needs}, as save_pretrained of a transformers model and of its processor write them. The library "
             f"says: {error}"
@@ -46,10 +47,10 @@ def from_pretrained(auto_class, name: str, flag: str, what: str, needs: str, dty
 
 
 def check_weights(model, info: dict, name: str, flag: str, optional: str = "pooler.") -> None:
-    """Raises ValueError when tensors are missing from the checkpoint, other than those that start with `optional`."""
+    """Raises UsageError when tensors are missing from the checkpoint, other than those that start with `optional`."""
     missing = {key for key in info["missing_keys"] if not key.startswith(optional)}
     if missing:
-        raise ValueError(
+        raise UsageError(
             f"{flag}: the weights of {name!r} lack {len(missing)} tensors of "
             f"{type(model).__name__}, the first is {min(missing)}. Random weights would measure nothing."
         )
@@ -65,7 +66,7 @@ def describe(name: str, flag: str, processor, dtype: torch.dtype) -> dict:
     whole = folder / "model.safetensors"
     weights = [whole] if whole.is_file() else sorted(folder.glob("model-*-of-*.safetensors"))
     if not weights:
-        raise ValueError(f"{flag}: {name!r} has no model.safetensors on its main branch, to identify it by.")
+        raise UsageError(f"{flag}: {name!r} has no model.safetensors on its main branch, to identify it by.")
     preprocessing = json.loads(processor.to_json_string())
     size = "x".join(str(value) for value in preprocessing["size"].values()) if preprocessing.get("do_resize") else "no"
     return {

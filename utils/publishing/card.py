@@ -186,5 +186,6 @@ def _recipe(args: dict) -> str:
         if value is None or value is False:
             lines.append(f"# --{name}")
         else:
-            lines.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
+            words = [] if value is True else value if isinstance(value, list) else [value]
+            lines.append(" ".join([f"--{name}", *(shlex.quote(str(word)) for word in words)]))
     return "\n".join(lines)

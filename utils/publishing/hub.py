@@ -8,15 +8,19 @@ arguments and its log go into one commit. Checkpoints, `best/`, `samples/` and t
 is a pipeline of its own, and can be pushed as one.
 """
 
+import contextlib
 import gc
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
-from utils.command_line import ArgumentParser, add_hub_arguments
+from utils.command_line import ArgumentParser, UsageError, run
+from utils.flags import add_hub_arguments
 from utils.publishing.card import card_for_hub
 from utils.publishing.model_index import without_paths
 
@@ -24,45 +28,91 @@ FILES = ("model_index.json", "samples.png", "losses.png", "log.jsonl")  # beside
 RECORDS = ("args.json", "metrics.json")  # without this machine's paths
 
 
-def prepare_push(args) -> str | None:
-    """With `--push_to_hub` create the repository and check the token, before hours are spent; its id, else None.
+def check_push(args) -> None:
+    """With `--push_to_hub` check token and name before anything else is done, and write nothing.
 
     Raises:
-        ValueError: see `create_repository`.
+        UsageError: see `check_repository`.
     """
-    if not args.push_to_hub:
-        return None
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    return create_repository(name, args.hub_private_repo, args.dry_run)
+    if args.push_to_hub:
+        check_repository(_name(args), args.hub_private_repo)
 
 
-def create_repository(name: str, private: bool, dry_run: bool = False) -> str:
-    """The id, user/name, of a repository that this token may write to; created where there is none, unless `dry_run`.
+def prepare_push(args) -> str | None:
+    """With `--push_to_hub` create the repository, before hours are spent; its id, else None.
 
     Raises:
-        ValueError: no token, one the Hub refuses, a repository it may not write to, a public one where a private one
-            is asked for, or no Hub at all.
+        UsageError: see `create_repository`.
+    """
+    return create_repository(_name(args), args.hub_private_repo) if args.push_to_hub else None
+
+
+def _name(args) -> str:
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def check_repository(name: str, private: bool) -> None:
+    """Whether this token may write to a repository of this name, and make it where there is none, as far as the Hub
+    says without writing.
+
+    Raises:
+        UsageError: no token, one that the Hub refuses or that may only read, a namespace that is not its owner's, a
+            repository that it may not write to, a public one where a private one is asked for, or no Hub at all.
     """
     api = HfApi()
-    try:
+    with _refused(name):
+        validate_repo_id(name)
+        account = api.whoami()
+        if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise PermissionError("this token may only read")
+        owners = [account["name"], *(organisation["name"] for organisation in account.get("orgs", []))]
+        owner, _, rest = name.rpartition("/")
+        repo_id = f"{owner or account['name']}/{rest}"
+        try:
+            found = api.model_info(repo_id)
+        except RepositoryNotFoundError:
+            if owner and owner not in owners:
+                raise PermissionError(f"{owner} is none of {', '.join(owners)}, for whom this token speaks") from None
+            return
+        api.auth_check(repo_id, write=True)
+    if private and not found.private:
+        raise _public(repo_id)
+
+
+def create_repository(name: str, private: bool) -> str:
+    """The id, user/name, of a repository that this token may write to; created where there is none.
+
+    Raises:
+        UsageError: as `check_repository`.
+    """
+    api = HfApi()
+    with _refused(name):
         api.whoami()
-        if dry_run:
-            return name
         repo_id = api.create_repo(name, private=private or None, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)  # creation is forgiven where the repository exists, though it be read-only
         public = private and not api.model_info(repo_id).private
+    if public:
+        raise _public(repo_id)
+    return repo_id
+
+
+@contextlib.contextmanager
+def _refused(name: str) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # of the network, of HTTP, of the library's own checks: all mean no push
-        raise ValueError(
+        raise UsageError(
             f"--push_to_hub: the Hub refused {name}, or could not be asked. Give a token that may write there with "
             "`hf auth login`, HF_TOKEN or --hub_token; or train without --push_to_hub and push later with python -m "
             f"utils.publishing.hub. ({type(error).__name__}: {error})"
         ) from error
-    if public:
-        raise ValueError(
-            f"--hub_private_repo: {repo_id} exists and is public. Make it private in its settings, or choose another "
-            "--hub_model_id."
-        )
-    return repo_id
+
+
+def _public(repo_id: str) -> UsageError:
+    return UsageError(
+        f"--hub_private_repo: {repo_id} exists and is public. Make it private in its settings, or choose another "
+        "--hub_model_id."
+    )
 
 
 def push(folder: str | Path, repo_id: str) -> None:
@@ -106,15 +156,15 @@ def operations(folder: Path, repo_id: str) -> list[CommitOperationAdd]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Push a folder."""
-    parser = ArgumentParser(description=__doc__)
+    parser = ArgumentParser(description=__doc__, usage="python -m utils.publishing.hub FOLDER [flags]")
     parser.add_argument("folder", type=Path, help="a pipeline: the --output_dir of a run, or its best/")
     add_hub_arguments(parser)
     args = parser.parse_args(argv)
     if not (args.folder / "model_index.json").exists():
-        raise ValueError(f"{args.folder} has no model_index.json: give the --output_dir of a finished run.")
+        raise UsageError(f"{args.folder} has no model_index.json: give the --output_dir of a finished run.")
     repo_id = create_repository(args.hub_model_id or args.folder.resolve().name, args.hub_private_repo)
     push(args.folder, repo_id)
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -14,11 +14,12 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 
+from utils.command_line import UsageError
 from utils.students.sizes import full_config, model_size, model_table
 
 # entries with a value per stage; outermost stage first, and innermost stage first
@@ -54,7 +55,7 @@ PRESETS = {  # parameters of SD 1.4 (859.52M), SD 2.1 (865.91M), SDXL (2567.46M)
 def student_config(teacher_config: Mapping[str, Any], preset: str) -> dict[str, Any]:
     """The student's complete `UNet2DConditionModel` config, with its `_class_name`.
 
-    Raises ValueError for a preset that does not exist, or that does not fit the teacher, naming those that do.
+    Raises UsageError for a preset that does not exist, or that does not fit the teacher, naming those that do.
     """
     if preset not in PRESETS:
         reason = f"Stable Diffusion has {', '.join(PRESETS)}"
@@ -62,22 +63,13 @@ def student_config(teacher_config: Mapping[str, Any], preset: str) -> dict[str, 
         reason = _misfit(teacher_config, PRESETS[preset])
     if reason:
         fitting = ", ".join(presets_for(teacher_config)) or "none"
-        raise ValueError(f"--student_preset {preset} does not fit this teacher: {reason}. Those that fit: {fitting}.")
+        raise UsageError(f"--student_preset {preset} does not fit this teacher: {reason}. Those that fit: {fitting}.")
     return {"_class_name": "UNet2DConditionModel", **_shortened(teacher_config, PRESETS[preset])}
 
 
 def presets_for(teacher_config: Mapping[str, Any]) -> list[str]:
     """Names of the presets that make this teacher smaller and copy every tensor from it."""
     return [name for name, preset in PRESETS.items() if not _misfit(teacher_config, preset)]
-
-
-def refuse_pruning_ratio(teacher_config: Mapping[str, Any]) -> NoReturn:
-    """Raise ValueError: these U-Nets lose blocks, not channels."""
-    fitting = ", ".join(presets_for(teacher_config)) or "none fits this teacher"
-    raise ValueError(
-        "--pruning_ratio narrows pixel U-Nets; a Stable Diffusion U-Net is shortened instead. Give --student_preset "
-        f"({fitting}) or --student_config."
-    )
 
 
 def _misfit(config: Mapping[str, Any], preset: Preset) -> str:
@@ -208,7 +200,7 @@ def make_block_student(
 
     `preset_or_config`: a name in `PRESETS`, or any `UNet2DConditionModel` config, of which what does not fit the
     teacher keeps diffusers' own initialisation under `seed`.
-    Raises ValueError as `student_config` does.
+    Raises UsageError as `student_config` does.
     """
     config = preset_or_config
     if isinstance(preset_or_config, str):

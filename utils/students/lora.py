@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
-from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
+
+from utils.command_line import UsageError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -35,21 +36,21 @@ def without_lora(denoiser: ModelMixin, fuse: bool) -> ModelMixin:
     return plain
 
 
-def save_lora(denoiser: ModelMixin, folder: Path) -> None:
-    """Write `WEIGHTS`, which the pipeline's `load_lora_weights` reads."""
+def save_lora(denoiser: ModelMixin, pipeline_class: type, component: str, folder: Path) -> None:
+    """Write `WEIGHTS`, which the `load_lora_weights` of the `pipeline_class` reads into its `component`."""
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
-    StableDiffusionLoraLoaderMixin.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+    pipeline_class.save_lora_weights(folder, **{f"{component}_lora_layers": layers}, safe_serialization=True)
 
 
-def fuse_saved_lora(denoiser: ModelMixin, folder: str, flag: str) -> None:
+def fuse_saved_lora(denoiser: ModelMixin, component: str, folder: str, flag: str) -> None:
     """Add to a student's weights the adapters that `save_lora` left beside them, where it did: it is both.
 
-    Raises ValueError naming `flag` where they do not fit."""
+    Raises UsageError naming `flag` where they do not fit."""
     if not (Path(folder) / WEIGHTS).is_file():
         return
     try:
-        denoiser.load_lora_adapter(folder, prefix="unet", weight_name=WEIGHTS)
+        denoiser.load_lora_adapter(folder, prefix=component, weight_name=WEIGHTS)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{flag} {folder}: its {WEIGHTS} does not load: {error}") from error
+        raise UsageError(f"{flag} {folder}: its {WEIGHTS} does not load: {error}") from error
     denoiser.fuse_lora()
     denoiser.unload_lora()

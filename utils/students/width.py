@@ -15,6 +15,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
+from utils.command_line import UsageError
 from utils.students.coupling import Coupling, cut
 from utils.students.sizes import WidthReport, full_config, height_width, model_size
 
@@ -44,17 +45,17 @@ def _check_widths(config: Mapping[str, Any], owner: str) -> None:
         attended, mid_groups = attended | {widths[-1]}, config["attn_norm_num_groups"]
     size = math.inf if config["sample_size"] is None else min(height_width(config["sample_size"]))
     if any(width % groups for width in widths):
-        raise ValueError(f"{owner} block_out_channels {widths} are no multiples of norm_num_groups {groups}")
+        raise UsageError(f"{owner} block_out_channels {widths} are no multiples of norm_num_groups {groups}")
     if mid_groups and widths[-1] % mid_groups:
-        raise ValueError(f"{owner} last width {widths[-1]} is no multiple of attn_norm_num_groups {mid_groups}")
+        raise UsageError(f"{owner} last width {widths[-1]} is no multiple of attn_norm_num_groups {mid_groups}")
     if head_dim is not None and any(width % head_dim for width in attended):
         found = f"{owner} widths with attention {sorted(attended)} are no multiples of attention_head_dim {head_dim}"
-        raise ValueError(f"{found}: heads are kept whole, choose another --pruning_ratio")
+        raise UsageError(f"{found}: heads are kept whole, choose another --pruning_ratio")
     if widths[0] // 2 <= config["freq_shift"]:
-        raise ValueError(f"{owner} width {widths[0]} leaves no time frequency with freq_shift {config['freq_shift']}")
+        raise UsageError(f"{owner} width {widths[0]} leaves no time frequency with freq_shift {config['freq_shift']}")
     if any(width == groups and size < 2 ** (stage + 1) for stage, width in enumerate(widths)):
         found = f"{owner} block_out_channels {widths} have one channel per group on a 1x1 map at sample_size {size}"
-        raise ValueError(f"{found}: GroupNorm is constant there, choose a lower --pruning_ratio")
+        raise UsageError(f"{found}: GroupNorm is constant there, choose a lower --pruning_ratio")
 
 
 def check_width_prunable(teacher_config: Mapping[str, Any]) -> None:
@@ -63,9 +64,9 @@ def check_width_prunable(teacher_config: Mapping[str, Any]) -> None:
     for name, known in SUPPORTED.items():
         found = config[name] if name.endswith("block_types") else [config[name]]
         if unknown := [value for value in found if value not in known]:
-            raise ValueError(f"--pruning_ratio does not support {name}={unknown[0]!r} in the teacher; known: {known}")
+            raise UsageError(f"--pruning_ratio does not support {name}={unknown[0]!r} in the teacher; known: {known}")
     if not config["norm_num_groups"]:
-        raise ValueError("--pruning_ratio needs norm_num_groups in the teacher's config, found None")
+        raise UsageError("--pruning_ratio needs norm_num_groups in the teacher's config, found None")
     _check_widths(config, "the teacher's")
 
 
@@ -76,13 +77,13 @@ def width_config(teacher_config: Mapping[str, Any], pruning_ratio: float) -> dic
     Raises ValueError for a ratio outside (0, 1), one that cuts nothing, and configs that are not supported.
     """
     if not 0 < pruning_ratio < 1:
-        raise ValueError(f"--pruning_ratio must lie between 0 and 1 (exclusive), found {pruning_ratio}")
+        raise UsageError(f"--pruning_ratio must lie between 0 and 1 (exclusive), found {pruning_ratio}")
     check_width_prunable(teacher_config)
     config = full_config(teacher_config)
     groups, widths = config["norm_num_groups"], tuple(config["block_out_channels"])
     kept = tuple(groups * max(1, math.ceil(int(w * (1 - pruning_ratio)) / groups)) for w in widths)
     if kept == widths:
-        raise ValueError(
+        raise UsageError(
             f"--pruning_ratio {pruning_ratio} cuts nothing of {widths} in multiples of {groups}: raise it"
         )
     config["block_out_channels"] = kept

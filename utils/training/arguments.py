@@ -2,19 +2,33 @@
 """The command line that both training scripts share, in groups. What contradicts itself is refused here."""
 
 import argparse
+import math
 import os
 import sys
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from utils.command_line import ArgumentParser, add_hub_arguments
+from utils.command_line import ArgumentParser, Switch, UsageError, bundled, warn_of_idle_flags
+from utils.download_cache import use_download_cache
+from utils.flags import (
+    add_hub_arguments,
+    add_shared,
+    check_data,
+    check_group_size,
+    check_not_negative,
+    check_output_folder,
+    check_positive,
+)
 from utils.output_dir import wanted_checkpoint
 
 DEFAULT_RECIPE = "assets/default.args"
+RENAMED = {"--validation_images": "--validation_shown_samples"}
+STUDENTS = ("pruning_ratio", "student_preset", "student_config", "student_model_name_or_path")
+# a command line without any of these is the default recipe's, whatever else is in it
+BEGINNINGS = ("pretrained_model_name_or_path", *STUDENTS, "dataset_name", "train_data_dir", "latent_cache_dir")
 
 
 def parse_args(
@@ -22,49 +36,48 @@ def parse_args(
     add_method_arguments: Callable[[argparse.ArgumentParser], None],
     argv: Sequence[str] | None = None,
 ) -> argparse.Namespace:
-    """Parse and check the command line; an empty one means the embedded default recipe.
+    """Parse and check the command line; one that names no teacher, student or data is that of the embedded default
+    recipe, with the flags that are given behind it.
 
     Raises:
-        ValueError: an unknown or misspelt flag, a value out of range, or flags that contradict each other.
+        UsageError: an unknown or misspelt flag, a value out of range, or flags that contradict each other.
     """
-    parser = ArgumentParser(description=description)
+    parser = ArgumentParser(description=description, renamed=RENAMED)
     add_method_arguments(parser.add_argument_group("method"))
     groups = (_teacher_and_student, _data, _loss, _optimisation, _speed_and_memory, _output, _validation)
     for add_group in (*groups, add_hub_arguments):
         add_group(parser)
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv:
-        argv = [f"@{DEFAULT_RECIPE}"]
+    args = parser.parse_args(argv)
+    if all(getattr(args, name) is None for name in BEGINNINGS):
         if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
             print(
-                f"No arguments: running the embedded default, @{DEFAULT_RECIPE}. --help lists every flag.", flush=True
+                f"No teacher, student or data is named: running the embedded default, @{DEFAULT_RECIPE}"
+                f"{', with the flags that are given' if argv else ''}. --help lists every flag.",
+                flush=True,
             )
-    args = parser.parse_args(argv)
+        args = parser.parse_args([f"@{DEFAULT_RECIPE}", *argv])
     _check(args)
-    for reason in without_effect(args, parser):
-        warnings.warn(reason, stacklevel=2)
+    use_download_cache(args.cache_dir)
+    warn_of_idle_flags(args, parser, _idle_flags(args))
     return args
 
 
 def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("teacher and student")
-    group.add_argument(
-        "--pretrained_model_name_or_path",
-        help="the teacher: a diffusers pipeline folder or Hub id. Without it the student trains from scratch on "
-        "--student_config (train_lift.py, no distillation)",
+    add_shared(
+        group,
+        "pretrained_model_name_or_path revision variant allow_pickle_weights pretrained_vae_model_name_or_path "
+        "cache_dir",
+        pretrained_model_name_or_path={
+            "help": "the teacher: a diffusers pipeline folder or Hub id. Without it the student trains from scratch "
+            "on --student_config (train_lift.py, no distillation)"
+        },
     )
-    group.add_argument("--revision", help="branch, tag or commit of the teacher on the Hub")
-    group.add_argument("--variant", help="weight file variant of the teacher, such as fp16")
     group.add_argument(
         "--teacher_dtype",
         choices=["fp32", "fp16", "bf16"],
         help="dtype of the frozen teacher; default: that of --mixed_precision, as it only runs forward",
-    )
-    group.add_argument(
-        "--allow_pickle_weights",
-        action="store_true",
-        help="load a teacher or student whose weights are .bin files, not safetensors (unpickled with "
-        "weights_only=True)",
     )
     group.add_argument(
         "--pruning_ratio",
@@ -79,9 +92,14 @@ def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--student_config",
+        type=bundled,
         help="or: the student's config.json, freshly initialised (Stable Diffusion: with what fits of the teacher)",
     )
-    group.add_argument("--student_model_name_or_path", help="or: a student that exists, its U-Net or pipeline folder")
+    group.add_argument(
+        "--student_model_name_or_path",
+        type=bundled,
+        help="or: a student that exists, its U-Net or pipeline folder",
+    )
     group.add_argument(
         "--student_init",
         choices=["taylor", "magnitude", "random"],
@@ -90,35 +108,26 @@ def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
         "on real images (taylor, as Diff-Pruning), the largest weights, or random new weights",
     )
     group.add_argument(
-        "--pretrained_vae_model_name_or_path",
-        help="another VAE of the same latent space, such as one of SDXL that is safe in fp16; default: the teacher's, "
-        "for SDXL in float32",
-    )
-    group.add_argument(
         "--lora_rank",
         type=int,
         help="train only LoRA adapters of this rank on the student's attention; saved as "
         "pytorch_lora_weights.safetensors beside the student they belong to",
     )
-    group.add_argument("--fuse_lora", action="store_true", help="add the adapters to the saved student's weights")
+    group.add_argument("--fuse_lora", action=Switch, help="add the adapters to the saved student's weights")
 
 
 def _data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--dataset_name", help="a dataset on the Hub, or a local folder in its layout (parquet)")
-    group.add_argument("--dataset_config_name", help="the dataset's configuration, where it has several")
-    group.add_argument("--train_data_dir", help="or: a folder of image files, read as `imagefolder`")
-    group.add_argument("--image_column", default="image", help="column of the images (default: image)")
-    group.add_argument("--resolution", type=int, help="pixels a side; default: the teacher's sample_size")
-    group.add_argument("--center_crop", action="store_true", help="crop the centre; default: a random place")
-    group.add_argument("--random_flip", action="store_true", help="flip half of the images left to right")
-    group.add_argument(
-        "--skip_bad_images",
-        action="store_true",
-        help="where an image cannot be decoded, take the next good row and count it; default: stop and name it",
-    )
-    group.add_argument(
-        "--caption_column", help="column of the captions, a string or a list of which one is drawn (default: text)"
+    add_shared(group, "dataset_name dataset_config_name train_data_dir image_column caption_column resolution")
+    group.add_argument("--center_crop", action=Switch, help="crop the centre; default: a random place")
+    group.add_argument("--random_flip", action=Switch, help="flip half of the images left to right")
+    add_shared(
+        group,
+        "skip_bad_images dataloader_num_workers",
+        dataloader_num_workers={
+            "help": "processes that decode images (default: 0, the training process; sets under 256 MiB are decoded "
+            "once and held, and need none)"
+        },
     )
     group.add_argument(
         "--proportion_empty_prompts",
@@ -126,23 +135,18 @@ def _data(parser: argparse.ArgumentParser) -> None:
         help="share of captions that teacher and student both see as empty, for guidance (default: .1, the paper's)",
     )
     group.add_argument(
-        "--cache_dir",
+        "--latent_cache_dir",
+        metavar="DIR",
         help="encode latents and prompts once into this folder, then free VAE and text encoders; it may be used "
         "again, also without the dataset's flags",
     )
     group.add_argument(
         "--cache_variants",
         type=int,
-        help="crops and flips of each image, one an epoch in turn (default: 1 with --cache_dir, else ever new ones)",
+        help="crops and flips of each image, one an epoch in turn (default: 1 with --latent_cache_dir, else ever new "
+        "ones)",
     )
     group.add_argument("--max_train_samples", type=int, help="use the first this many rows, to try things out")
-    group.add_argument(
-        "--dataloader_num_workers",
-        type=int,
-        default=0,
-        help="processes that decode images (default: 0, the training process; sets under 256 MiB are decoded once and "
-        "held, and need none)",
-    )
 
 
 def _loss(parser: argparse.ArgumentParser) -> None:
@@ -193,7 +197,7 @@ def _loss(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--antithetic_timesteps",
-        action="store_true",
+        action=Switch,
         help="draw timesteps in pairs (t, T - 1 - t), as DDIM and the paper do on CelebA: a steadier loss",
     )
 
@@ -208,7 +212,7 @@ def _optimisation(parser: argparse.ArgumentParser) -> None:
         "--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step (default: 1)"
     )
     group.add_argument("--optimizer", choices=["adamw", "adam"], default="adamw", help="default: adamw")
-    group.add_argument("--use_8bit_adam", action="store_true", help="8-bit AdamW or Adam of bitsandbytes (CUDA)")
+    group.add_argument("--use_8bit_adam", action=Switch, help="8-bit AdamW or Adam of bitsandbytes (CUDA)")
     group.add_argument("--learning_rate", type=float, default=2e-4, help="peak rate (default: 2e-4, the paper's)")
     group.add_argument(
         "--lr_scheduler",
@@ -226,11 +230,11 @@ def _optimisation(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--use_ema",
-        action="store_true",
+        action=Switch,
         help="average the weights over steps; samples, distances and the export then use the average",
     )
     group.add_argument("--ema_decay", type=float, default=0.9999, help="of the average per step (default: .9999)")
-    group.add_argument("--seed", type=int, default=0, help="everything random follows from it (default: 0)")
+    add_shared(group, "seed")
 
 
 def _speed_and_memory(parser: argparse.ArgumentParser) -> None:
@@ -240,28 +244,32 @@ def _speed_and_memory(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gradient_checkpointing",
-        action="store_true",
+        action=Switch,
         help="recompute the student's activations: less memory, slower",
     )
-    group.add_argument(
-        "--num_cpu_threads",
-        type=int,
-        help="threads of a process that trains on the CPU; default: its share of the cores, where `accelerate "
-        "launch` would give it one",
+    add_shared(
+        group,
+        "num_cpu_threads",
+        num_cpu_threads={
+            "help": "threads of a process that trains on the CPU; default: its share of the cores, where `accelerate "
+            "launch` would give it one"
+        },
     )
-    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer: faster")
+    group.add_argument("--allow_tf32", action=Switch, help="TF32 matrix products on Ampere and newer: faster")
     group.add_argument(
         "--enable_xformers_memory_efficient_attention",
-        action="store_true",
+        action=Switch,
         help="xformers attention in teacher and student; where it is absent or refuses, PyTorch's stays (warned of)",
     )
 
 
 def _output(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("output")
-    group.add_argument("--output_dir", default="student", help="where the student is saved (default: student)")
-    group.add_argument(
-        "--overwrite_output_dir", action="store_true", help="start anew in a folder that is not empty; its files go"
+    add_shared(
+        group,
+        "output_dir overwrite_output_dir",
+        output_dir={"default": "student", "help": "where the student is saved (default: student)"},
+        overwrite_output_dir={"help": "start anew in a folder that is not empty; its files go"},
     )
     group.add_argument("--logging_steps", type=int, default=50, help="optimizer steps between logs (default: 50)")
     group.add_argument(
@@ -279,14 +287,14 @@ def _output(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--resume_from_checkpoint", help="`latest`, or a checkpoint folder")
     group.add_argument(
         "--allow_changed_arguments",
-        action="store_true",
+        action=Switch,
         help="resume with another teacher, data, loss or batch; what changed is printed, the run is no longer exact",
     )
     group.add_argument(
         "--max_train_minutes", type=float, help="save and stop after this long, for queues with a time limit"
     )
     group.add_argument(
-        "--dry_run", action="store_true", help="check everything, print the plan with a memory estimate, and stop"
+        "--dry_run", action=Switch, help="check everything, print the plan with a memory estimate, and stop"
     )
 
 
@@ -299,7 +307,7 @@ def _validation(parser: argparse.ArgumentParser) -> None:
         help="optimizer steps between sample grids; one is always made at the end (default: 5000)",
     )
     group.add_argument(
-        "--validation_images", type=int, default=16, help="samples a row of the grid, 0 for none (default: 16)"
+        "--validation_shown_samples", type=int, default=16, help="samples a row of the grid, 0 for none (default: 16)"
     )
     group.add_argument(
         "--validation_prompts", nargs="+", help="for text-to-image students; default: the first images' captions"
@@ -310,6 +318,7 @@ def _validation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation_num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
     group.add_argument(
         "--validation_feature_extractor",
+        type=bundled,
         help="a transformers image model, folder or Hub id; measures the Frechet distance between the features of "
         "samples and of real images, and keeps the best student by it",
     )
@@ -321,7 +330,7 @@ def _validation(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Raises ValueError for values out of range and for flags that contradict each other."""
+    """Raises UsageError for values out of range and for flags that contradict each other."""
     positive = (
         "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
         "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit "
@@ -330,82 +339,71 @@ def _check(args: argparse.Namespace) -> None:
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-        "coarse_scale noise_offset validation_images"
+        "coarse_scale noise_offset validation_shown_samples"
     )
-    for name in positive.split():
-        value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"--{name} is {value}; it must be above 0.")
-    for name in not_negative.split():
-        value = getattr(args, name)
-        if not value >= 0:
-            raise ValueError(f"--{name} is {value}; it must not be negative.")
+    check_positive(args, positive)
+    check_not_negative(args, not_negative)
     for name in ("adam_beta1", "adam_beta2", "ema_decay"):
         if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"--{name} is {getattr(args, name)}; it must lie in [0, 1).")
-    if getattr(args, "group_size", 2) < 2:
-        raise ValueError(f"--group_size is {args.group_size}; a line needs at least 2 elements, the paper has 16.")
+            raise UsageError(f"--{name} is {getattr(args, name)}; it must lie in [0, 1).")
+    check_group_size(args)
     if args.pruning_ratio is not None and not 0 < args.pruning_ratio < 1:
-        raise ValueError(f"--pruning_ratio is {args.pruning_ratio}; it must lie between 0 and 1, both excluded.")
+        raise UsageError(f"--pruning_ratio is {args.pruning_ratio}; it must lie between 0 and 1, both excluded.")
 
     if args.proportion_empty_prompts is not None and not 0 <= args.proportion_empty_prompts <= 1:
-        raise ValueError(f"--proportion_empty_prompts is {args.proportion_empty_prompts}; it must lie in [0, 1].")
+        raise UsageError(f"--proportion_empty_prompts is {args.proportion_empty_prompts}; it must lie in [0, 1].")
 
-    students = ("pruning_ratio", "student_preset", "student_config", "student_model_name_or_path")
-    given = [f"--{name}" for name in students if getattr(args, name) is not None]
+    given = [f"--{name}" for name in STUDENTS if getattr(args, name) is not None]
     if len(given) != 1:
         found = " and ".join(given) or "none"
-        raise ValueError(f"Give one of --{', --'.join(students)} to say what the student is; found {found}.")
+        raise UsageError(f"Give one of --{', --'.join(STUDENTS)} to say what the student is; found {found}.")
     if not args.pretrained_model_name_or_path:
         if args.pruning_ratio is not None:
-            raise ValueError("--pruning_ratio cuts a teacher: give it with --pretrained_model_name_or_path.")
+            raise UsageError("--pruning_ratio cuts a teacher: give it with --pretrained_model_name_or_path.")
         if args.lambda_kd_output or args.lambda_kd_feat:
-            raise ValueError(
+            raise UsageError(
                 "No --pretrained_model_name_or_path, so nothing to distil from: name the teacher, or train from "
                 "scratch with --lambda_kd_output 0 --lambda_kd_feat 0."
             )
     if not (args.lambda_task or args.lambda_kd_output or args.lambda_kd_feat):
-        raise ValueError("--lambda_task, --lambda_kd_output and --lambda_kd_feat are all 0: nothing to train on.")
-    data = [name for name in ("dataset_name", "train_data_dir") if getattr(args, name)]
-    if len(data) == 2 or not (data or args.cache_dir):
-        found = "both" if data else "neither"
-        raise ValueError(f"Give one of --dataset_name and --train_data_dir; found {found}.")
+        raise UsageError("--lambda_task, --lambda_kd_output and --lambda_kd_feat are all 0: nothing to train on.")
+    check_data(args, or_none=bool(args.latent_cache_dir))
+    if getattr(args, "grouping", None) == "patch" and math.isqrt(args.group_size) ** 2 != args.group_size:
+        raise UsageError(f"--group_size is {args.group_size}; --grouping patch needs a square number, such as 16.")
 
     output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint and args.overwrite_output_dir:
-        raise ValueError("--resume_from_checkpoint continues a run, --overwrite_output_dir deletes it: give one.")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir {output_dir} is a file.")
+        raise UsageError("--resume_from_checkpoint continues a run, --overwrite_output_dir deletes it: give one.")
     inputs = (
         "pretrained_model_name_or_path dataset_name train_data_dir student_config student_model_name_or_path "
-        "validation_feature_extractor pretrained_vae_model_name_or_path cache_dir"
+        "validation_feature_extractor pretrained_vae_model_name_or_path cache_dir latent_cache_dir"
     )
     needed = [Path.cwd(), *(Path(getattr(args, name)) for name in inputs.split() if getattr(args, name))]
     if args.overwrite_output_dir:
         for path in needed:
             if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
-                raise ValueError(f"--overwrite_output_dir would delete {path}, which lies in {output_dir}.")
+                raise UsageError(f"--overwrite_output_dir would delete {path}, which lies in {output_dir}.")
     checkpoint = wanted_checkpoint(args)
-    occupied = output_dir.is_dir() and any(output_dir.iterdir())
     # a job that died before its first checkpoint left a folder of ours, and no student in it
     begun = (output_dir / "checkpoints").is_dir() and not (output_dir / "model_index.json").exists()
-    if occupied and not (checkpoint or args.overwrite_output_dir or (args.resume_from_checkpoint and begun)):
-        found = "has no checkpoint to go on from" if args.resume_from_checkpoint else "is not empty"
-        raise ValueError(
-            f"--output_dir {output_dir} {found}. Continue a run with --resume_from_checkpoint latest, start anew with "
-            "--overwrite_output_dir, or choose another folder."
-        )
+    found = "has no checkpoint to go on from" if args.resume_from_checkpoint else "is not empty"
+    check_output_folder(
+        args,
+        f"{found}. Continue a run with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or "
+        "choose another folder.",
+        unless=bool(checkpoint or args.overwrite_output_dir or (args.resume_from_checkpoint and begun)),
+    )
     if args.push_to_hub:
         try:
             validate_repo_id(args.hub_model_id or output_dir.resolve().name)
         except HFValidationError as error:
-            raise ValueError(f"--hub_model_id: {error} Give name, user/name or organisation/name.") from error
+            raise UsageError(f"--hub_model_id: {error} Give name, user/name or organisation/name.") from error
 
 
-def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> list[str]:
-    """A line for every flag that was given but changes nothing beside the others."""
+def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
+    """The table of `warn_of_idle_flags`."""
     line_flags = "coefficients coarse_norm coarse_scale weighting group_size grouping"
-    idle = [  # (flags, idle when, what they go with)
+    return [
         ("student_init", args.pruning_ratio is None, "--pruning_ratio"),
         ("revision variant teacher_dtype", not args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"),
         ("ema_decay", not args.use_ema, "--use_ema"),
@@ -422,10 +420,4 @@ def without_effect(args: argparse.Namespace, parser: argparse.ArgumentParser) ->
         ),
         ("allow_changed_arguments", not args.resume_from_checkpoint, "--resume_from_checkpoint"),
         ("hub_model_id hub_private_repo", not args.push_to_hub, "--push_to_hub"),
-    ]
-    return [
-        f"--{name} has no effect here: it goes with {partner}."
-        for names, is_idle, partner in idle
-        for name in names.split()
-        if is_idle and getattr(args, name, None) != parser.get_default(name)
     ]

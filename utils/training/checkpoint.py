@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from utils.command_line import UsageError, without_root
 from utils.distributed import wait_for_everyone
 from utils.files import sha256
 from utils.output_dir import complete_checkpoints, step_of, wanted_checkpoint
@@ -30,11 +31,11 @@ FORMAT = 2  # of state.json: counted up when flags or files change their names
 # may change between a checkpoint and its continuation; all else would make it another run
 HARMLESS_ARGUMENTS = frozenset(
     (
-        "allow_changed_arguments allow_tf32 cache_dir checkpointing_steps checkpoints_total_limit "
+        "allow_changed_arguments allow_tf32 cache_dir latent_cache_dir checkpointing_steps checkpoints_total_limit "
         "dataloader_num_workers dry_run hub_model_id hub_private_repo logging_steps max_train_minutes "
         "max_train_steps mixed_precision num_cpu_threads output_dir overwrite_output_dir push_to_hub report_to "
         "resume_from_checkpoint tracker_project_name validation_batch_size validation_feature_extractor "
-        "validation_guidance_scale validation_images validation_num_inference_steps validation_num_samples "
+        "validation_guidance_scale validation_shown_samples validation_num_inference_steps validation_num_samples "
         "validation_prompts validation_split validation_steps"
     ).split()
 )
@@ -148,7 +149,7 @@ class Checkpoints:
         """Restore from `--resume_from_checkpoint`; the optimizer step to go on from, 0 without the flag.
 
         Raises:
-            ValueError: no such checkpoint, a damaged file, another student, or arguments that make it another run.
+            UsageError: no such checkpoint, a damaged file, another student, or arguments that make it another run.
         """
         path = wanted_checkpoint(self.args)
         if path is None:
@@ -164,7 +165,7 @@ class Checkpoints:
         try:
             self.student.load_state_dict(tensors["student.safetensors"])
         except RuntimeError as error:
-            raise ValueError(f"--resume_from_checkpoint {path} is of another student: {error}") from error
+            raise UsageError(f"--resume_from_checkpoint {path} is of another student: {error}") from error
         self.optimizer.load_state_dict(_unflatten_optimizer(tensors["optimizer.safetensors"], state["optimizer"]))
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if "scaler" in state and self.accelerator.scaler is not None:
@@ -191,9 +192,9 @@ class Checkpoints:
         if damaged:
             earlier = [other for other in self.all() if step_of(other) < step_of(path)]
             offer = f"the one before it is {earlier[-1]}" if earlier else "there is none before it"
-            raise ValueError(f"--resume_from_checkpoint {path}: {damaged} is damaged or missing; {offer}.")
+            raise UsageError(f"--resume_from_checkpoint {path}: {damaged} is damaged or missing; {offer}.")
         if state.get("format") != FORMAT:
-            raise ValueError(
+            raise UsageError(
                 f"--resume_from_checkpoint {path} is of an earlier version of these scripts, whose flags had other "
                 "names (--cache_dir, now --latent_cache_dir). Finish that run with the version it was begun with, or "
                 "begin another from its student with --student_model_name_or_path."
@@ -203,6 +204,7 @@ class Checkpoints:
     def _refuse_another_run(self, state: dict) -> None:
         now = {**vars(self.args), **self.facts}
         then = {**self.facts, **state["arguments"], **state["facts"]}  # older checkpoints have fewer facts
+        now, then = ({name: without_root(value) for name, value in each.items()} for each in (now, then))
         changed = [
             f"{name} was {then.get(name)}, is {now.get(name)}"
             for name in sorted(then.keys() | now.keys())
@@ -211,7 +213,7 @@ class Checkpoints:
         if changed and self.args.allow_changed_arguments:
             logger.warning(f"Resuming what is now another run: {'; '.join(changed)}.")
         elif changed:
-            raise ValueError(
+            raise UsageError(
                 f"--resume_from_checkpoint: this would be another run: {'; '.join(changed)}. Resume with the "
                 "arguments it was started with, start anew in another --output_dir, or insist with "
                 "--allow_changed_arguments."

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from tqdm.auto import tqdm
 
+from utils.command_line import UsageError
 from utils.files import write_file
 
 QUARTERS = 4  # of the schedule: where on it the student fails
@@ -32,7 +33,7 @@ def tracker_names(report_to: str) -> list[str] | None:
     """`--report_to` as a list of accelerate's trackers.
 
     Raises:
-        ValueError: a tracker that accelerate does not know, or whose package is not installed.
+        UsageError: a tracker that accelerate does not know, or whose package is not installed.
     """
     if report_to == "none":
         return None
@@ -40,7 +41,7 @@ def tracker_names(report_to: str) -> list[str] | None:
     installed = [str(tracker) for tracker in get_available_trackers()]
     for name in names:
         if name not in installed:
-            raise ValueError(
+            raise UsageError(
                 f"--report_to {name}: not a tracker that is installed. Installed are {', '.join(installed)}; `none` "
                 "reports nowhere but to log.jsonl."
             )
@@ -50,9 +51,9 @@ def tracker_names(report_to: str) -> list[str] | None:
 class RunLog:
     """Averages of every term between two logs."""
 
-    def __init__(self, args, accelerator: Accelerator, num_train_timesteps: int):
+    def __init__(self, args, accelerator: Accelerator, num_places: int):
         self.args, self.accelerator = args, accelerator
-        self.num_train_timesteps = num_train_timesteps
+        self.num_places = num_places
         self.path = Path(args.output_dir) / "log.jsonl"
         self.names: list[str] = []
         self.pending: list[tuple[int, torch.Tensor]] = []  # (step, terms of one micro-step), on the device
@@ -75,14 +76,15 @@ class RunLog:
         self.last_time, self.last_step = time.perf_counter(), step
         self.images, self.seconds = 0, 0.0
 
-    def add(self, step: int, terms: dict[str, torch.Tensor], timestep: torch.Tensor, error: torch.Tensor) -> None:
+    def add(self, step: int, terms: dict[str, torch.Tensor | float], place: torch.Tensor, error: torch.Tensor) -> None:
         """Keep one micro-step: scalar `terms`, and the error per sample (B,) sorted into quarters of the schedule."""
         self.names = list(terms)
-        quarter = timestep * QUARTERS // self.num_train_timesteps
+        scalars = [term if isinstance(term, torch.Tensor) else error.new_full((), term) for term in terms.values()]
+        quarter = place * QUARTERS // self.num_places
         by_quarter = error.new_zeros(2, QUARTERS)
         by_quarter[0].index_add_(0, quarter, error)
         by_quarter[1].index_add_(0, quarter, torch.ones_like(error))
-        self.pending.append((step, torch.cat([torch.stack(list(terms.values())).detach(), by_quarter.flatten()])))
+        self.pending.append((step, torch.cat([torch.stack(scalars).detach(), by_quarter.flatten()])))
 
     def end_step(self, step: int, grad_norm: torch.Tensor, learning_rate: float) -> None:
         """Keep the gradient norm of optimizer step `step`, move the bar, and log when it is time."""

@@ -82,7 +82,9 @@ def memory_estimate(args, accelerator: Accelerator, student: nn.Module, teacher:
     resident = sum(kept.values())
     parts = ", ".join(f"{name} {_gib(size)}" for name, size in (*kept.items(), ("gradients and activations", step)))
     estimate = f"about {_gib(resident + step)} a device: {parts}"
-    at_once = max(args.validation_images, args.validation_batch_size if args.validation_feature_extractor else 0)
+    at_once = max(
+        args.validation_shown_samples, args.validation_batch_size if args.validation_feature_extractor else 0
+    )
     if at_once:
         sampling = resident + buckets + _sampling(args, accelerator, student, teacher, backbone, at_once)
         # the trained weights make room for the average; they wait in the host's memory
@@ -126,7 +128,7 @@ def _sampling(
 ) -> int:
     """Bytes at the peak of drawing `count` samples, without the denoisers' weights."""
     shape = backbone.example()["x_t"].shape[1:]
-    doubled = count * (2 if backbone.guidance_scale else 1)  # with and without the prompt
+    doubled = count * (2 if backbone.sampling_options.get("guidance_scale") else 1)  # with and without the prompt
     peaks = []
     for denoiser in filter(None, (student, teacher)):
         with _counted(accelerator) as memory, torch.no_grad(), _autocast(accelerator):
@@ -135,9 +137,9 @@ def _sampling(
             weights = memory.now
             denoiser(**recursively_apply(lambda x: x.new_empty(doubled, *x.shape[1:]), backbone.example()))
         peaks.append(memory.peak - weights)
-    if backbone.vae_config is not None:
+    if backbone.configs.vae is not None:
         with _counted(accelerator) as memory, torch.no_grad():
-            vae = AutoencoderKL.from_config(backbone.vae_config)
+            vae = AutoencoderKL.from_config(backbone.configs.vae)
             memory.see(_tensors(vae))
             vae.decode(torch.empty(count, *shape))
         peaks.append(memory.peak)

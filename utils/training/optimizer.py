@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from utils.command_line import UsageError
+
 
 def with_gradients(model: nn.Module) -> list[nn.Parameter]:
     """The parameters that train."""
@@ -17,7 +19,8 @@ def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Opti
     """AdamW or Adam, fused into few kernels, or in 8 bits.
 
     Raises:
-        ValueError: weights that are not float32, or `--use_8bit_adam` without bitsandbytes.
+        UsageError: `--use_8bit_adam` without bitsandbytes.
+        ValueError: weights that are not float32.
     """
     parameters = list(parameters)
     if wrong := {str(p.dtype) for p in parameters if p.dtype != torch.float32}:
@@ -35,7 +38,7 @@ def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Opti
         try:
             import bitsandbytes
         except ImportError as error:
-            raise ValueError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
+            raise UsageError("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes.") from error
         eight_bit = {"adamw": bitsandbytes.optim.AdamW8bit, "adam": bitsandbytes.optim.Adam8bit}
         return eight_bit[args.optimizer](parameters, **settings)
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer](parameters, fused=True, **settings)

@@ -73,7 +73,7 @@ class Validation:
         if not self.accelerator.is_main_process:
             return values
         with self._at_any_rate(f"step {step}"):
-            if self.args.validation_images:
+            if self.args.validation_shown_samples:
                 self._grid(student, step)
             if self.extractor is not None:
                 distance = self._distance(self._sampled(student))
@@ -106,7 +106,7 @@ class Validation:
 
     def _grid(self, student: nn.Module, step: int) -> None:
         """Upper row(s) teacher, lower row(s) student, column by column from the same noise."""
-        count = self.args.validation_images
+        count = self.args.validation_shown_samples
         rows = [self._draw(student, 0, count)]
         if self.backbone.teacher is not None:
             if self.teacher_images is None:
@@ -144,14 +144,14 @@ class Validation:
 
     def _draw(self, denoiser: nn.Module, first: int, count: int) -> torch.Tensor:
         """Samples `first` and on, each by its own seed."""
-        conditions = self.backbone.conditions(self.dataset, first, count)
+        conditions = self.backbone.conditions.of_samples(self.dataset, first, count)
         with self.accelerator.autocast():
             return self.backbone.sample(
                 denoiser, self._seeds(first, count), self.args.validation_num_inference_steps, conditions
             )
 
     def _noise_images(self) -> Iterator[torch.Tensor]:
-        shape = self.backbone.example()["x_t"].shape[1:]
+        shape = (self.backbone.image_channels, self.backbone.resolution, self.backbone.resolution)
         for first, size in self._batches("noise", self.args.validation_num_samples):
             noise = torch.randn((size, *shape), generator=torch.Generator().manual_seed(self._seeds(first, 1)[0]))
             yield ((noise.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every backbone must do, trained for a few steps from a tiny teacher: one entry in `KINDS` for each of them."""
+
+import json
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import build_unet, read_log, run_script, save_images
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+)
+from diffusers.training_utils import EMAModel
+from latent_pipelines import save_captioned, save_pipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from utils.backbones import choose_backbone
+from utils.backbones.encoders import Frozen
+from utils.data.rows import ImageRows, load_rows, sample_batch
+from utils.distillation.losses import lift_loss, place_loss
+from utils.randomness import StepRandom, shuffled
+
+ROWS, BATCH, STEPS = 12, 4, 4  # the last step is in the second epoch
+COMMON = f"--max_train_steps {STEPS} --train_batch_size {BATCH} --logging_steps 1 --report_to none --num_cpu_threads 1"
+WHOLE = (
+    "--lambda_kd_feat 1 --use_ema --ema_decay 0.5 --random_flip --learning_rate 1e-3 --checkpointing_steps 2 "
+    "--checkpoints_total_limit 9"
+).split()
+SAMPLES = ["--validation_shown_samples", "2", "--validation_num_inference_steps", "2"]
+NO_SAMPLES = ["--validation_shown_samples", "0"]
+
+
+@dataclass
+class Kind:
+    """A backbone with a tiny teacher, and its runs by name: one run serves several tests."""
+
+    folder: Path
+    pipeline_class: type
+    teacher: Path
+    data: list  # flags
+    flags: list  # how the student is made, and what else this kind alone understands
+    encode: Callable  # (pipeline, batch, captions, rng, args) -> what the denoiser sees of a batch, by stock parts
+    script: str = "train_place"
+    loss: Callable = place_loss
+    prompt: tuple = ()  # what the stock pipeline is called with
+    cached: bool = False  # `--cache_dir` is for it
+    runs: dict[str, Path] = field(default_factory=dict)
+
+    def run(self, name: str, *flags, data: bool = True) -> Path:
+        """The output folder of the run of this name, made when first asked for."""
+        if name not in self.runs:
+            given = ["--pretrained_model_name_or_path", self.teacher, *COMMON.split(), *self.flags]
+            given += self.data if data else []
+            folder = run_script(self.folder, "", "", self.script, *given, *flags, output=name, defaults=False)
+            self.runs[name] = folder
+        return self.runs[name]
+
+    @property
+    def whole(self) -> Path:
+        return self.runs["whole"]
+
+
+# The kinds
+
+
+def pixels(_pipeline, batch, _captions, _rng, _args) -> tuple[torch.Tensor, dict]:
+    return batch["pixels"] / 127.5 - 1, {}
+
+
+def latents(pipeline, batch, captions, rng, args) -> tuple[torch.Tensor, dict]:
+    posterior = pipeline.vae.encode(batch["pixels"] / 127.5 - 1).latent_dist
+    noise = rng.normal(posterior.mean.shape)
+    dropped = rng.uniform((len(captions),)) < args.proportion_empty_prompts
+    prompts = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
+    if isinstance(pipeline, StableDiffusionXLPipeline):
+        embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
+        added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch["time_ids"]}}
+    else:
+        embeds, added = pipeline.encode_prompt(prompts, "cpu", 1, False)[0], {}
+    scale = pipeline.vae.config.scaling_factor
+    return scale * (posterior.mean + posterior.std * noise), {"encoder_hidden_states": embeds, **added}
+
+
+def build_ddpm(folder: Path, prediction_type: str = "epsilon", **more) -> Kind:
+    DDPMPipeline(build_unet(), DDPMScheduler(prediction_type=prediction_type)).save_pretrained(folder / "teacher")
+    data = ["--dataset_name", save_images(folder / "data", count=ROWS)]
+    flags = ["--pruning_ratio", "0.5", "--student_init", "magnitude"]
+    return Kind(folder, DDPMPipeline, folder / "teacher", data, flags, pixels, **more)
+
+
+def build_latent(folder: Path, name: str, pipeline_class: type, **more) -> Kind:
+    teacher = save_pipeline(folder / "teacher", name)
+    data = ["--train_data_dir", save_captioned(folder / "images", ROWS)]
+    flags = "--student_preset bk_small --proportion_empty_prompts 0.4 --noise_offset 0.1 --cache_variants 2".split()
+    more |= {"prompt": ("a b",), "cached": True}
+    return Kind(folder, pipeline_class, teacher, data, flags, latents, **more)
+
+
+KINDS = {
+    "ddpm": build_ddpm,
+    "sd1": lambda folder: build_latent(folder, "sd1", StableDiffusionPipeline),
+    "sd2": lambda folder: build_latent(folder, "sd2", StableDiffusionPipeline, script="train_lift", loss=lift_loss),
+    "xl": lambda folder: build_latent(folder, "xl", StableDiffusionXLPipeline),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request, tmp_path_factory) -> Kind:
+    """With its run `whole`, made here, where no test's stand-in is in the way: as a user's, from plan to card."""
+    made = KINDS[request.param](tmp_path_factory.mktemp(request.param))
+    made.run("whole", *WHOLE, *SAMPLES)
+    return made
+
+
+def denoiser(folder: Path) -> dict[str, torch.Tensor]:
+    """Of a pipeline's folder; every denoiser so far is its `unet`."""
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def checkpoint(folder: Path, step: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(folder / "checkpoints" / f"step-{step:07d}" / f"{name}.safetensors")
+
+
+def losses(folder: Path) -> list[float]:
+    return [line["loss"] for line in read_log(folder)]
+
+
+# The contract
+
+
+def test_the_student_is_a_stock_pipeline(kind):
+    pipeline = kind.pipeline_class.from_pretrained(kind.whole)
+    assert type(DiffusionPipeline.from_pretrained(kind.whole)) is kind.pipeline_class
+    size = 8 if kind.encode is pixels else 32
+    assert pipeline(*kind.prompt, num_inference_steps=2).images[0].size == (size, size)
+    stored = denoiser(kind.whole)
+    assert len(stored) > 20 and sum(map(torch.numel, stored.values())) < sum(
+        map(torch.numel, denoiser(kind.teacher).values())
+    )
+    for path in kind.teacher.glob(
+        "*/*"
+    ):  # everything but the denoiser is the teacher's, of a latent one byte for byte
+        name = path.relative_to(kind.teacher)
+        if path.is_file() and name.parts[0] != "unet":
+            assert (kind.whole / name).exists()
+            assert not kind.cached or (kind.whole / name).read_bytes() == path.read_bytes(), name
+
+
+def test_a_run_leaves_what_a_user_reads(kind):
+    assert Image.open(kind.whole / "samples.png").size[1] > 64  # teacher above student
+    assert Image.open(kind.whole / "losses.png").size[0] > 900
+    card = (kind.whole / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: diffusers\n") and f"import {kind.pipeline_class.__name__}" in card
+
+
+def test_the_export_reloads_bit_for_bit(kind):
+    """Into the stock class and into the next run; it is the average, not the last weights, and has no projectors."""
+    stored = denoiser(kind.whole)
+    stock = kind.pipeline_class.from_pretrained(kind.whole).unet
+    average = checkpoint(kind.whole, STEPS, "ema")
+    for i, (name, parameter) in enumerate(stock.named_parameters()):
+        assert torch.equal(parameter, stored[name]) and torch.equal(parameter, average[str(i)]), name
+    assert not any("projector" in name for name in stored)
+    live = checkpoint(kind.whole, STEPS, "student")
+    assert any(not torch.equal(live[f"denoiser.{name}"], tensor) for name, tensor in stored.items())
+    args = arguments(kind.whole)
+    args.pruning_ratio = args.student_preset = None
+    args.student_model_name_or_path = str(kind.whole)
+    again, _ = choose_backbone(args).load(args).make_student(args, {})
+    assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in stored.items())
+
+
+def test_features_are_distilled(kind):
+    log = read_log(kind.whole)
+    assert [line["step"] for line in log] == [*range(1, STEPS + 1)]
+    for line in log:
+        assert line["feature"] > 0
+        assert line["loss"] == pytest.approx(line["task"] + line["output"] + line["feature"], rel=1e-6)
+    first, last = (checkpoint(kind.whole, step, "student") for step in (2, STEPS))
+    moved = {name for name in first if not torch.equal(first[name], last[name])}
+    assert {name for name in first if name.startswith("projectors.")} <= moved
+    assert len(moved) > 0.9 * len(first)
+
+
+def arguments(folder: Path) -> Namespace:
+    return Namespace(**json.loads((folder / "args.json").read_text())["arguments"])
+
+
+TRACED = (
+    "--random_flip --learning_rate 1e-3 --seed 3 --use_ema --lr_scheduler cosine --lr_warmup_steps 1 "
+    "--adam_epsilon 1e-3 --validation_shown_samples 0"
+).split()
+RATES = [0, 1, 0.75, 0.25]  # of the peak: cosine after a warm-up of one step
+
+
+def assert_traced(kind: Kind) -> None:
+    """The losses of a run, and the weights that it exports, are those of the loop below."""
+    folder = kind.run("traced", *TRACED)
+    args = arguments(folder)
+    backbone = choose_backbone(args).load(args)
+    dataset = ImageRows(load_rows(args), backbone.transform(args), 3, variants=args.cache_variants, quiet=True)
+    student, _ = backbone.make_student(args, sample_batch(dataset, BATCH, 3))
+    pipeline = kind.pipeline_class.from_pretrained(kind.teacher)
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    captions = dataset.captions(ROWS) if kind.prompt else [None] * ROWS
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0, eps=1e-3)
+    ema = EMAModel(student.parameters(), decay=args.ema_decay)
+    for step, (rate, expected) in enumerate(zip(RATES, losses(folder), strict=True)):
+        rng = StepRandom(3, step)
+        places = [divmod(place, ROWS) for place in range(BATCH * step, BATCH * (step + 1))]
+        rows = [(epoch, int(shuffled(3, epoch, ROWS)[place])) for epoch, place in places]
+        batch = dataset.__getitems__(rows)
+        with torch.no_grad():
+            clean, condition = kind.encode(pipeline, batch, [captions[row] for _, row in rows], rng, args)
+        timestep = rng.integers(1000, BATCH)
+        noise = rng.normal(clean.shape)
+        if args.noise_offset:
+            noise = noise + args.noise_offset * rng.normal((*clean.shape[:2], 1, 1))
+        a = scheduler.alphas_cumprod[timestep].reshape(-1, 1, 1, 1)
+        x_t = a.sqrt() * clean + (1 - a).sqrt() * noise
+        velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
+        target = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[scheduler.config.prediction_type]
+        prediction = student(x_t, timestep, **condition).sample
+        with torch.no_grad():
+            teacher_prediction = pipeline.unet(x_t, timestep, **condition).sample
+        loss = F.mse_loss(prediction, target) + kind.loss(prediction, teacher_prediction).loss
+        assert loss.item() == pytest.approx(expected, rel=1e-4), step
+        optimizer.param_groups[0]["lr"] = 1e-3 * rate
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(student.parameters())
+    exported = denoiser(folder)
+    for (name, _), expected in zip(student.named_parameters(), ema.shadow_params, strict=True):
+        torch.testing.assert_close(exported[name], expected.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_losses_and_weights_equal_a_plain_loop(kind):
+    assert_traced(kind)
+
+
+@pytest.mark.parametrize(
+    "target, script, loss", [("v_prediction", "train_lift", lift_loss), ("sample", "train_place", place_loss)]
+)
+def test_losses_and_weights_of_other_targets(tmp_path, target, script, loss):
+    assert_traced(build_ddpm(tmp_path, target, script=script, loss=loss))
+
+
+def test_gradient_checkpointing_computes_the_same(kind):
+    again = kind.run("checkpointed", *WHOLE, *NO_SAMPLES, "--max_train_steps", "2", "--gradient_checkpointing")
+    assert losses(again) == pytest.approx(losses(kind.whole)[:2], rel=1e-4)
+
+
+def test_resume_is_exact(kind):
+    stopped = kind.folder / "stopped"
+    shutil.copytree(kind.whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / f"step-{STEPS:07d}")
+    kind.run("stopped", *WHOLE, *NO_SAMPLES, "--resume_from_checkpoint", "latest")
+    assert (stopped / "log.jsonl").read_text() == (kind.whole / "log.jsonl").read_text()
+    for name in ("student", "ema", "optimizer"):
+        ours, theirs = (checkpoint(folder, STEPS, name) for folder in (stopped, kind.whole))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert all(torch.equal(denoiser(stopped)[name], tensor) for name, tensor in denoiser(kind.whole).items())
+
+
+def test_training_from_the_cache_is_training_without_it(kind, monkeypatch):
+    if not kind.cached:
+        pytest.skip("pixels need no encoding")
+    expected = losses(kind.run("traced", *TRACED))
+    cache = [*TRACED, "--latent_cache_dir", kind.folder / "cache"]
+    made = kind.run("cache_made", *cache)
+    assert losses(made) == pytest.approx(expected, rel=1e-6)
+    # without the images, and the encoders may not load
+    monkeypatch.setattr(Frozen, "_loaded", lambda *_, **__: pytest.fail("an encoder was loaded"))
+    assert losses(kind.run("cache_read", *cache, data=False)) == losses(made)

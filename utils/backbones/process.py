@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that a denoiser undoes: which noise a sample gets at which place, and what is to be predicted of it.
+
+A place is an integer from 0, the cleanest, to `num_places` - 1, the noisiest; logs, bins and analyses speak of places.
+What the denoiser is told, its time, is another thing in a flow, and the same in a diffusion.
+"""
+
+from typing import NamedTuple
+
+from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers.training_utils import compute_snr
+from torch import Tensor
+
+from utils.backbones.loading import TEACHER, component_config
+from utils.command_line import UsageError
+from utils.randomness import StepRandom
+
+
+class Noised(NamedTuple):
+    """A noisy batch and what the task loss needs to know of it."""
+
+    x_t: Tensor  # (B, C, *S)
+    place: Tensor  # (B,) int64, 0 the cleanest
+    time: Tensor  # (B,) what the denoiser is told: its timestep, int64, or a flow's, float32
+    clean: Tensor  # (B, C, *S), x_0
+    target: Tensor  # (B, C, *S), what the denoiser should predict: noise, velocity or x_0
+    weight: Tensor | None  # (B,), the task loss's weight per sample; None is 1
+
+
+class Diffusion:
+    """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4), sampled by DDIM (Song et al. 2021).
+
+    Predicted is the noise, x_0, or v (Salimans and Ho 2022), as the teacher's scheduler says.
+    """
+
+    name = "DDIM, eta 0"  # the sampler, for logs, cards and analyses
+    # what decides which noise a timestep has and what is predicted of it
+    schedule = "prediction_type num_train_timesteps beta_start beta_end beta_schedule rescale_betas_zero_snr".split()
+
+    def __init__(self, args, scheduler: DDPMScheduler, *, bounded: bool):
+        """`scheduler` is kept private: `set_timesteps` never touches it, and its tables move to the data's device.
+        `bounded`: whether clean data lie in [-1, 1], where the sampler may clip them, as pixels do and latents not."""
+        self.scheduler, self.bounded = scheduler, bounded
+        self.antithetic, self.snr_gamma = args.antithetic_timesteps, args.snr_gamma
+        self.noise_offset = args.noise_offset
+
+    @classmethod
+    def load(cls, args, *, bounded: bool) -> "Diffusion":
+        """The teacher's process, which a student must share; without a teacher, DDPM's own.
+
+        Its pipeline's scheduler, DDIM or PNDM, only samples. A denoiser without a pipeline does not say what it was
+        trained on, so that of a student cannot be compared.
+
+        Raises:
+            UsageError: the teacher has no scheduler, or the student's pipeline has one of another process.
+        """
+        source, student = args.pretrained_model_name_or_path, args.student_model_name_or_path
+        if not source:
+            return cls(args, DDPMScheduler(), bounded=bounded)
+        config = component_config(DDPMScheduler, "scheduler", source, TEACHER, args.revision)
+        process = cls(args, DDPMScheduler.from_config(config), bounded=bounded)
+        if not student:
+            return process
+        try:
+            theirs = component_config(DDPMScheduler, "scheduler", student, "--student_model_name_or_path")
+        except ValueError:
+            return process
+        if differing := process.differs(theirs):
+            raise UsageError(
+                f"--student_model_name_or_path {student}: its scheduler {differing[0]}; both must see the same noise "
+                "and predict the same of it. Take a student and a teacher of one schedule."
+            )
+        return process
+
+    def differs(self, config: dict) -> list[str]:
+        """In what the process of another scheduler's config is another, a phrase for each."""
+        theirs, ours = DDPMScheduler.from_config(config).config, self.scheduler.config
+        return [
+            f"{'predicts' if key == 'prediction_type' else f'has {key}'} {theirs[key]}, the teacher's {ours[key]}"
+            for key in self.schedule
+            if theirs[key] != ours[key]
+        ]
+
+    @property
+    def num_places(self) -> int:
+        """How many there are: the timesteps of the schedule."""
+        return self.scheduler.config.num_train_timesteps
+
+    def draw(self, count: int, rng: StepRandom) -> Tensor:
+        """(count,) int64 places, uniform over the schedule, or in antithetic pairs."""
+        return rng.integers(self.num_places, count, antithetic=self.antithetic)
+
+    def add_noise(self, clean: Tensor, rng: StepRandom) -> Noised:
+        """Noise at random places, one a sample, with `--noise_offset` a little of it alike in a channel."""
+        place = self.draw(clean.shape[0], rng)
+        noise = rng.normal(clean.shape)
+        if self.noise_offset:
+            noise = noise + self.noise_offset * rng.normal((*clean.shape[:2], 1, 1))
+        return self.noised(clean, noise, place)
+
+    def noised(self, clean: Tensor, noise: Tensor, place: Tensor) -> Noised:
+        """x_t and target: `clean` and `noise` (B, C, *S), `place` (B,) int64."""
+        x_t = self.scheduler.add_noise(clean, noise, place)
+        kind, gamma = self.scheduler.config.prediction_type, self.snr_gamma
+        target = {
+            "epsilon": lambda: noise,
+            "v_prediction": lambda: self.scheduler.get_velocity(clean, noise, place),
+            "sample": lambda: clean,
+        }[kind]()
+        weight = None
+        if gamma is not None:  # min-SNR (Hang et al. 2023), divided by what the target already carries
+            snr = compute_snr(self.scheduler, place)
+            weight = {
+                "epsilon": lambda: (gamma / snr).clamp(max=1),  # 1 where the SNR is 0
+                "v_prediction": lambda: snr.clamp(max=gamma) / (snr + 1),
+                "sample": lambda: snr.clamp(max=gamma),
+            }[kind]()
+        return Noised(x_t, place, place, clean, target, weight)
+
+    def sampler(self) -> DDIMScheduler:
+        """A fresh one of the same process."""
+        return DDIMScheduler.from_config(self.scheduler.config, **({} if self.bounded else {"clip_sample": False}))
