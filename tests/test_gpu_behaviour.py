@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_place
 from utils.training.log import RunLog
@@ -129,6 +130,39 @@ def test_skipped_steps_do_not_count(run, scaled):
     log = strict_log(folder)
     assert sum(line["skipped_steps"] for line in log) == count
     assert log[-1]["loss_scale"] == 2.0 ** (40 - 12 * count) and log[-1]["grad_norm"] > 0
+
+
+class Reads(TorchDispatchMode):
+    """Counts numbers that the host reads from a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_the_host_reads_one_number_an_optimizer_step_and_only_in_fp16(run, scaled, monkeypatch, fp16):
+    reads, counts = Reads(), []
+    batches, end_step = train_place.training_batches, RunLog.end_step
+
+    def counted(*args, **span):
+        for batch, rng in batches(*args, **span):
+            with reads:
+                yield batch, rng
+
+    def ended(self, *rest):
+        counts.append(reads.count)
+        end_step(self, *rest)
+        reads.count = 0
+
+    if fp16:
+        scaled(init_scale=2.0**10)
+    monkeypatch.setattr(train_place, "training_batches", counted)
+    monkeypatch.setattr(RunLog, "end_step", ended)
+    run("train_place", "--use_ema", "--gradient_accumulation_steps", "2", "--validation_shown_samples", "0")
+    assert counts == [int(fp16)] * 4
 
 
 def test_endless_overflow_stops_the_run(run, scaled):
