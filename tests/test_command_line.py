@@ -285,6 +285,7 @@ def test_the_libraries_take_the_download_cache(script, tmp_path, data_dir):
     assert os.environ["HF_HUB_CACHE"] == os.environ["HF_DATASETS_CACHE"] == str(folder)  # of what it starts
 
 
+@pytest.mark.slow
 def test_a_script_downloads_into_it(tmp_path, data_dir):
     """A teacher from a Hub on this machine, by a real process; nothing is put where the libraries would. Nor does this
     dry run write to the Hub: it asks whether it may."""

@@ -114,7 +114,13 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS)
+# between sd1 and xl there is little that sd2 alone can break: its target is tried on pixels too
+SLOW = {"sd2"}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in KINDS]
+)
 def kind(request, tmp_path_factory) -> Kind:
     """With its run `whole`, made here, where no test's stand-in is in the way: as a user's, from plan to card."""
     made = KINDS[request.param](tmp_path_factory.mktemp(request.param))

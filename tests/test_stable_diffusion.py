@@ -259,7 +259,7 @@ def cached(tmp_path_factory, teachers, pictures) -> Path:
     return folder / "cache"
 
 
-@pytest.mark.parametrize("kind", ["sd1", "xl"])
+@pytest.mark.parametrize("kind", SD1_AND_SLOWLY_XL)
 def test_cached_rows_are_the_bits_that_training_computes(train, teachers, pictures, tmp_path, kind):
     flags = ["--cache_variants", "2", "--random_flip"]
     train(kind, *flags, "--latent_cache_dir", tmp_path / "cache", "--max_train_steps", "1")

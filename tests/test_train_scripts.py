@@ -114,6 +114,7 @@ def test_from_scratch(run, tmp_path, data_dir):
     assert DDPMPipeline.from_pretrained(folder).unet.config.block_out_channels == [16, 32]
 
 
+@pytest.mark.slow  # the contract's tests of ddpm are quicker
 def test_the_student_is_a_stock_pipeline(run, ornaments, python, tmp_path):
     """The whole way of a user, with Taylor scores, samples and loss curves, to a process that knows nothing of us."""
     flags = ["--use_ema", "--lambda_kd_feat", "1", "--learning_rate", "1e-3"]

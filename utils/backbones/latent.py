@@ -33,6 +33,7 @@ class Latent(Backbone):
         super().__init__(args, teacher, process, configs)
         self.latent_size = configs.resolution // vae_factor(configs.vae)
         self.scaling_factor = configs.vae.get("scaling_factor", 0.18215)
+        self.shift_factor = configs.vae.get("shift_factor") or 0.0
         other = args.pretrained_vae_model_name_or_path
         self.vae = Frozen(
             AutoencoderKL,
@@ -78,8 +79,8 @@ class Latent(Backbone):
         """Latents (B, C, h, w), float32, scaled, drawn from the posterior; and the condition, some of it dropped."""
         rows = batch if "latent_mean" in batch else self.cache_rows(batch)
         mean, std = rows["latent_mean"].float(), rows["latent_std"].float()
-        latents = (mean + std * rng.normal(mean.shape)) * self.scaling_factor
-        return latents, self.conditions.drop(rows, rng)
+        latents = mean + std * rng.normal(mean.shape)
+        return (latents - self.shift_factor) * self.scaling_factor, self.conditions.drop(rows, rng)
 
     def example(self) -> dict[str, Any]:
         """Forward arguments of one sample, for the shapes of things."""

@@ -108,14 +108,14 @@ def _training_step(args, accelerator: Accelerator, student: nn.Module, teacher: 
         clean, noise = (torch.empty_like(inputs["x_t"]) for _ in range(2))
         with _autocast(accelerator):
             output, features = student(**inputs)
-        output, features = output.float(), [feature.float() for feature in features]
+        output, features = backbone.read(output.float())[0], [feature.float() for feature in features]
         loss = F.mse_loss(output, noise)
         if distil:
             with torch.no_grad():
                 target, target_features = teacher(**inputs)
             # PLACE stands for all output losses: it holds the most, its order and both predictions sorted by it
             group_size = min(getattr(args, "group_size", 16), output[0, 0].numel())
-            loss = loss + place_loss(output, target.float(), group_size=group_size).loss
+            loss = loss + place_loss(output, backbone.read(target.float())[0], group_size=group_size).loss
             for ours, theirs in zip(features, target_features, strict=True):
                 loss = loss + F.mse_loss(ours, theirs.float())
         loss.backward()
