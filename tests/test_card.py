@@ -20,6 +20,7 @@ from PIL import Image
 
 import train_place
 import utils.publishing.card
+from utils.backbones.process import Diffusion
 from utils.distillation.losses import place_loss
 from utils.publishing.card import card_for_hub, update_card, write_card
 from utils.publishing.model_index import without_paths
@@ -49,7 +50,7 @@ def rewritten(folder: Path, **changes) -> ModelCard:
     made_with = json.loads((folder / "args.json").read_text())
     made_with["arguments"] |= changes
     (folder / "args.json").write_text(json.dumps(made_with))
-    backbone = SimpleNamespace(pipeline_class=diffusers.DDPMPipeline, component="unet")
+    backbone = SimpleNamespace(pipeline_class=diffusers.DDPMPipeline, component="unet", process=Diffusion)
     write_card(Namespace(**made_with["arguments"]), backbone, method="METHOD", sizes="SIZES", distances={})
     return valid(folder)
 
@@ -182,7 +183,7 @@ PIPELINES = {
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_the_task_follows_from_what_the_pipeline_takes(student, name):
-    backbone = SimpleNamespace(pipeline_class=getattr(diffusers, name), component="unet")
+    backbone = SimpleNamespace(pipeline_class=getattr(diffusers, name), component="unet", process=Diffusion)
     args = Namespace(**json.loads((student / "args.json").read_text())["arguments"])
     write_card(args, backbone, method="m", sizes="s", distances={})
     card = valid(student)
