@@ -12,7 +12,8 @@ from utils.backbones.base import DECISIVE, FAMILY_FLAGS
 from utils.command_line import UsageError
 from utils.training.arguments import parse_args
 
-CLASSES = {getattr(importlib.import_module(module), name) for module, name in BACKBONES.values()}
+# in an order that two test workers agree on, as a set's is not
+CLASSES = [getattr(importlib.import_module(module), name) for module, name in dict.fromkeys(BACKBONES.values())]
 GIVEN = {
     "pruning_ratio": ["0.5"],
     "student_preset": ["bk_tiny"],

@@ -157,7 +157,9 @@ def signal_in_a_window(number: signal.Signals) -> str:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT], ids=lambda number: number.name)
+@pytest.mark.parametrize(  # SIGTERM is that of `test_a_new_process_goes_on_exactly`
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=lambda number: number.name
+)
 def test_a_signal_saves_and_says_how_to_go_on(script_process, dropout_teacher, data_dir, tmp_path, number):
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "out")
     stopped = script_process(*flags, seed=1, code=signal_in_a_window(number))

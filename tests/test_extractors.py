@@ -654,6 +654,7 @@ def test_bundled_data_are_16x16_grayscale_with_names(bundled):
     assert "Copyright (c) 2017 Zalando SE" in (ASSETS / "fashion_mnist_16" / "LICENSE").read_text()
 
 
+@pytest.mark.slow
 def test_bundled_splits_share_almost_no_image(bundled):
     train, test = ({np.asarray(image).tobytes() for image in rows["image"]} for rows in bundled.values())
     assert len(train) > 9_900 and len(test) > 9_900
@@ -673,6 +674,7 @@ def test_bundled_classifier_knows_its_images(test_split):
     assert correct / len(labels) > 0.88
 
 
+@pytest.mark.slow
 def test_bundled_features_have_full_rank_and_tell_noise_from_clothes(test_split):
     images, _ = test_split
     extractor = FeatureExtractor(str(ASSETS / "classifier"))

@@ -253,6 +253,7 @@ def test_eta_reaches_the_scheduler_of_any_pipeline():
         Sampler(tiny_ddpm(), eta=1.0)
 
 
+@pytest.mark.slow
 def test_every_compatible_scheduler_samples_or_is_refused():
     ran, refused = set(), set()
     for cls in DDPMScheduler().compatibles:

@@ -36,6 +36,7 @@ KINDS = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "xl": S
 BRIEFLY = (
     "--train_batch_size 4 --logging_steps 1 --validation_shown_samples 0 --report_to none --num_cpu_threads 1".split()
 )
+SLOWLY_XL = pytest.param("xl", "bk_base", marks=pytest.mark.slow)
 SD1_AND_SLOWLY_XL = ["sd1", pytest.param("xl", marks=pytest.mark.slow)]
 
 
@@ -90,7 +91,7 @@ def unet_tensors(folder: Path) -> dict[str, torch.Tensor]:
 # The student
 
 
-@pytest.mark.parametrize("kind, preset", [("sd1", "bk_base"), ("sd1", "bk_tiny"), ("xl", "bk_base")])
+@pytest.mark.parametrize("kind, preset", [("sd1", "bk_base"), ("sd1", "bk_tiny"), SLOWLY_XL])
 def test_presets_train_with_feature_distillation(train, kind, preset):
     flags = ["--student_preset", preset, "--lambda_kd_feat", "1", "--gradient_checkpointing"]
     folder = train(kind, *flags, "--max_train_steps", "1")
