@@ -289,6 +289,7 @@ def launched(tmp_path, teacher_dir, data_dir):
             process.kill()
 
 
+@pytest.mark.slow
 def test_killing_one_ends_the_other(launched):
     assert sorted(launched.ranks) == [0, 1], launched.printed.read_text()[-3000:]
     launched.ranks[1].kill()

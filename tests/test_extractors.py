@@ -437,6 +437,7 @@ def legacy_weights(tmp_path_factory) -> Path:
     return folder / name
 
 
+@pytest.mark.slow
 def test_legacy_features_of_a_folder_equal_clean_fids(legacy_weights, folders, monkeypatch, tmp_path):
     few = tmp_path / "few"
     few.mkdir()
@@ -661,6 +662,7 @@ def test_bundled_splits_share_almost_no_image(bundled):
     assert len(train & test) < 10
 
 
+@pytest.mark.slow
 def test_bundled_classifier_knows_its_images(test_split):
     images, labels = test_split
     model = AutoModelForImageClassification.from_pretrained(ASSETS / "classifier", use_safetensors=True).eval()
