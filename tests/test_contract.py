@@ -114,8 +114,8 @@ KINDS = {
 }
 
 
-# between sd1 and xl there is little that sd2 alone can break: its target is tried on pixels too
-SLOW = {"sd2"}
+# by default the two base kinds: sd2's target is tried on pixels too, what xl has of its own in test_stable_diffusion.py
+SLOW = {"sd2", "xl"}
 
 
 @pytest.fixture(
