@@ -114,7 +114,7 @@ KINDS = {
 }
 
 
-# by default the two base kinds: sd2's target is tried on pixels too, what xl has of its own in test_stable_diffusion.py
+# by default two kinds: sd2's target is tried on pixels too, what xl has of its own in test_stable_diffusion.py
 SLOW = {"sd2", "xl"}
 
 
