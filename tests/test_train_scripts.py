@@ -276,6 +276,7 @@ def test_launched_under_dynamo(run, tmp_path, teacher_dir, data_dir):
     flags += ["--validation_num_inference_steps", "2", "--validation_shown_samples", "2", "--num_cpu_threads", "1"]
     plain, compiled = run("train_lift", *flags, output="plain"), tmp_path / "compiled"
     flags += ["--pretrained_model_name_or_path", teacher_dir, "--dataset_name", data_dir, "--pruning_ratio", "0.5"]
+    flags += ["--student_init", "magnitude"]  # as `run` has it
     done = launch("train_lift.py", *flags, "--output_dir", compiled, before=("--dynamo_backend", "eager"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Saved:" in done.stdout and "Next:" in done.stdout
