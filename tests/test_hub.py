@@ -221,13 +221,14 @@ def test_a_server_that_dies_in_the_upload(hub, home, child, train, tmp_path, tea
         flags = ["--pretrained_model_name_or_path", teacher_dir, "--push_to_hub", "--hub_model_id", "survivor"]
         with ForkServer(**dying.environment(home)) as forks:
             done = train(folder, *flags, "--report_to", "none", server=forks)
+            code, printed, errors = done.returncode, done.stdout, done.stderr  # they go with the server
         assert any(request.startswith("PUT") for request in dying.requests)
-    assert done.returncode != 0
-    lines = done.stderr.splitlines()
+    assert code != 0
+    lines = errors.splitlines()
     (last,) = [i for i, line in enumerate(lines) if line.startswith("    python -m utils.publishing.hub")]
     where, command = lines[last - 1 : last + 1]
     assert f"The push to {USER}/survivor failed" in where and str(folder) in where
-    assert "Saved:" in done.stdout and "Pushed" not in done.stdout
+    assert "Saved:" in printed and "Pushed" not in printed
     assert DDPMPipeline.from_pretrained(folder).unet.config.block_out_channels == [8, 16]
 
     _python, *words = shlex.split(command)
