@@ -204,7 +204,7 @@ def test_a_missing_mid_block_is_said(student):
 METRICS = {
     "metrics": {"frechet_distance": 12.5, "kernel_distance": 0.001, "clip_score": None, "broken": math.nan},
     "protocol": {
-        "samples": {"name": "/root/student", "count": 1000, "sizes": [8, "/root/x"]},
+        "samples": {"name": "/home/me/student", "count": 1000, "sizes": [8, "/home/me/x"]},
         "reference": {"dataset_name": "/data/my faces", "split": "test"},
         "extractor": {"name": "inception"},
         "clip_model": None,

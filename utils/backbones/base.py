@@ -285,9 +285,6 @@ class Backbone:
         """Write the stock pipeline to `folder`."""
         raise NotImplementedError
 
-    def free_encoders(self) -> None:
-        """VAE and text encoders out of memory; they load again when they are needed again."""
-
 
 def vae_factor(vae_config: dict) -> int:
     """Pixels a side of one latent."""

@@ -70,6 +70,8 @@ class Nothing:
 class Prompts(Nothing):
     """Text, by frozen encoders. A family says in `embed_tokens` and `keywords` what its denoiser reads of them."""
 
+    micro_conditioning = False  # whether the denoiser is told the image's size and crop too
+
     def __init__(self, args, tokenizers: Sequence, encoders: Sequence[Frozen]):
         self.tokenizers, self.encoders = tokenizers, encoders
         self.components = [encoder.subfolder for encoder in encoders]
@@ -88,9 +90,12 @@ class Prompts(Nothing):
         raise NotImplementedError
 
     def transform(self, *image_settings) -> CaptionedTransform:
-        """Pixels and tokens."""
+        """Pixels, tokens, and with `micro_conditioning` time ids."""
         return CaptionedTransform(
-            *image_settings, caption_column=self.caption_column, tokenizers=self.tokenizers, micro_conditioning=False
+            *image_settings,
+            caption_column=self.caption_column,
+            tokenizers=self.tokenizers,
+            micro_conditioning=self.micro_conditioning,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -121,8 +126,7 @@ class Prompts(Nothing):
         if self.known_empty is None:
             self.known_empty = self.prompts([""])
         device = self.encoders[0].place()[0]
-        if any(value.device != device for value in self.known_empty.values()):  # of a cache: moved once
-            self.known_empty = {name: value.to(device) for name, value in self.known_empty.items()}
+        self.known_empty = {name: value.to(device) for name, value in self.known_empty.items()}  # a cache's moves once
         return self.known_empty
 
     def use_empty(self, rows: dict[str, Tensor]) -> None:

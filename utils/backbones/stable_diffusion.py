@@ -20,7 +20,6 @@ from utils.backbones.encoders import Frozen
 from utils.backbones.latent import Latent
 from utils.backbones.loading import load_component, read_json_config
 from utils.backbones.process import Diffusion
-from utils.data.transforms import CaptionedTransform
 from utils.students import blocks
 from utils.students.lora import add_lora, fuse_saved_lora
 from utils.students.sizes import model_size, model_table
@@ -32,6 +31,7 @@ class ClipPrompts(Prompts):
     def __init__(self, args, config, place):
         """`config` is the U-Net's; `place` says on which device and in which dtype the encoders run."""
         self.config, self.xl = config, config.addition_embed_type == "text_time"
+        self.micro_conditioning = self.xl
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         names = list(kinds)[: 1 + self.xl]
         tokenizers = [
@@ -43,15 +43,6 @@ class ClipPrompts(Prompts):
             for name in names
         ]
         super().__init__(args, tokenizers, [Frozen(kinds[name], args, place, subfolder=name) for name in names])
-
-    def transform(self, *image_settings) -> CaptionedTransform:
-        """Pixels, tokens, and XL's time ids."""
-        return CaptionedTransform(
-            *image_settings,
-            caption_column=self.caption_column,
-            tokenizers=self.tokenizers,
-            micro_conditioning=self.xl,
-        )
 
     def kept(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """XL's time ids (B, 6)."""

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from utils.command_line import UsageError
 from utils.data.rows import ImageRows, as_is, load_rows
 from utils.distributed import wait_for_everyone
-from utils.files import read_json, write_json, written_beside
+from utils.files import read_json, sha256, write_json, written_beside
 
 BLOCK = 256  # rows, or captions, a file
 FORMAT = 2  # of cache.json and the files beside it: counted up when one of them means something else
@@ -249,8 +249,7 @@ def _encoder_hash(args, components: list[str]) -> str:
         source = DiffusionPipeline.download(source, revision=args.revision, variant=args.variant)
     for part in components:
         for path in sorted((Path(source) / part).glob("*.safetensors")):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            digest.update(bytes.fromhex(sha256(path)))
     return f"{digest.hexdigest()[:16]} {args.pretrained_vae_model_name_or_path or ''}".strip()
 
 

@@ -203,7 +203,7 @@ class Checkpoints:
 
     def _refuse_another_run(self, state: dict) -> None:
         now = {**vars(self.args), **self.facts}
-        then = {**self.facts, **state["arguments"], **state["facts"]}  # older checkpoints have fewer facts
+        then = {**state["arguments"], **state["facts"]}
         now, then = ({name: without_root(value) for name, value in each.items()} for each in (now, then))
         changed = [
             f"{name} was {then.get(name)}, is {now.get(name)}"

@@ -19,9 +19,8 @@ from utils.command_line import UsageError
 from utils.files import write_file
 
 QUARTERS = 4  # of the schedule: where on it the student fails
-ENDLESS = (
-    8  # skipped steps in a row and nothing else in a log interval: fp16's scale fell 256-fold, and it is no start
-)
+# skipped steps in a row, and nothing else in a log interval: fp16's scale fell 256-fold, and it is no start
+ENDLESS = 8
 
 
 def error_per_sample(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
@@ -112,7 +111,7 @@ class RunLog:
     def load_state(self, state: dict, step: int) -> None:
         """Go on from a checkpoint of `step`."""
         self.names, self.rows, self.norms = state["names"], state["rows"], state["norms"]
-        self.skipped_in_a_row = state.get("skipped_in_a_row", 0)
+        self.skipped_in_a_row = state["skipped_in_a_row"]
         self.drop_after(step)
 
     def drop_after(self, step: int) -> None:

@@ -35,7 +35,7 @@ class Validation:
         backbone may take prompts from.
 
         Raises:
-            ValueError: `--validation_feature_extractor` is no image model, or `--validation_split` no split.
+            UsageError: `--validation_feature_extractor` is no image model, or `--validation_split` no split.
         """
         self.args, self.accelerator, self.backbone, self.dataset = args, accelerator, backbone, dataset
         self.folder = Path(args.output_dir)
