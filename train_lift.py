@@ -27,6 +27,7 @@ from utils.command_line import run
 from utils.data.cache import encoded_once, open_dataset
 from utils.data.rows import sample_batch, training_batches
 from utils.devices import apply_speed_flags, use_cpu_threads
+from utils.distillation.balance import TimestepBalance
 from utils.distillation.features import feature_loss, tap_pair
 from utils.distillation.losses import fine_weight, lift_loss, output_loss
 from utils.distributed import on_main_process, process_settings, refuse_unsupported
@@ -47,9 +48,10 @@ def add_method_arguments(group) -> None:
     """The flags of this script alone."""
     group.add_argument(
         "--output_loss",
-        choices=["lift", "mse", "l1", "huber"],
+        choices=["lift", "mse", "l1", "huber", "log"],
         default="lift",
-        help="output distillation loss: LIFT, or the conventional distance between the predictions (default: lift)",
+        help="output distillation loss: LIFT, or a conventional distance between the predictions; log is the mean "
+        "logarithm of each sample's squared error (default: lift)",
     )
     group.add_argument(
         "--coefficients",
@@ -118,6 +120,8 @@ def main(argv: list[str] | None = None) -> None:
     prepare_output_dir(args, accelerator)
     log = RunLog(args, accelerator, backbone.process.num_places)
     dataset = encoded_once(args, accelerator, dataset, backbone)  # with --latent_cache_dir
+    powers = {"task": args.task_balance, "output": args.timestep_balance}
+    balance = TimestepBalance(powers, backbone.process.num_places, accelerator.device, total=accelerator.reduce)
     checkpoints = Checkpoints(
         args,
         accelerator,
@@ -127,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         lr_scheduler=lr_scheduler,
         log=log,
         validation=validation,
+        balance=balance,
         fingerprint=dataset.fingerprint(),
     )
     step = checkpoints.resume()
@@ -145,7 +150,9 @@ def main(argv: list[str] | None = None) -> None:
             noised = backbone.add_noise(clean, rng)  # x_t and its target (B, C, *S), place and time (B,)
 
             student_pred = backbone.predict(student, noised, condition)  # output (B, C, *S), features [(B, C_i, *S_i)]
-            terms, target = backbone.task_terms(student_pred, noised), noised.target  # {name: ()}
+            weighted = noised.weighted(balance.weight("task", noised.place))  # as it is without --task_balance
+            terms, target = backbone.task_terms(student_pred, weighted), noised.target  # {name: ()}
+            errors = {"task": error_per_sample(student_pred.output, target)}  # (B,), unweighted
             loss = args.lambda_task * sum(terms.values())
             if distil:
                 with torch.no_grad():
@@ -159,9 +166,16 @@ def main(argv: list[str] | None = None) -> None:
                         coarse_norm=args.coarse_norm,
                         coarse_scale=args.coarse_scale,
                         weight=fine_weight(args.weighting, step / args.max_train_steps),
+                        sample_weight=balance.weight("output", noised.place),
                     )
                 else:
-                    output = output_loss(student_pred.output, teacher_pred.output, kind=args.output_loss)
+                    output = output_loss(
+                        student_pred.output,
+                        teacher_pred.output,
+                        kind=args.output_loss,
+                        sample_weight=balance.weight("output", noised.place),
+                    )
+                errors["output"] = output.error
                 more = backbone.distillation_terms(student_pred, teacher_pred, noised)
                 feature = feature_loss(student_pred.features, teacher_pred.features)
                 loss = loss + args.lambda_kd_output * sum(more.values(), output.loss) + args.lambda_kd_feat * feature
@@ -172,11 +186,13 @@ def main(argv: list[str] | None = None) -> None:
                 grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
+        balance.add(noised.place, errors)
         log.add(step + 1, {"loss": loss, **terms}, noised.place, error_per_sample(student_pred.output, target))
         if not accelerator.sync_gradients:
             continue
 
         step += 1
+        balance.end_step()
         if stepped(accelerator, grad_norm):  # fp16 skips a step whose gradient overflows
             lr_scheduler.step()
             if ema is not None:

@@ -64,7 +64,7 @@ POSITIVE = (
 ).split()
 NOT_NEGATIVE = (
     "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-    "coarse_scale noise_offset validation_shown_samples"
+    "coarse_scale timestep_balance task_balance noise_offset validation_shown_samples"
 ).split()
 FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay"]
 
@@ -199,6 +199,12 @@ def test_flags_of_the_other_script(parse):
     assert parse("--output_loss", "mse", script="train_lift").output_loss == "mse"
 
 
+def test_a_logarithm_is_not_balanced(parse):
+    with pytest.raises(ValueError, match="--timestep_balance 0.5: --output_loss log"):
+        parse("--output_loss", "log", "--timestep_balance", "0.5", script="train_lift")
+    parse("--output_loss", "log", "--task_balance", "0.5", script="train_lift")
+
+
 # Recipe files
 
 
@@ -285,6 +291,8 @@ def test_an_empty_command_line_is_the_embedded_default(tmp_path, monkeypatch, ca
         ("--lambda_kd_output 0 --output_loss mse", "train_lift", "--lambda_kd_output above 0"),
         ("--output_loss mse --coarse_norm l2", "train_lift", "--output_loss lift"),
         ("--lambda_task 0 --snr_gamma 5", "train_place", "--lambda_task above 0"),
+        ("--lambda_task 0 --task_balance 1", "train_place", "--lambda_task above 0"),
+        ("--lambda_kd_output 0 --timestep_balance 1", "train_lift", "--lambda_kd_output above 0"),
         ("--validation_num_samples 5", "train_place", "--validation_feature_extractor"),
         ("--allow_changed_arguments", "train_place", "--resume_from_checkpoint"),
     ],

@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 
 import train_place
 import utils.data.rows
+import utils.distillation.balance
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = (
     "--max_train_steps 6 --train_batch_size 5 --gradient_accumulation_steps 2 --checkpointing_steps 2 --use_ema "
     "--checkpoints_total_limit 9 --logging_steps 4 --lambda_kd_feat 1 --random_flip --learning_rate 1e-3 "
-    "--lr_scheduler cosine --lr_warmup_steps 2 --weighting linear"
+    "--lr_scheduler cosine --lr_warmup_steps 2 --weighting linear --timestep_balance 0.5 --task_balance 1"
 ).split()
 
 
@@ -87,6 +88,7 @@ def assert_same_run(ours: Path, theirs: Path, step: int = 6) -> None:
     ]
     for key in ("step", "lr_scheduler", "optimizer", "ema"):
         assert states[0][key] == states[1][key]
+    assert states[0]["states"]["balance"] == states[1]["states"]["balance"]
     assert (ours / "log.jsonl").read_text() == (theirs / "log.jsonl").read_text()
 
 
@@ -99,6 +101,7 @@ def wholes() -> dict[int, tuple[Path, list]]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("stop_at", [2, 4])  # 20 rows: in epoch 1; 40 rows: in epoch 2 of 24
 def test_resume_is_exact(run, wholes, rows_seen, dropout_teacher, tmp_path, monkeypatch, workers, stop_at):
+    monkeypatch.setattr(utils.distillation.balance, "ENOUGH", 1)  # as if many more samples had been seen
     if workers:
         monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", 0)
     flags = ["--pretrained_model_name_or_path", dropout_teacher, *EVERYTHING, "--dataloader_num_workers", workers]
@@ -308,6 +311,7 @@ def test_leftovers_of_a_killed_process_are_no_checkpoints(go_on, stopped):
         (["--group_size", "8"], "group_size was 16, is 8"),
         (["--lambda_task", "0.5"], "lambda_task was 1.0, is 0.5"),
         (["--learning_rate", "1e-3"], "learning_rate was"),
+        (["--timestep_balance", "1", "--task_balance", "1"], "task_balance was 0.0, is 1.0; timestep_balance was 0.0"),
         (["--max_train_samples", "20"], "max_train_samples was None, is 20"),
         (["--pruning_ratio", "0.3"], "pruning_ratio was 0.5, is 0.3"),
     ],

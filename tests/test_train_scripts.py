@@ -27,6 +27,7 @@ BASELINES = {
     "OutKD": ["--output_loss", "mse"],
     "OutKD l1": ["--output_loss", "l1"],
     "OutKD huber": ["--output_loss", "huber"],
+    "OutKD log": ["--output_loss", "log"],
     "FeatKD": ["--lambda_kd_output", "0", "--lambda_kd_feat", "1"],
     "OutKD + FeatKD": ["--output_loss", "mse", "--lambda_kd_feat", "1"],
     "LIFT": [],
@@ -57,7 +58,8 @@ def test_the_scripts_differ_in_their_method_alone():
     start = "from utils.distillation.losses import"
     allowed = re.compile(
         rf"{start}|output = (place|lift|output)_loss\(|if args.output_loss|else:|\)|student_pred.output,|teacher_pred."
-        r"output,|(group_size|grouping|coefficients|coarse_norm|coarse_scale)=args\.|weight=fine_weight\("
+        r"output,|(group_size|grouping|coefficients|coarse_norm|coarse_scale|kind)=args\.|weight=fine_weight\(|"
+        r"sample_weight=balance"
     )
     assert [line for line in changed if not allowed.match(line)] == []
 

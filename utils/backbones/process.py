@@ -26,6 +26,12 @@ class Noised(NamedTuple):
     target: Tensor  # (B, C, *S), what the denoiser should predict: noise, velocity or x_0
     weight: Tensor | None  # (B,), the task loss's weight per sample; None is 1
 
+    def weighted(self, weight: Tensor | None) -> "Noised":
+        """The same with the task loss of every sample times `weight` (B,); None is 1."""
+        if weight is None:
+            return self
+        return self._replace(weight=weight if self.weight is None else self.weight * weight)
+
 
 class Diffusion:
     """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise (Ho et al. 2020, eq. 4), sampled by DDIM (Song et al. 2021).

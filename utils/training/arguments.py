@@ -187,6 +187,18 @@ def _loss(parser: argparse.ArgumentParser) -> None:
         "cosine rise from 0 to 1 over the run",
     )
     group.add_argument(
+        "--timestep_balance",
+        type=float,
+        metavar="P",
+        default=0.0,
+        help="divide a sample's output loss (of LIFT and PLACE the fine part) by the P-th power of its running mean "
+        "in that twentieth of the schedule, over the mean of all: at 1 all noise levels count alike (default: 0, off, "
+        "the paper's)",
+    )
+    group.add_argument(
+        "--task_balance", type=float, metavar="P", default=0.0, help="the same of the diffusion loss (default: 0, off)"
+    )
+    group.add_argument(
         "--noise_offset",
         type=float,
         default=0.0,
@@ -339,7 +351,7 @@ def _check(args: argparse.Namespace) -> None:
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-        "coarse_scale noise_offset validation_shown_samples"
+        "coarse_scale timestep_balance task_balance noise_offset validation_shown_samples"
     )
     check_positive(args, positive)
     check_not_negative(args, not_negative)
@@ -370,6 +382,12 @@ def _check(args: argparse.Namespace) -> None:
     check_data(args, or_none=bool(args.latent_cache_dir))
     if getattr(args, "grouping", None) == "patch" and math.isqrt(args.group_size) ** 2 != args.group_size:
         raise UsageError(f"--group_size is {args.group_size}; --grouping patch needs a square number, such as 16.")
+
+    if args.timestep_balance and getattr(args, "output_loss", None) == "log":
+        raise UsageError(
+            f"--timestep_balance {args.timestep_balance}: --output_loss log divides every sample's error by itself "
+            "already, and a logarithm has no mean to divide by. Leave one of the two out."
+        )
 
     output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint and args.overwrite_output_dir:
@@ -408,9 +426,9 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("revision variant teacher_dtype", not args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"),
         ("ema_decay", not args.use_ema, "--use_ema"),
         ("fuse_lora", not args.lora_rank, "--lora_rank"),
-        (f"output_loss {line_flags}", not args.lambda_kd_output, "--lambda_kd_output above 0"),
+        (f"output_loss timestep_balance {line_flags}", not args.lambda_kd_output, "--lambda_kd_output above 0"),
         (line_flags, getattr(args, "output_loss", "lift") != "lift", "--output_loss lift"),
-        ("snr_gamma", not args.lambda_task, "--lambda_task above 0"),
+        ("snr_gamma task_balance", not args.lambda_task, "--lambda_task above 0"),
         ("lr_warmup_steps", args.lr_scheduler == "constant", "an --lr_scheduler with a warm-up"),
         ("dataset_config_name", not args.dataset_name, "--dataset_name"),
         (

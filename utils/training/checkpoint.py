@@ -175,7 +175,8 @@ class Checkpoints:
             self.ema.load_state_dict({**state["ema"], "shadow_params": [shadow[str(i)] for i in range(len(shadow))]})
             self.ema.to(self.accelerator.device)
         for name, part in self.stateful.items():
-            part.load_state(state["states"][name], state["step"])
+            if name in state["states"]:  # or it begins anew, in a run that goes on with --allow_changed_arguments
+                part.load_state(state["states"][name], state["step"])
         self.log.last_checkpoint = path
         return state["step"]
 
