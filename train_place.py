@@ -27,7 +27,7 @@ from utils.devices import apply_speed_flags, use_cpu_threads
 from utils.distillation.features import feature_loss, tap_pair
 from utils.distillation.losses import fine_weight, place_loss
 from utils.distributed import on_main_process, process_settings, refuse_unsupported
-from utils.output_dir import check_output_dir, prepare_output_dir
+from utils.output_dir import check_output_dir, lock_output_dir, prepare_output_dir, unlock_output_dir
 from utils.publishing.card import write_card
 from utils.publishing.hub import check_push, prepare_push, push
 from utils.training.arguments import parse_args
@@ -112,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
 
     # Where everything goes, and where it goes on from
+    on_main_process(accelerator, lock_output_dir, args.output_dir)
     prepare_output_dir(args, accelerator)
     log = RunLog(args, accelerator, backbone.process.num_places)
     dataset = encoded_once(args, accelerator, dataset, backbone)  # with --latent_cache_dir
@@ -194,6 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         validation.measure_references()
         write_card(args, backbone, method=method_name(args), sizes=sizes, distances=validation.distances)
     accelerator.end_training()
+    unlock_output_dir(args.output_dir)
     accelerator.print(summary(args, log, validation, dataset))
     if repo_id:
         push(args.output_dir, repo_id)

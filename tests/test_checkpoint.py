@@ -1,15 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: exact resume, faults, damage, refusals."""
 
+import errno
+import fcntl
 import functools
 import hashlib
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from conftest import build_unet, read_log, run_script, save_images
 from diffusers import DDPMPipeline, DDPMScheduler
 from forks import Process
@@ -17,6 +24,9 @@ from safetensors.torch import load_file, save_file
 
 import train_place
 import utils.data.rows
+from utils.flags import check_output_folder
+from utils.output_dir import check_output_dir, lock_output_dir, unlock_output_dir
+from utils.training import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = (
@@ -416,3 +426,112 @@ def test_dry_run_leaves_nothing(run, ornaments, capsys):
     assert not folder.exists()
     printed = capsys.readouterr().out
     assert "memory       about" in printed and "parameters" in printed and "Saved" not in printed
+
+
+# What else lies in the folders, and who else writes to them
+
+
+def test_stray_files_break_neither_resume_nor_save(go_on, stopped):
+    """Of file managers and network drives, and copies that a user has made."""
+    folder, newest = stopped / "checkpoints", stopped / "checkpoints" / "step-0000004"
+    strays = [".DS_Store", "Thumbs.db", "._step-0000004", "step-0000005.zip", "step-0000006"]
+    files = [*(folder / name for name in strays), newest / ".DS_Store", newest / "._student.safetensors"]
+    for path in (*files, stopped / ".DS_Store"):
+        path.write_bytes(b"stray")
+    copies = [folder / name for name in ("step-0000004 copy", "step-old", "@eaDir", ".hidden")]
+    for path in (*copies, newest / "@eaDir"):
+        path.mkdir()
+    state = json.loads((newest / "state.json").read_text())
+    state["sha256"][".DS_Store"] = hashlib.sha256(b"stray").hexdigest()  # as an earlier version wrote it
+    (newest / "state.json").write_text(json.dumps(state))
+    go_on("--max_train_steps", "6", "--checkpoints_total_limit", "1")
+    assert all(path.exists() for path in copies)
+    assert json.loads((folder / "step-0000006" / "state.json").read_text())["step"] == 6  # a file had its name
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*strays, *(path.name for path in copies)])
+
+
+def test_a_folder_of_strays_is_an_empty_one(tmp_path):
+    for name in (".DS_Store", "._student", "Thumbs.db", ".nfs0001", ".lock"):
+        (tmp_path / name).touch()
+    check_output_folder(Namespace(output_dir=tmp_path), "is not empty", unless=False)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        check_output_folder(Namespace(output_dir=tmp_path), "is not empty", unless=False)
+
+
+def test_what_cannot_be_synced_is_warned_of_once(ornaments, tmp_path, monkeypatch, caplog):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState()  # which the logger asks for its rank
+    real, code = os.fsync, [errno.EINVAL]
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}") or code[0] != errno.EINVAL:
+            raise OSError(code[0], os.strerror(code[0]))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "file").write_text("content")
+    for path in (tmp_path, tmp_path / "file", tmp_path):
+        checkpoint._sync_to_disk(path)
+    assert caplog.text.count("cannot be asked for folders") == 1 and "files" not in caplog.text
+    code[0] = errno.ENOTSUP
+    checkpoint._sync_to_disk(tmp_path / "file")
+    assert caplog.text.count("cannot be asked for files") == 1
+    for full in (errno.ENOSPC, errno.EIO):
+        code[0] = full
+        with pytest.raises(OSError, match=os.strerror(full)):
+            checkpoint._sync_to_disk(tmp_path / "file")
+
+
+@pytest.fixture
+def other_run():
+    """`other_run(folder)`: another process has locked it, and lives until the test ends."""
+    code = "import sys; from utils.output_dir import lock_output_dir as f; f(sys.argv[1]); print(); sys.stdin.read()"
+    processes = []
+
+    def start(folder: Path) -> subprocess.Popen:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        processes.append(subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, **pipes))
+        processes[-1].stdout.readline()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_run_in_a_folder_is_refused(run, other_run, tmp_path):
+    folder = tmp_path / "student"
+    other = other_run(folder)
+    message = (
+        rf"--output_dir .*student: another run is writing to it .process {other.pid} of .*, since .*another folder"
+    )
+    with pytest.raises(ValueError, match=message):  # before the teacher loads
+        run("train_place", "--pretrained_model_name_or_path", "none", "--overwrite_output_dir")
+    with pytest.raises(ValueError, match=message):  # where both began in the same moment
+        lock_output_dir(folder)
+    other.kill()
+    other.wait()
+    assert (folder / ".lock").exists()  # which means nothing without its process
+    check_output_dir(folder)
+    lock_output_dir(folder)
+    lock_output_dir(folder)  # ours already
+    check_output_dir(folder)
+    code = f"from utils.output_dir import check_output_dir as f; f({str(folder)!r})"
+    refused = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert f"process {os.getpid()} of" in refused.stderr
+    shutil.rmtree(folder)
+    lock_output_dir(folder)  # made anew
+    unlock_output_dir(folder)
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_locked_is_warned_of(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.warns(UserWarning, match="cannot be locked .No locks available.*would not be noticed"):
+        lock_output_dir(tmp_path)
+    check_output_dir(tmp_path)

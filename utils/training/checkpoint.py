@@ -5,6 +5,7 @@ A checkpoint is a folder of safetensors and one JSON file, no pickle. It is comp
 `state.json` holds the SHA-256 of every other file. With `utils.randomness` it is all there is to a run's state.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -26,6 +27,8 @@ from utils.training.log import RunLog
 
 logger = get_logger(__name__)
 
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of a file system that has no fsync, not of one that is full
+TENSORS = ("student.safetensors", "optimizer.safetensors", "ema.safetensors")  # all else in the folder is not ours
 FORMAT = 2  # of state.json: counted up when flags or files change their names
 
 # may change between a checkpoint and its continuation; all else would make it another run
@@ -104,6 +107,7 @@ class Checkpoints:
                 if final.exists():  # passed again after a resume from further back
                     _remove(final)
                 beside.rename(final)
+                _sync_to_disk(self.folder)
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(beside, ignore_errors=True)
                 last = self.all()[-1:] or ["none"]
@@ -111,16 +115,18 @@ class Checkpoints:
                     f"The checkpoint of step {step} could not be written: {error}. The last good one is {last[0]}; "
                     "make space and go on with --resume_from_checkpoint latest."
                 ) from error
-            _sync_to_disk(self.folder)
             for old in self.all()[: -self.args.checkpoints_total_limit]:
-                _remove(old)
+                try:
+                    _remove(old)
+                except OSError as error:  # a file that another program has open
+                    logger.warning(f"The old checkpoint {old} cannot be removed: {error}")
         wait_for_everyone(self.accelerator)
         self.log.last_checkpoint = final
         return final
 
     def _write(self, folder: Path, step: int, states: dict) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         optimizer_tensors, optimizer_rest = _flatten_optimizer(self.optimizer.state_dict())
         save_file(_plain(self.student.state_dict()), folder / "student.safetensors")
         save_file(optimizer_tensors, folder / "optimizer.safetensors")
@@ -140,9 +146,10 @@ class Checkpoints:
             shadow = ema.pop("shadow_params")
             save_file(_plain({str(i): tensor for i, tensor in enumerate(shadow)}), folder / "ema.safetensors")
             state["ema"] = ema
-        state["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        written = [name for name in TENSORS if (folder / name).exists()]
+        state["sha256"] = {name: sha256(folder / name) for name in written}
         (folder / "state.json").write_text(json.dumps(state, indent=1))
-        for path in (*folder.iterdir(), folder):
+        for path in (*(folder / name for name in written), folder / "state.json", folder):
             _sync_to_disk(path)
 
     def resume(self) -> int:
@@ -183,7 +190,7 @@ class Checkpoints:
         damaged = None
         try:
             state = json.loads((path / "state.json").read_text())
-            hashes = state["sha256"]
+            hashes = state["sha256"] = {name: state["sha256"][name] for name in TENSORS if name in state["sha256"]}
             damaged = next(
                 (name for name in hashes if not (path / name).is_file() or sha256(path / name) != hashes[name]), None
             )
@@ -223,8 +230,9 @@ class Checkpoints:
 def _remove(checkpoint: Path) -> None:
     """Rename first: half a checkpoint must never carry a checkpoint's name."""
     going = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(going, ignore_errors=True)
     checkpoint.rename(going)
-    shutil.rmtree(going)
+    shutil.rmtree(going) if going.is_dir() else going.unlink()
 
 
 def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -255,8 +263,19 @@ def _unflatten_optimizer(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
 
 
 def _sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until it is there for good. A folder for which that cannot be asked, as on Windows and on some network
+    drives, is warned of once: the run goes on."""
+    is_folder = path.is_dir()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs what may be written to
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (is_folder or error.errno in NO_SYNC):
+            raise
+        logger.warning_once(
+            f"The file system of --output_dir cannot be asked for {'folders' if is_folder else 'files'} to be on the "
+            f"disk ({error.strerror}): after a power cut the newest checkpoint may be damaged, which a resume names."
+        )
