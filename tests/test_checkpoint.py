@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,7 @@ import train_place
 import utils.data.rows
 from utils.flags import check_output_folder
 from utils.output_dir import check_output_dir, lock_output_dir, unlock_output_dir
-from utils.training import checkpoint
+from utils.training import checkpoint, schedules
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = (
@@ -34,6 +35,7 @@ EVERYTHING = (
     "--checkpoints_total_limit 9 --logging_steps 4 --lambda_kd_feat 1 --random_flip --learning_rate 1e-3 "
     "--lr_scheduler cosine --lr_warmup_steps 2 --weighting linear"
 ).split()
+RUN = "--pretrained_model_name_or_path teacher --dataset_name data --pruning_ratio 0.5 --output_dir none".split()
 
 
 @pytest.fixture(scope="module")
@@ -339,9 +341,52 @@ def test_changed_data_is_noticed(run, tmp_path, data_dir):
 
 
 def test_allow_changed_arguments(go_on, caplog):
-    folder = go_on("--allow_changed_arguments", "--max_train_steps", "5", "--learning_rate", "1e-5")
+    changed = ["--learning_rate", "1e-5", "--adam_weight_decay", "0.5", "--ema_decay", "0.5"]
+    folder = go_on("--allow_changed_arguments", "--max_train_steps", "5", *changed)
     assert "learning_rate was 0.0002, is 1e-05" in caplog.text
-    assert (folder / "checkpoints" / "step-0000005").is_dir()
+    assert read_log(folder)[-1]["learning_rate"] == 1e-5  # and not what the checkpoint has
+    state = json.loads((folder / "checkpoints" / "step-0000005" / "state.json").read_text())
+    group = state["optimizer"]["param_groups"][0]
+    assert group["lr"] == group["initial_lr"] == 1e-5 and group["weight_decay"] == state["ema"]["decay"] == 0.5
+
+
+CURVES = [
+    (
+        ["--lr_scheduler", "cosine", "--weighting", "linear"],
+        "max_train_steps was 4, is 8, which --lr_scheduler cosine follows .the learning rate after step 2 was to be "
+        "0.0001, is 0.000171; at the end it was to be 0, is 0.*max_train_steps was 4, is 8, which --weighting linear "
+        "follows .the weight of the fine term after step 2 was to be 0.5, is 0.25",
+    ),
+    (["--lr_scheduler", "polynomial"], "after step 2 was to be 0.0001, is 0.00015; at the end it was to be 1e-07, is"),
+    (["--lr_scheduler", "linear", "--lr_warmup_steps", "1"], "was to be 0.000133, is 0.000171"),
+    (["--lr_scheduler", "cosine_with_restarts"], "was to be 0.0001, is 0.000171"),
+    (["--weighting", "cosine"], "the weight of the fine term after step 2 was to be 0.5, is 0.146"),
+    (["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "3"], None),
+    (["--weighting", "constant"], None),
+    (["--weighting", "cosine", "--lambda_kd_output", "0"], None),
+]
+
+
+@pytest.mark.parametrize(("flags", "said"), CURVES, ids=lambda value: " ".join(value or ()) * isinstance(value, list))
+def test_curves_that_follow_the_length_are_compared(flags, said):
+    then, now = (
+        vars(train_place.parse_args("", train_place.add_method_arguments, [*RUN, *flags, "--max_train_steps", steps]))
+        for steps in ("4", "8")
+    )
+    found = schedules.changed_curves(then, now, 2, peaks=(2e-4, 2e-4), rate_step=2)
+    assert re.search(said, "; ".join(found)) if said else not found
+    assert not schedules.changed_curves(then, then, 2, peaks=(2e-4, 2e-4), rate_step=2)
+
+
+def test_another_length_under_a_curve_is_another_run(run, caplog):
+    cosine = ["train_place", "--lr_scheduler", "cosine"]
+    run(*cosine, "--max_train_steps", "2")
+    longer = [*cosine, "--resume_from_checkpoint", "latest", "--max_train_steps", "4"]
+    with pytest.raises(ValueError, match="another run: max_train_steps was 2, is 4, .*--allow_changed_arguments"):
+        run(*longer)
+    folder = run(*longer, "--allow_changed_arguments")
+    assert "after step 2 was to be 0, is 0.0001; at the end it was to be 0, is 0" in caplog.text
+    assert [line["learning_rate"] for line in read_log(folder)[2:]] == pytest.approx([2.93e-5, 0], abs=1e-7)
 
 
 def test_latest_without_a_checkpoint_begins_anew_and_says_so(run, tmp_path, capsys):

@@ -24,11 +24,13 @@ from utils.distributed import wait_for_everyone
 from utils.files import sha256
 from utils.output_dir import complete_checkpoints, step_of, wanted_checkpoint
 from utils.training.log import RunLog
+from utils.training.schedules import changed_curves
 
 logger = get_logger(__name__)
 
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of a file system that has no fsync, not of one that is full
 TENSORS = ("student.safetensors", "optimizer.safetensors", "ema.safetensors")  # all else in the folder is not ours
+TOLD = ("lr", "initial_lr", "betas", "eps", "weight_decay")  # of a group of the optimizer: by the command line
 FORMAT = 2  # of state.json: counted up when flags or files change their names
 
 # may change between a checkpoint and its continuation; all else would make it another run
@@ -173,18 +175,29 @@ class Checkpoints:
             self.student.load_state_dict(tensors["student.safetensors"])
         except RuntimeError as error:
             raise UsageError(f"--resume_from_checkpoint {path} is of another student: {error}") from error
+        told = [{name: group[name] for name in TOLD if name in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(_unflatten_optimizer(tensors["optimizer.safetensors"], state["optimizer"]))
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self._follow_the_flags(told)
         if "scaler" in state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             shadow = tensors["ema.safetensors"]
-            self.ema.load_state_dict({**state["ema"], "shadow_params": [shadow[str(i)] for i in range(len(shadow))]})
+            average = {"shadow_params": [shadow[str(i)] for i in range(len(shadow))]}
+            steps = {"optimization_step": state["ema"]["optimization_step"]}
+            self.ema.load_state_dict({**self.ema.state_dict(), **steps, **average})
             self.ema.to(self.accelerator.device)
         for name, part in self.stateful.items():
             part.load_state(state["states"][name], state["step"])
         self.log.last_checkpoint = path
         return state["step"]
+
+    def _follow_the_flags(self, told: list[dict]) -> None:
+        """Rate, betas and decay as the command line has them now, `told` of each group; a checkpoint holds those of
+        its run, which `--allow_changed_arguments` may have changed."""
+        self.lr_scheduler.base_lrs = [group["initial_lr"] for group in told]
+        for group, each, share in zip(self.optimizer.param_groups, told, self.lr_scheduler.lr_lambdas, strict=True):
+            group.update(each | {"lr": each["initial_lr"] * share(self.lr_scheduler.last_epoch)})
 
     def _read_state(self, path: Path) -> dict:
         damaged = None
@@ -217,6 +230,14 @@ class Checkpoints:
             for name in sorted(then.keys() | now.keys())
             if name not in HARMLESS_ARGUMENTS and then.get(name) != now.get(name)
         ]
+        rates = state["lr_scheduler"]
+        changed += changed_curves(
+            state["arguments"],
+            vars(self.args),
+            state["step"],
+            peaks=(rates["base_lrs"][0], self.lr_scheduler.base_lrs[0]),
+            rate_step=rates["last_epoch"],
+        )
         if changed and self.args.allow_changed_arguments:
             logger.warning(f"Resuming what is now another run: {'; '.join(changed)}.")
         elif changed:
