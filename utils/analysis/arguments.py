@@ -104,7 +104,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
         num_cpu_threads={"help": "threads on the CPU; default: one for each core"},
     )
     args = parser.parse_args(argv)
-    _check(args)
+    with parser.placed_errors():
+        _check(args)
     use_download_cache(args.cache_dir)
     idle = [
         ("inception_path", args.feature_extractor != "inception", "--feature_extractor inception"),

@@ -188,5 +188,10 @@ def _recipe(args: dict) -> str:
             lines.append(f"# --{name}")
         else:
             words = [] if value is True else value if isinstance(value, list) else [value]
-            lines.append(" ".join([f"--{name}", *(shlex.quote(str(word)) for word in words)]))
+            lines.append(" ".join([f"--{name}", *(_quoted(str(word)) for word in words)]))
     return "\n".join(lines)
+
+
+def _quoted(word: str) -> str:
+    """As a recipe reads it: a value that begins with @ has two."""
+    return shlex.quote(f"@{word}" if word.startswith("@") and shlex.quote(word) == word else word)

@@ -57,7 +57,8 @@ def parse_args(
                 flush=True,
             )
         args = parser.parse_args([f"@{DEFAULT_RECIPE}", *argv])
-    _check(args)
+    with parser.placed_errors():
+        _check(args)
     use_download_cache(args.cache_dir)
     warn_of_idle_flags(args, parser, _idle_flags(args))
     return args
