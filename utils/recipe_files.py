@@ -3,8 +3,8 @@
 
 A line is read much as a shell reads it: white space parts words and quotes keep it; `#` at the beginning of a word
 starts a comment; `~` at that of a path, and `$NAME`, stand for what they are in the shell, but in single quotes. Other
-than there, a backslash is a letter, as in paths of Windows, unless a space, a quote, `$` or a comment follows, which then
-mean themselves; in a word that begins as such a path does (C:\\, \\\\server) it is one always.
+than there, a backslash is a letter, as in paths of Windows, unless a space, a quote, `$` or a comment follows, which
+then mean themselves; in a word that begins as such a path does (C:\\, \\\\server) it is one always.
 """
 
 import codecs
