@@ -34,8 +34,9 @@ from utils.training.arguments import parse_args
 from utils.training.checkpoint import Checkpoints
 from utils.training.log import RunLog, error_per_sample, tracker_names
 from utils.training.memory import memory_estimate
-from utils.training.optimizer import make_optimizer, stepped, with_gradients
+from utils.training.optimizer import ema_warmup, make_optimizer, stepped, with_gradients
 from utils.training.report import plan, save_arguments, summary
+from utils.training.schedules import count_steps
 from utils.training.stop import Stop
 from utils.training.validation import Validation, evaluated
 
@@ -85,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data
     dataset = open_dataset(args, accelerator, backbone)
+    count_steps(args, len(dataset), accelerator.num_processes)  # of --num_train_epochs
 
     # Student: float32, one module with its feature projectors
     real_images = sample_batch(dataset, args.train_batch_size, args.seed, accelerator.device)
@@ -94,14 +96,14 @@ def main(argv: list[str] | None = None) -> None:
     apply_speed_flags(args, accelerator, denoiser, teacher)
 
     # Optimizer and schedule, both in optimizer steps
-    optimizer = make_optimizer(args, with_gradients(student))
+    optimizer = make_optimizer(args, with_gradients(student), accelerator.num_processes)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     memory = on_main_process(accelerator, memory_estimate, args, accelerator, student, tapped_teacher, backbone)
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
     ema_weights = with_gradients(denoiser)  # collected once, not in every step
-    ema = EMAModel(ema_weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
+    ema = EMAModel(ema_weights, decay=args.ema_decay, foreach=True, **ema_warmup(args)) if args.use_ema else None
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser, dataset)

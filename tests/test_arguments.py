@@ -62,11 +62,11 @@ POSITIVE = (
     "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
     "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit validation_steps "
     "validation_num_inference_steps validation_num_samples validation_batch_size validation_guidance_scale "
-    "max_train_minutes lora_rank cache_variants"
+    "max_train_minutes lora_rank cache_variants num_train_epochs ema_inv_gamma ema_power"
 ).split()
 NOT_NEGATIVE = (
     "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-    "coarse_scale noise_offset validation_shown_samples"
+    "coarse_scale noise_offset input_perturbation validation_shown_samples"
 ).split()
 FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay"]
 

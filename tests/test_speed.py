@@ -12,7 +12,8 @@ from utils.training.optimizer import make_optimizer
 
 def arguments(**changes):
     settings = {"optimizer": "adamw", "learning_rate": 1e-3, "adam_beta1": 0.9, "adam_beta2": 0.99}
-    settings |= {"adam_weight_decay": 0.1, "adam_epsilon": 1e-7, "use_8bit_adam": False, **changes}
+    settings |= {"adam_weight_decay": 0.1, "adam_epsilon": 1e-7, "use_8bit_adam": False, "scale_lr": False}
+    settings |= {"train_batch_size": 3, "gradient_accumulation_steps": 2, **changes}
     return argparse.Namespace(**settings)
 
 

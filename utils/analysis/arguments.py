@@ -119,6 +119,7 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
 def for_backbone(args: argparse.Namespace) -> argparse.Namespace:
     """The training scripts' flags that a backbone reads: off, but for what this script has, under its names."""
     off = {"student_config": None, "random_flip": False, "snr_gamma": None, "antithetic_timesteps": False}
+    off["input_perturbation"] = 0.0
     own = {
         "validation_prompts": read_prompts_file(args.prompts) if args.prompts else None,
         "validation_guidance_scale": args.guidance_scale,

@@ -228,7 +228,9 @@ class Checkpoints:
         changed = [
             f"{name} was {then.get(name)}, is {now.get(name)}"
             for name in sorted(then.keys() | now.keys())
-            if name not in HARMLESS_ARGUMENTS and then.get(name) != now.get(name)
+            if name not in HARMLESS_ARGUMENTS
+            and then.get(name) != now.get(name)
+            and (name in then or now[name])  # a flag that is off, and that the version before did not have
         ]
         rates = state["lr_scheduler"]
         changed += changed_curves(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What follows the length of a run, `--max_train_steps`: the learning rate, and the weight of the fine term."""
 
+import math
 from typing import Any
 
 import torch
@@ -10,6 +11,14 @@ from utils.distillation.losses import fine_weight
 
 RATES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
 WEIGHTS = ("linear", "cosine")
+
+
+def count_steps(args, num_rows: int, num_processes: int) -> None:
+    """Turn `--num_train_epochs` into `--max_train_steps`, which is what everything else goes by."""
+    if args.num_train_epochs:
+        images = args.train_batch_size * args.gradient_accumulation_steps * num_processes
+        args.max_train_steps = math.ceil(args.num_train_epochs * num_rows / images)
+        args.num_train_epochs = None
 
 
 def learning_rate(arguments: dict[str, Any], peak: float, step: int) -> float:
