@@ -93,7 +93,7 @@ def test_the_table_names_flags_as_they_are():
     """Of `docs/flags.md`: what is not here is not, and what is named as ours is ours."""
     text = (ROOT / "docs" / "flags.md").read_text()
     _, absent = text.split("## Not here")
-    ours = {f"--{name}" for name in vars(parsed())} | {"--interpolation"}
+    ours = {f"--{name}" for name in vars(parsed())} | {"--image_interpolation_mode"}
     rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
     assert all(len(row) == 2 for row in rows)
     theirs, answers = ({flag for row in rows for flag in re.findall(r"`(--\w+)", row[i])} for i in (0, 1))

@@ -69,7 +69,7 @@ def card_for_hub(folder: Path, repo_id: str) -> str | None:
     facts = _facts(folder)
     if facts and not _edited(folder, facts):
         return render(folder, facts, repo_id)
-    return (folder / "README.md").read_text() if (folder / "README.md").exists() else None
+    return (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").exists() else None
 
 
 def render(folder: Path, facts: dict, name: str) -> str:
