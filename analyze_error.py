@@ -36,6 +36,7 @@ from utils.files import PACKAGES
 from utils.metrics.distances import frechet_distance, rank_warning
 from utils.metrics.extractors import load_extractor
 from utils.metrics.statistics import FeatureStatistics
+from utils.output_dir import lock_output_dir, unlock_output_dir
 from utils.randomness import ENCODE_STREAM, NOISE_STREAM, VALIDATION_STREAM, StepRandom, seed_from, shuffled
 
 MAPS = 5  # timesteps with error maps
@@ -215,6 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     student = student.to(accelerator.device).eval().requires_grad_(False)
     backbone.teacher.to(accelerator.device)
 
+    lock_output_dir(args.output_dir)
     statistics, first_inputs = measure_error(args, backbone, student, images, timesteps)
 
     # The numbers first, those of the error before sampling begins, then the figures
@@ -251,6 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     save_analysis(analysis, folder)
     save_figures(analysis, maps, pictures, folder)
     print(f"{error_table(analysis)}\n\n{HOW_TO_READ}\n")
+    unlock_output_dir(args.output_dir)
     print(f"Saved in {folder}: analysis.json, {MAPS_FILE}, {', '.join(FIGURES)}")
 
 

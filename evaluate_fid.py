@@ -47,7 +47,7 @@ from utils.metrics.distances import (
     subset_warning,
 )
 from utils.metrics.extractors import load_extractor
-from utils.output_dir import check_output_dir
+from utils.output_dir import check_output_dir, lock_output_dir, unlock_output_dir
 from utils.pixels import image_grid
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
@@ -209,6 +209,7 @@ def main(argv: list[str] | None = None) -> None:
     check_counts(args, count, reference)
 
     # Where the samples go, and where an earlier run left off
+    on_main_process(accelerator, lock_output_dir, args.output_dir)
     if args.overwrite_output_dir:
         on_main_process(accelerator, clear_evaluation, args.output_dir)
     if sampler:
@@ -287,6 +288,7 @@ def main(argv: list[str] | None = None) -> None:
         print("Next: python analyze_error.py --help, for where a student's error lies")
     wait_for_everyone(accelerator)
     accelerator.end_training()
+    unlock_output_dir(args.output_dir)
 
 
 if __name__ == "__main__":

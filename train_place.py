@@ -28,15 +28,16 @@ from utils.distillation.balance import TimestepBalance
 from utils.distillation.features import feature_loss, tap_pair
 from utils.distillation.losses import fine_weight, place_loss
 from utils.distributed import on_main_process, process_settings, refuse_unsupported
-from utils.output_dir import check_output_dir, prepare_output_dir
+from utils.output_dir import check_output_dir, lock_output_dir, prepare_output_dir, unlock_output_dir
 from utils.publishing.card import write_card
 from utils.publishing.hub import check_push, prepare_push, push
 from utils.training.arguments import parse_args
 from utils.training.checkpoint import Checkpoints
 from utils.training.log import RunLog, error_per_sample, tracker_names
 from utils.training.memory import memory_estimate
-from utils.training.optimizer import make_optimizer, stepped, with_gradients
+from utils.training.optimizer import ema_warmup, make_optimizer, stepped, with_gradients
 from utils.training.report import plan, save_arguments, summary
+from utils.training.schedules import count_steps
 from utils.training.stop import Stop
 from utils.training.validation import Validation, evaluated
 
@@ -86,6 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data
     dataset = open_dataset(args, accelerator, backbone)
+    count_steps(args, len(dataset), accelerator.num_processes)  # of --num_train_epochs
 
     # Student: float32, one module with its feature projectors
     real_images = sample_batch(dataset, args.train_batch_size, args.seed, accelerator.device)
@@ -95,14 +97,14 @@ def main(argv: list[str] | None = None) -> None:
     apply_speed_flags(args, accelerator, denoiser, teacher)
 
     # Optimizer and schedule, both in optimizer steps
-    optimizer = make_optimizer(args, with_gradients(student), accelerator.device)
+    optimizer = make_optimizer(args, with_gradients(student), accelerator)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     memory = on_main_process(accelerator, memory_estimate, args, accelerator, student, tapped_teacher, backbone)
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
     ema_weights = with_gradients(denoiser)  # collected once, not in every step
-    ema = EMAModel(ema_weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
+    ema = EMAModel(ema_weights, decay=args.ema_decay, foreach=True, **ema_warmup(args)) if args.use_ema else None
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser, dataset)
@@ -113,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
 
     # Where everything goes, and where it goes on from
+    on_main_process(accelerator, lock_output_dir, args.output_dir)
     prepare_output_dir(args, accelerator)
     log = RunLog(args, accelerator, backbone.process.num_places)
     dataset = encoded_once(args, accelerator, dataset, backbone)  # with --latent_cache_dir
@@ -204,6 +207,7 @@ def main(argv: list[str] | None = None) -> None:
         validation.measure_references()
         write_card(args, backbone, method=method_name(args), sizes=sizes, distances=validation.distances)
     accelerator.end_training()
+    unlock_output_dir(args.output_dir)
     accelerator.print(summary(args, log, validation, dataset))
     if repo_id:
         push(args.output_dir, repo_id)

@@ -5,6 +5,8 @@ import argparse
 from pathlib import Path
 
 from utils.command_line import HideToken, Switch, UsageError, bundled
+from utils.files import is_stray
+from utils.output_dir import LOCK
 
 SHARED = {
     # the model on the Hub
@@ -137,7 +139,7 @@ def check_output_folder(args: argparse.Namespace, refusal: str, *, unless: bool)
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is a file.")
-    if folder.is_dir() and any(folder.iterdir()) and not unless:
+    if folder.is_dir() and any(path.name != LOCK and not is_stray(path) for path in folder.iterdir()) and not unless:
         raise UsageError(f"--output_dir {folder} {refusal}")
 
 

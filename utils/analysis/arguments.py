@@ -104,7 +104,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
         num_cpu_threads={"help": "threads on the CPU; default: one for each core"},
     )
     args = parser.parse_args(argv)
-    _check(args)
+    with parser.placed_errors():
+        _check(args)
     use_download_cache(args.cache_dir)
     idle = [
         ("inception_path", args.feature_extractor != "inception", "--feature_extractor inception"),
@@ -118,6 +119,7 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
 def for_backbone(args: argparse.Namespace) -> argparse.Namespace:
     """The training scripts' flags that a backbone reads: off, but for what this script has, under its names."""
     off = {"student_config": None, "random_flip": False, "snr_gamma": None, "antithetic_timesteps": False}
+    off["input_perturbation"] = 0.0
     own = {
         "validation_prompts": read_prompts_file(args.prompts) if args.prompts else None,
         "validation_guidance_scale": args.guidance_scale,

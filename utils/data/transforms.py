@@ -2,8 +2,9 @@
 """A row to tensors: the image decoded, resized, cropped and flipped; the caption of this epoch, tokenised."""
 
 import io
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +27,11 @@ class ImageTransform:
         self.mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
         self.turn_upright = True  # by a photo's EXIF tag, as viewers do
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what is made of a row, by name, of JSON's types: every field of this object, so that one
+        that is added later counts too. For the keys of caches."""
+        return json.loads(json.dumps(vars(self), default=str))
 
     def decode(self, row: dict) -> torch.Tensor:
         """Uint8 (C, H, W) with the shorter side at `resolution`.
@@ -88,6 +94,10 @@ class CaptionedTransform(ImageTransform):
         self.caption_column, self.tokenizers = caption_column, tokenizers
         self.micro_conditioning = micro_conditioning
         self.columns = (caption_column, self.image_column) if micro_conditioning else (caption_column,)
+
+    def settings(self) -> dict[str, Any]:
+        """As ImageTransform.settings, without the tokenizers: their files say what they are."""
+        return {name: value for name, value in super().settings().items() if name != "tokenizers"}
 
     def check(self, rows: "datasets.Dataset") -> None:
         """Raises UsageError where there are no captions."""

@@ -26,7 +26,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     for add_group in (_samples, _sampling, _reference, _metrics, _cost, _output, _speed):
         add_group(parser)
     args = parser.parse_args(argv)
-    _check(args)
+    with parser.placed_errors():
+        _check(args)
     use_download_cache(args.cache_dir)
     warn_of_idle_flags(args, parser, _idle_flags(args))
     return args

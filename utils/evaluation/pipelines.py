@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from utils.command_line import UsageError
+from utils.files import loaded_files
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -109,12 +110,9 @@ def pipeline_files(folder: Path, pipeline: DiffusionPipeline, variant: str | Non
     for name, part in pipeline.components.items():
         if part is None:
             continue
-        present = [path for path in (folder / name).glob("*") if path.is_file()]
+        present = loaded_files((folder / name).glob("*"), variant)
         if not present:  # the Hub's oldest pipelines have their model in the root
-            present = [*folder.glob("*config.json"), *folder.glob("diffusion_pytorch_model*")]
-        weights = [path for path in present if path.suffix == ".safetensors"]
-        weights = weights or [path for path in present if path.suffix == ".bin"]
-        plain = [path for path in weights if "." not in path.stem]
-        chosen = [path for path in weights if variant and f".{variant}" in path.name] or plain
-        files += [path for path in present if path in chosen or path.suffix in (".json", ".txt", ".model")]
+            root = (*folder.glob("*config.json"), *folder.glob("diffusion_pytorch_model*"))
+            present = loaded_files(root, variant)
+        files += present
     return sorted(set(files))

@@ -20,6 +20,8 @@ from utils.files import versions, written_beside
 from utils.metrics.extractors import extractor_identity
 from utils.metrics.statistics import FeatureStatistics
 
+FORMAT = 2  # of the cache: counted up when the same images and settings come to other numbers
+
 
 def open_reference(args, extractor) -> ImageSet | FeatureStatistics:
     """The images, or the statistics, that the flags name; nothing is computed yet.
@@ -127,15 +129,7 @@ def measure_reference(reference, extractor, accelerator: Accelerator, args) -> t
     }
     if not args.reference_images:
         protocol["fingerprint"] = fingerprint(reference.rows)
-    key = {
-        "content": content,
-        "resolution": protocol["resolution"],
-        "extractor": extractor.protocol,
-        "batch_size": args.batch_size,  # decides the last bits
-        "device": accelerator.device.type,
-        "versions": versions("torch", "pillow", "numpy"),
-    }
-    cached = _Cache(args.reference_cache_dir, key)
+    cached = _Cache(args.reference_cache_dir, cache_key(args, reference, content, extractor, accelerator.device.type))
     measured = cached.load(keeps_features(args)) if accelerator.is_main_process else None
     found = [measured is not None]
     broadcast_object_list(found)
@@ -146,6 +140,21 @@ def measure_reference(reference, extractor, accelerator: Accelerator, args) -> t
     if accelerator.is_main_process:
         measured.statistics.protocol = {"extractor": extractor.protocol, "reference": protocol}
     return measured, protocol
+
+
+def cache_key(args, reference: ImageSet, content: str | None, extractor, device: str) -> dict:
+    """All that the measured numbers depend on: `content`, the hash of the images' bytes; how they are read, by every
+    field of the transform; what measures them."""
+    read = {name: value for name, value in reference.transform.settings().items() if name != "image_column"}
+    return {
+        "format": FORMAT,
+        "content": content,
+        "read": {**read, "cut": reference.cut},
+        "extractor": extractor.protocol,
+        "batch_size": args.batch_size,  # decides the last bits
+        "device": device,
+        "versions": versions("torch", "pillow", "numpy"),
+    }
 
 
 class _Cache:

@@ -24,6 +24,7 @@ from utils.flags import (
 )
 from utils.output_dir import wanted_checkpoint
 
+MAX_TRAIN_STEPS = 100_000
 DEFAULT_RECIPE = "assets/default.args"
 RENAMED = {"--validation_images": "--validation_shown_samples"}
 STUDENTS = ("pruning_ratio", "student_preset", "student_config", "student_model_name_or_path")
@@ -57,7 +58,8 @@ def parse_args(
                 flush=True,
             )
         args = parser.parse_args([f"@{DEFAULT_RECIPE}", *argv])
-    _check(args)
+    with parser.placed_errors():
+        _check(args)
     use_download_cache(args.cache_dir)
     warn_of_idle_flags(args, parser, _idle_flags(args))
     return args
@@ -205,6 +207,12 @@ def _loss(parser: argparse.ArgumentParser) -> None:
         help="add this much noise that is one value a channel, so that images may be darker or brighter (default: 0)",
     )
     group.add_argument(
+        "--input_perturbation",
+        type=float,
+        default=0.0,
+        help="noise in the input that the target does not know of, as a share of the noise; 0.1 is usual (default: 0)",
+    )
+    group.add_argument(
         "--snr_gamma", type=float, help="min-SNR weighting of the diffusion loss alone; 5 is usual, default: off"
     )
     group.add_argument(
@@ -216,7 +224,12 @@ def _loss(parser: argparse.ArgumentParser) -> None:
 
 def _optimisation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--max_train_steps", type=int, default=100_000, help="optimizer steps (default: 100000)")
+    group.add_argument(
+        "--max_train_steps", type=int, default=MAX_TRAIN_STEPS, help="optimizer steps (default: 100,000)"
+    )
+    group.add_argument(
+        "--num_train_epochs", type=float, help="or: how often every image is seen, from which the steps are counted"
+    )
     group.add_argument(
         "--train_batch_size", type=int, default=64, help="images per process and micro-step (default: 64)"
     )
@@ -226,6 +239,11 @@ def _optimisation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--optimizer", choices=["adamw", "adam"], default="adamw", help="default: adamw")
     group.add_argument("--use_8bit_adam", action=Switch, help="8-bit AdamW or Adam of bitsandbytes (CUDA)")
     group.add_argument("--learning_rate", type=float, default=2e-4, help="peak rate (default: 2e-4, the paper's)")
+    group.add_argument(
+        "--scale_lr",
+        action=Switch,
+        help="multiply --learning_rate by the images of a step: batch size, accumulated, of all processes",
+    )
     group.add_argument(
         "--lr_scheduler",
         default="constant",
@@ -246,6 +264,12 @@ def _optimisation(parser: argparse.ArgumentParser) -> None:
         help="average the weights over steps; samples, distances and the export then use the average",
     )
     group.add_argument("--ema_decay", type=float, default=0.9999, help="of the average per step (default: .9999)")
+    group.add_argument(
+        "--ema_inv_gamma",
+        type=float,
+        help="let the decay grow up to --ema_decay as 1 - (1 + step / inv_gamma) ** -power (default: off, and then 1)",
+    )
+    group.add_argument("--ema_power", type=float, help="of that growth (default: off, and then .75)")
     add_shared(group, "seed")
 
 
@@ -287,7 +311,8 @@ def _output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--report_to",
         default="tensorboard",
-        help="tensorboard, wandb or any tracker accelerate knows, several with commas, or none (default: tensorboard)",
+        help="tensorboard, wandb or any tracker accelerate knows, several with commas, all that are "
+        "installed, or none (default: tensorboard)",
     )
     group.add_argument("--tracker_project_name", default="lift-and-place", help="default: lift-and-place")
     group.add_argument(
@@ -347,11 +372,12 @@ def _check(args: argparse.Namespace) -> None:
         "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
         "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit "
         "validation_steps validation_num_inference_steps validation_num_samples validation_guidance_scale "
-        "validation_batch_size max_train_minutes num_cpu_threads lora_rank cache_variants"
+        "validation_batch_size max_train_minutes num_cpu_threads lora_rank cache_variants num_train_epochs "
+        "ema_inv_gamma ema_power"
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-        "coarse_scale timestep_balance task_balance noise_offset validation_shown_samples"
+        "coarse_scale timestep_balance task_balance noise_offset input_perturbation validation_shown_samples"
     )
     check_positive(args, positive)
     check_not_negative(args, not_negative)
@@ -379,6 +405,11 @@ def _check(args: argparse.Namespace) -> None:
             )
     if not (args.lambda_task or args.lambda_kd_output or args.lambda_kd_feat):
         raise UsageError("--lambda_task, --lambda_kd_output and --lambda_kd_feat are all 0: nothing to train on.")
+    if args.num_train_epochs and args.max_train_steps != MAX_TRAIN_STEPS:
+        raise UsageError(
+            f"Give one of --num_train_epochs and --max_train_steps; found both ({args.num_train_epochs:g} and "
+            f'{args.max_train_steps:,}). A recipe\'s is undone by --max_train_steps "".'
+        )
     check_data(args, or_none=bool(args.latent_cache_dir))
     if getattr(args, "grouping", None) == "patch" and math.isqrt(args.group_size) ** 2 != args.group_size:
         raise UsageError(f"--group_size is {args.group_size}; --grouping patch needs a square number, such as 16.")
@@ -424,7 +455,7 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
     return [
         ("student_init", args.pruning_ratio is None, "--pruning_ratio"),
         ("revision variant teacher_dtype", not args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"),
-        ("ema_decay", not args.use_ema, "--use_ema"),
+        ("ema_decay ema_inv_gamma ema_power", not args.use_ema, "--use_ema"),
         ("fuse_lora", not args.lora_rank, "--lora_rank"),
         (f"output_loss timestep_balance {line_flags}", not args.lambda_kd_output, "--lambda_kd_output above 0"),
         (line_flags, getattr(args, "output_loss", "lift") != "lift", "--output_loss lift"),
