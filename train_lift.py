@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     apply_speed_flags(args, accelerator, denoiser, teacher)
 
     # Optimizer and schedule, both in optimizer steps
-    optimizer = make_optimizer(args, with_gradients(student))
+    optimizer = make_optimizer(args, with_gradients(student), accelerator.device)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )

@@ -82,7 +82,9 @@ def waits(run, monkeypatch):
         monkeypatch.setattr(train_place, "training_batches", batches)
         monkeypatch.setattr(utils.data.rows, "StepRandom", Shapes)
         monkeypatch.setattr(RunLog, "end_step", end_step)
-        monkeypatch.setattr(train_place, "make_optimizer", lambda args, weights: torch.optim.SGD(weights, lr=1e-3))
+        monkeypatch.setattr(
+            train_place, "make_optimizer", lambda args, weights, device: torch.optim.SGD(weights, lr=1e-3)
+        )
         steps = ["--max_train_steps", 9, "--logging_steps", 9, "--validation_shown_samples", 0]
         with pytest.raises(EnoughSteps):
             run("train_place", *flags, *steps, output="on_meta")

@@ -18,7 +18,7 @@ def arguments(**changes):
 
 @pytest.mark.parametrize("name, kind", [("adamw", torch.optim.AdamW), ("adam", torch.optim.Adam)])
 def test_the_optimizer_gets_every_setting(name, kind):
-    optimizer = make_optimizer(arguments(optimizer=name), nn.Linear(2, 2).parameters())
+    optimizer = make_optimizer(arguments(optimizer=name), nn.Linear(2, 2).parameters(), torch.device("cpu"))
     assert type(optimizer) is kind and len(optimizer.param_groups[0]["params"]) == 2
     expected = {"lr": 1e-3, "betas": (0.9, 0.99), "weight_decay": 0.1, "eps": 1e-7, "fused": True}
     assert {key: optimizer.param_groups[0][key] for key in expected} == expected
@@ -28,4 +28,4 @@ def test_the_optimizer_gets_every_setting(name, kind):
 def test_trainable_weights_in_half_precision_are_refused(dtype):
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).to(dtype))
     with pytest.raises(ValueError, match=f"must be float32, found {dtype}.*--mixed_precision"):
-        make_optimizer(arguments(), model.parameters())
+        make_optimizer(arguments(), model.parameters(), torch.device("cpu"))

@@ -9,8 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import read_log, run_script
 from diffusers import (
+    AutoencoderKL,
     DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
@@ -31,6 +34,7 @@ from utils.data.cache import FORMAT, CachedRows
 from utils.data.rows import ImageRows, StreamSampler, load_rows
 from utils.randomness import StepRandom
 from utils.training.arguments import parse_args
+from utils.training.validation import Validation
 
 KINDS = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "xl": StableDiffusionXLPipeline}
 BRIEFLY = (
@@ -407,6 +411,28 @@ def test_samples_equal_the_stock_pipeline(teachers):
     expected = torch.from_numpy((expected * 255).round()).permute(0, 3, 1, 2)
     assert (images.float() - expected).abs().max() <= 1
     assert [*backbone.conditions.of_samples(None, 1, 3)] == ["c d", "a b", "c d"]
+
+
+@pytest.mark.parametrize("kind", ["sd1", "xl"])
+def test_a_validation_runs_the_denoiser_alone_under_autocast(teachers, tmp_path, monkeypatch, kind):
+    """And decodes in float32, one image after the other: 16 at once of 1024 pixels a side take 24 GiB."""
+    backbone = load(teachers[kind], "--mixed_precision", "bf16", "--validation_prompts", "a b")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    validation = Validation(backbone.args, accelerator, backbone, backbone.teacher, dataset=None)
+    dtypes, decode = {"denoiser": set(), "decoder": []}, AutoencoderKL._decode
+
+    def seen(self, z, *args, **options):
+        image = decode(self, z, *args, **options)
+        dtypes["decoder"] += [(len(z), z.dtype, image.sample.dtype)]
+        return image
+
+    monkeypatch.setattr(AutoencoderKL, "_decode", seen)
+    conv = backbone.teacher.down_blocks[0].resnets[0].conv1
+    with conv.register_forward_hook(lambda _, inputs, output: dtypes["denoiser"].add(output.dtype)):
+        assert validation._draw(backbone.teacher, 0, 3).shape == (3, 3, 32, 32)
+    assert dtypes == {"denoiser": {torch.bfloat16}, "decoder": [(1, torch.float32, torch.float32)] * 3}
+    assert not backbone.vae().use_slicing  # which would encode other last bits in training
 
 
 # Bad input

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What families of latent denoisers have in common: a frozen VAE, a cache, the teacher's other files kept."""
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -150,6 +151,14 @@ class Latent(Backbone):
         """Forward arguments of one sample, for the shapes of things."""
         x_t = torch.zeros(1, self.teacher.config.in_channels, self.latent_size, self.latent_size)
         return {"x_t": x_t, "timestep": torch.zeros(1, dtype=torch.long), **self.conditions.example()}
+
+    def decoder(self) -> AutoencoderKL:
+        """The VAE in float32, as pictures are decoded whatever dtype training encodes in, and image by image: at
+        1024 pixels a side each takes gigabytes."""
+        vae = self.vae()
+        vae = copy.copy(vae) if vae.dtype == torch.float32 else copy.deepcopy(vae).float()
+        vae.enable_slicing()
+        return vae
 
     def sample(
         self, denoiser: nn.Module, seeds: Sequence[int], num_inference_steps: int, conditions: Sequence

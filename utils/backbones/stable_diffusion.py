@@ -4,7 +4,6 @@
 Rombach et al. 2022; XL: Podell et al. 2023.
 """
 
-import copy
 import inspect
 import logging
 
@@ -141,9 +140,8 @@ class StableDiffusion(Latent):
     def sampling_pipeline(self, denoiser: nn.Module) -> DiffusionPipeline:
         """Without text encoders: the prompts come as embeddings."""
         absent = ("text_encoder_2", "tokenizer_2") if self.xl else ("safety_checker", "feature_extractor")
-        vae = self.vae()
         return self.pipeline_class(
-            vae=vae if vae.dtype == torch.float32 else copy.deepcopy(vae).float(),
+            vae=self.decoder(),
             unet=denoiser,
             scheduler=self.process.sampler(),
             **dict.fromkeys(("text_encoder", "tokenizer", *absent)),

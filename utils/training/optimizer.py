@@ -15,11 +15,11 @@ def with_gradients(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW or Adam, fused into few kernels, or in 8 bits.
+def make_optimizer(args, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
+    """AdamW or Adam, fused into few kernels, or in 8 bits; it will step on `device`.
 
     Raises:
-        UsageError: `--use_8bit_adam` without bitsandbytes.
+        UsageError: `--use_8bit_adam` without bitsandbytes, or on a device for which that has no such optimizer.
         ValueError: weights that are not float32.
     """
     parameters = list(parameters)
@@ -35,6 +35,8 @@ def make_optimizer(args, parameters: Iterable[nn.Parameter]) -> torch.optim.Opti
         "eps": args.adam_epsilon,
     }
     if args.use_8bit_adam:
+        if device.type == "mps":
+            raise UsageError("--use_8bit_adam: bitsandbytes has no optimizer for Apple's GPU (mps); leave it out.")
         try:
             import bitsandbytes
         except ImportError as error:
