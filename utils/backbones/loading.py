@@ -103,7 +103,7 @@ def _check_weights(folder: Path, kind: type, flag: str, variant: str | None, pic
         found = find_weights(folder, kind, variant, pickled=pickled)
     except ValueError as error:
         hint = "" if flag == TEACHER else " (--variant is the teacher's: save a student without one)"
-        raise UsageError(f"{flag}: {folder} does not load: {error}{hint}") from error
+        raise UsageError(f"{flag} {folder} does not load: {error}{hint}") from error
     if found.variant != variant:
         raise UsageError(
             f"--variant {variant}: {folder} has no weights of it. Leave the flag out to load its plain ones."
