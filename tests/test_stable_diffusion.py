@@ -508,7 +508,7 @@ def test_analyze_error(train, teachers, pictures, tmp_path, monkeypatch):
     analysis = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
     captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     assert sum(drawn[::3], []) == [*captions, *captions[:2]]
-    assert analysis["samples"]["num_prompts"] == 12 and analysis["protocol"]["sampler"]["guidance_scale"] == 7.5
+    assert analysis["samples"]["num_prompts"] == 12 and analysis["protocol"]["sampler"]["guidance_scale"] == 5
     with np.load(tmp_path / "analysis" / "error_maps.npz") as maps:
         assert maps["image"].shape == maps["image_error"].shape == (3, 4, 16, 16)
     mean = analysis["mean"]

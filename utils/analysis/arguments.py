@@ -71,7 +71,11 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
-    group.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: 7.5)")
+    group.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="classifier-free guidance, 0 for none (default: the stock pipeline's own; none for turbo teachers)",
+    )
     add_shared(
         group,
         "prompts feature_extractor inception_path",
@@ -137,10 +141,9 @@ def _check(args: argparse.Namespace) -> None:
     check_data(args)
     check_positive(
         args,
-        "resolution num_timesteps num_images num_inference_steps guidance_scale shown_samples num_samples batch_size "
-        "num_cpu_threads",
+        "resolution num_timesteps num_images num_inference_steps shown_samples num_samples batch_size num_cpu_threads",
     )
-    check_not_negative(args, "seed")
+    check_not_negative(args, "seed guidance_scale")
     check_group_size(args)
     if args.feature_extractor and args.num_samples < max(2, args.shown_samples):
         raise UsageError(

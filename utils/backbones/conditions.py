@@ -71,6 +71,7 @@ class Prompts(Nothing):
     """Text, by frozen encoders. A family says in `embed_tokens` and `keywords` what its denoiser reads of them."""
 
     micro_conditioning = False  # whether the denoiser is told the image's size and crop too
+    zeros_when_empty = False  # whether no prompt is told as zeros, and not as the embeddings of ""
 
     def __init__(self, args, tokenizers: Sequence, encoders: Sequence[Frozen]):
         self.tokenizers, self.encoders = tokenizers, encoders
@@ -99,8 +100,8 @@ class Prompts(Nothing):
         )
 
     def settings(self) -> dict[str, Any]:
-        """The column that the prompts are in."""
-        return {"caption_column": self.caption_column}
+        """The column that the prompts are in, and what stands for no prompt where that is not the embeddings of ""."""
+        return {"caption_column": self.caption_column} | ({"empty_prompt": "zeros"} if self.zeros_when_empty else {})
 
     def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """From `input_ids_0`, `input_ids_1` ... (B, T)."""
@@ -122,9 +123,11 @@ class Prompts(Nothing):
         return {name: torch.stack([each[name] for each in found]).to(device) for name in found[0]}
 
     def empty(self) -> dict[str, Tensor]:
-        """Embeddings of the empty prompt."""
+        """What the stock pipeline tells the denoiser where there is no prompt: the embeddings of "", or zeros."""
         if self.known_empty is None:
             self.known_empty = self.prompts([""])
+            if self.zeros_when_empty:
+                self.known_empty = {name: torch.zeros_like(value) for name, value in self.known_empty.items()}
         device = self.encoders[0].place()[0]
         self.known_empty = {name: value.to(device) for name, value in self.known_empty.items()}  # a cache's moves once
         return self.known_empty

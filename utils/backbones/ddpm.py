@@ -50,14 +50,7 @@ class DDPM(Backbone):
 
     @classmethod
     def check_more(cls, args, teacher: dict | None, student: dict, flag: str) -> None:
-        """Classes, learned variances, and what is no image."""
-        for config, source in ((teacher, TEACHER), (student, flag)):
-            for key in ("num_class_embeds", "class_embed_type") if config else ():
-                if config[key] is not None:
-                    raise UsageError(
-                        f"{source}: the U-Net is told a class ({key} is {config[key]}); pixel teachers and students "
-                        "here are unconditional. Choose one without classes."
-                    )
+        """Learned variances, and what is no image."""
         if student["in_channels"] not in (1, 3, 4):
             raise UsageError(f"{flag}: in_channels is {student['in_channels']}; images have 1, 3 or 4.")
         if student["out_channels"] != student["in_channels"]:
@@ -142,4 +135,4 @@ class DDPM(Backbone):
 
     def save(self, denoiser: UNet2DModel, folder: Path) -> None:
         """Write `pipeline` to `folder`."""
-        save_pipeline(self.pipeline(denoiser), folder)
+        save_pipeline(self.pipeline(denoiser), self.component, folder)

@@ -57,8 +57,10 @@ def load_pipeline(
             pipeline.load_lora_weights(folder, weight_name=LORA)
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         hint = ""
+        if not variant and any(folder.rglob("*.fp16*.safetensors")):
+            hint = " If its weights are a variant alone, name it: --variant fp16."
         if not pickled and any(folder.rglob("*.bin")):
-            hint = " If its weights are pickled (.bin), --allow_pickle_weights loads them, weights only."
+            hint += " If its weights are pickled (.bin), --allow_pickle_weights loads them, weights only."
         raise UsageError(f"{flag} {folder} does not load: {error}{hint}") from error
     for name in ("safety_checker", "watermark"):
         if getattr(pipeline, name, None) is not None:

@@ -350,7 +350,10 @@ def _validation(parser: argparse.ArgumentParser) -> None:
         "--validation_prompts", nargs="+", help="for text-to-image students; default: the first images' captions"
     )
     group.add_argument(
-        "--validation_guidance_scale", type=float, help="classifier-free guidance of samples (default: 7.5, SD's)"
+        "--validation_guidance_scale",
+        type=float,
+        help="classifier-free guidance of samples, 0 for none (default: the stock pipeline's own, 7.5 or, for XL, 5; "
+        "none where the teacher's scheduler is as a turbo model's)",
     )
     group.add_argument("--validation_num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
     group.add_argument(
@@ -371,13 +374,13 @@ def _check(args: argparse.Namespace) -> None:
     positive = (
         "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
         "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit "
-        "validation_steps validation_num_inference_steps validation_num_samples validation_guidance_scale "
-        "validation_batch_size max_train_minutes num_cpu_threads lora_rank cache_variants num_train_epochs "
-        "ema_inv_gamma ema_power"
+        "validation_steps validation_num_inference_steps validation_num_samples validation_batch_size "
+        "max_train_minutes num_cpu_threads lora_rank cache_variants num_train_epochs ema_inv_gamma ema_power"
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-        "coarse_scale timestep_balance task_balance noise_offset input_perturbation validation_shown_samples"
+        "coarse_scale timestep_balance task_balance noise_offset input_perturbation validation_shown_samples "
+        "validation_guidance_scale"
     )
     check_positive(args, positive)
     check_not_negative(args, not_negative)

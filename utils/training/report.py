@@ -56,7 +56,9 @@ def _peak_memory(accelerator: Accelerator) -> str:
 def summary(args, log: RunLog, validation, dataset) -> str:
     """What was made, where, how good it is, and what to run next."""
     folder = Path(args.output_dir)
-    lines = [f"Saved: {folder}, a stock diffusers pipeline; samples: {folder / 'samples.png'}; log: {log.path}"]
+    lines = [
+        f"Saved: {folder}, a stock diffusers pipeline, loaded back; samples: {folder / 'samples.png'}; log: {log.path}"
+    ]
     if validation.distances:
         lines.append(f"Frechet distance to real images, {args.validation_num_samples:,} samples:")
         lines += [f"  {who:<26}{distance:10.2f}" for who, distance in validation.distances.items()]
