@@ -3,7 +3,7 @@
 
     accelerate launch train_place.py                  # the embedded default, @assets/default.args: about 3 minutes
     accelerate launch train_place.py --pretrained_model_name_or_path google/ddpm-celebahq-256 --dataset_name FOLDER \\
-        --pruning_ratio 0.5 --lambda_kd_feat 1 --use_ema --output_dir student
+        --pruning_ratio 0.5 --use_ema --output_dir student
 
 PLACE (Han, Yeo, Yoo, CVPR 2026) sorts the elements of every sample and channel by their error, cuts them into groups,
 and in every group fits the teacher's prediction as a line of the student's: the line is aligned first, the residual
@@ -12,6 +12,7 @@ after. The conventional baselines are settings of train_lift.py.
 Left out on purpose: training that shards a model over GPUs (FSDP, DeepSpeed), fp8, and teachers that are transformers.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -175,7 +176,7 @@ def main(argv: list[str] | None = None) -> None:
 
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
         balance.add(noised.place, errors)

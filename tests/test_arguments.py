@@ -60,15 +60,16 @@ def test_defaults_parse(parse):
 
 POSITIVE = (
     "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
-    "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit validation_steps "
-    "validation_num_inference_steps validation_num_samples validation_batch_size validation_guidance_scale "
-    "max_train_minutes lora_rank cache_variants num_train_epochs ema_inv_gamma ema_power"
+    "snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit validation_steps "
+    "validation_num_inference_steps validation_num_samples validation_batch_size "
+    "max_train_minutes lora_rank cache_variants num_train_epochs ema_inv_gamma ema_power taylor_timesteps"
 ).split()
 NOT_NEGATIVE = (
     "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-    "coarse_scale timestep_balance task_balance noise_offset input_perturbation validation_shown_samples"
+    "max_grad_norm coarse_scale timestep_balance task_balance noise_offset input_perturbation "
+    "validation_shown_samples validation_guidance_scale"
 ).split()
-FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay"]
+FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay", "dropout"]
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,14 @@ CONTRADICTIONS = [
     ([*TEACHER, *STUDENT], "--dataset_name and --train_data_dir; found neither"),
     ([*TEACHER, *STUDENT, *DATA, "--train_data_dir", "f"], "--dataset_name and --train_data_dir; found both"),
     ([*TEACHER, *STUDENT, *DATA, "--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "deletes it"),
+    *(
+        ([*TEACHER, *STUDENT, *DATA, "--crop", *box.split()], f"--crop {box}: give four numbers, top and left")
+        for box in ("57 25 128", "57 25 128 128 3", "-1 0 8 8", "0 -2 8 8", "0 0 0 8", "0 0 8 -8")
+    ),
+    (
+        [*TEACHER, *STUDENT, *DATA, *"--crop 5 2 8 8 --center_crop".split()],
+        "--crop 5 2 8 8 is a square .*--no-center_c",
+    ),
 ]
 
 
@@ -384,6 +393,7 @@ def test_an_empty_command_line_is_the_embedded_default(tmp_path, monkeypatch, ca
         ("--lambda_task 0 --task_balance 1", "train_place", "--lambda_task above 0"),
         ("--lambda_kd_output 0 --timestep_balance 1", "train_lift", "--lambda_kd_output above 0"),
         ("--validation_num_samples 5", "train_place", "--validation_feature_extractor"),
+        ("--student_init random --taylor_timesteps 50", "train_place", "--student_init taylor"),
         ("--allow_changed_arguments", "train_place", "--resume_from_checkpoint"),
     ],
 )
@@ -407,6 +417,12 @@ def test_flags_with_effect_are_not(parse, flags, script):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parse(*flags.split(), script=script)
+
+
+def test_a_box_that_is_no_square_may_be_cut_further_and_one_can_be_undone(parse):
+    assert parse(*"--crop 5 2 8 9 --center_crop".split()).crop == [5, 2, 8, 9]
+    assert parse(*"--crop 5 2 8 8 --center_crop --no-center_crop".split()).crop == [5, 2, 8, 8]
+    assert parse("--crop", "5", "2", "8", "8", "--crop", "").crop is None
 
 
 def test_student_init_goes_with_pruning(parse):

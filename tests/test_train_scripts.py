@@ -149,6 +149,17 @@ def test_a_ddim_teacher_gives_a_ddim_student(run, tmp_path, teacher_dir):
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DDIMPipeline"
 
 
+@pytest.mark.slow
+def test_a_norm_of_0_clips_nothing(run):
+    """Adam does not see the gradient's scale, but with a large epsilon."""
+    flags = ("--learning_rate", "1e-2", "--adam_epsilon", "1")
+    plain, wide, narrow = (
+        weights(run("train_place", *flags, "--max_grad_norm", norm, output=norm)) for norm in ("0", "1e9", "1e-3")
+    )
+    assert all(torch.equal(plain[name], wide[name]) for name in wide)
+    assert not all(torch.equal(plain[name], narrow[name]) for name in narrow)
+
+
 def test_projectors_are_trained_and_clipped_with_the_student(run):
     flags = ["--lambda_kd_feat", "1", "--learning_rate", "1e-2", "--checkpointing_steps", "1"]
     folder = run("train_place", *flags, "--checkpoints_total_limit", "9")

@@ -106,6 +106,26 @@ def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     pipeline.scheduler = scheduler
 
 
+def clips(scheduler) -> bool:
+    """Whether `clip_sample` is a setting of its class; in its config it may be a leftover of another's."""
+    return "clip_sample" in inspect.signature(type(scheduler).__init__).parameters
+
+
+def use_clip_sample(pipeline: DiffusionPipeline, clip: bool) -> None:
+    """Have the pipeline's scheduler clip its estimates of the clean image, or not.
+
+    Raises:
+        UsageError: the scheduler has no such setting.
+    """
+    scheduler = pipeline.scheduler
+    if not clips(scheduler):
+        raise UsageError(
+            f"--clip_sample has no effect: a {type(scheduler).__name__} does not clip. Leave it out, or add "
+            "--scheduler DDIMScheduler."
+        )
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, clip_sample=clip)
+
+
 def pipeline_files(folder: Path, pipeline: DiffusionPipeline, variant: str | None) -> list[Path]:
     """The files that `pipeline` was loaded from: configs, tokenizers, and one set of weights of each component."""
     files = [path for path in (folder / "model_index.json", folder / LORA) if path.is_file()]

@@ -45,15 +45,16 @@ def open_reference(args, extractor) -> ImageSet | FeatureStatistics:
         return statistics
     if args.cleanfid_stats:
         return _cleanfid_statistics(args)
+    settings = {"crop": args.crop, "interpolation": args.image_interpolation_mode}
     if args.reference_images:
         paths = image_files(args.reference_images, "--reference_images", args.max_reference_samples)
-        return ImageSet.from_files(paths, "--reference_images")
+        return ImageSet.from_files(paths, "--reference_images", **settings)
     rows = load_rows(args, args.split, split_flag="--split")
     rows = rows.select(range(min(len(rows), args.max_reference_samples or len(rows))))
     if len(rows) < 2:
         raise UsageError(f"the reference has {len(rows)} image; a distance needs at least 2.")
     flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
-    return ImageSet(rows, flag, image_column=args.image_column)
+    return ImageSet(rows, flag, image_column=args.image_column, **settings)
 
 
 def _check_extractor(statistics: FeatureStatistics, extractor, args) -> None:
@@ -114,16 +115,18 @@ def measure_reference(reference, extractor, accelerator: Accelerator, args) -> t
         if args.cleanfid_stats:
             kind |= {"resolution": args.cleanfid_res, "split": args.cleanfid_split}
         return Measured(reference), {**kind, "count": reference.count, "made_with": reference.protocol}
-    quiet = not accelerator.is_local_main_process
+    quiet, transform = not accelerator.is_local_main_process, reference.transform
     content = reference.content_hash(quiet=quiet) if accelerator.is_main_process else None
-    resize = "shorter side, Pillow bilinear with antialiasing, then centre crop" if reference.cut else "none"
+    filtered = "bilinear with antialiasing" if transform.interpolation == "bilinear" else transform.interpolation
+    resize = f"shorter side, Pillow {filtered}, then centre crop" if reference.cut else "none"
     names = ("reference_images",)
     if not args.reference_images:
         names = ("dataset_name", "dataset_config_name", "train_data_dir", "split", "image_column")
     protocol = {
         **{name: getattr(args, name) for name in names if getattr(args, name)},
         "count": len(reference),
-        "resolution": reference.transform.resolution if reference.cut else None,
+        **({"crop": transform.crop} if transform.crop else {}),
+        "resolution": transform.resolution if reference.cut else None,
         "resize": resize,
         "sha256": content,
     }
