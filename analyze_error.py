@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
     student, sizes = backbone.make_student(wanted, sample_batch(images, args.batch_size, args.seed))
     print(sizes, flush=True)
     student = student.to(accelerator.device).eval().requires_grad_(False)
-    backbone.teacher.to(accelerator.device)
+    torch.nn.Module.to(backbone.teacher, accelerator.device, torch.float32)
 
     lock_output_dir(args.output_dir)
     statistics, first_inputs = measure_error(args, backbone, student, images, timesteps)

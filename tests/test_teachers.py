@@ -449,6 +449,23 @@ def test_an_export_loads_and_draws_with_a_plain_from_pretrained(own, tmp_path, n
     assert all(torch.equal(tensor, theirs.state_dict()[key]) for key, tensor in ours.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    "dtypes", [(torch.float16,), (torch.bfloat16,), (torch.float32,), (torch.float16, torch.float32)]
+)
+def test_a_teacher_loads_in_the_dtype_of_its_files(own, dtypes):
+    """So that processes share what is mapped of them; its student starts from their values, in float32."""
+    folder = own()
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    stored = {name: tensor.to(dtypes[i % len(dtypes)]) for i, (name, tensor) in enumerate(load_file(file).items())}
+    replace(file, stored)
+    backbone = load(folder)
+    assert {p.dtype for p in backbone.teacher.parameters()} == {dtypes[0] if len(dtypes) == 1 else torch.float32}
+    student, _ = backbone.make_student(backbone.args, {})
+    assert {p.dtype for p in student.parameters()} == {torch.float32}
+    name = "conv_in.weight"
+    assert torch.equal(student.state_dict()[name], stored[name].float())
+
+
 def test_an_export_that_does_not_load_back_is_said(own, tmp_path):
     backbone = load(own())
     backbone.save(backbone.teacher, tmp_path / "student")

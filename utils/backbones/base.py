@@ -82,7 +82,7 @@ class Backbone:
 
     @classmethod
     def load(cls, args) -> "Backbone":
-        """The teacher in float32 on the CPU, eval mode, no gradients; none where none is named.
+        """The teacher on the CPU, in `teacher_dtype`, eval mode, no gradients; none where none is named.
 
         Raises:
             UsageError: see `check` and `Diffusion.load`.
@@ -98,9 +98,16 @@ class Backbone:
                 revision=args.revision,
                 variant=args.variant,
                 allow_pickle=args.allow_pickle_weights,
+                dtype=cls.teacher_dtype(args),
             )
             teacher.eval().requires_grad_(False)
         return cls(args, teacher, process, configs)
+
+    @classmethod
+    def teacher_dtype(cls, args) -> torch.dtype:
+        """What the teacher loads in, before its student is made of it; `apply_speed_flags` casts it to the one that
+        it then runs in."""
+        return torch.float32
 
     @classmethod
     def check(cls, args) -> Configs:

@@ -17,6 +17,7 @@ from utils.backbones.folder import VAE, Part, fetched, parts_to_copy
 from utils.backbones.loading import TEACHER, component_config, pipeline_class_name
 from utils.backbones.process import Diffusion
 from utils.backbones.saving import save_student
+from utils.backbones.weights import find_weights, stored_dtype
 from utils.command_line import UsageError
 from utils.randomness import StepRandom
 from utils.students.lora import save_lora, without_lora
@@ -71,6 +72,13 @@ class Latent(Backbone):
         cls.check_vae(args, configs)
         cls.check_parts(args, configs, cls.parts(args))
         return configs
+
+    @classmethod
+    def teacher_dtype(cls, args) -> torch.dtype:
+        """That of its files: they stay mapped, once for all processes of a host (in another dtype each would hold a
+        copy), and nothing is lost of what a student starts from."""
+        folder = fetched(args.pretrained_model_name_or_path, args.revision, args.variant) / cls.component
+        return stored_dtype(find_weights(folder, cls.model_class, args.variant, pickled=args.allow_pickle_weights))
 
     @classmethod
     def parts(cls, args) -> dict[str, Part]:

@@ -63,8 +63,9 @@ def load_component(
     revision: str | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> ModelMixin:
-    """The float32 model whose config `component_config` finds. Raises UsageError naming `flag`."""
+    """The model whose config `component_config` finds. Raises UsageError naming `flag`."""
     for subfolder in (folder, None):
         try:
             model_class.load_config(name_or_path, subfolder=subfolder, revision=revision)
@@ -78,7 +79,7 @@ def load_component(
                 revision=revision,
                 variant=variant,
                 use_safetensors=None if allow_pickle else True,  # diffusers unpickles with weights_only=True
-                dtype=torch.float32,
+                dtype=dtype,
                 output_loading_info=True,
             )
         except (OSError, ValueError) as error:

@@ -13,11 +13,14 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from diffusers import ModelMixin
+from safetensors import safe_open
 
 from utils.files import read_json
 
 OTHER_FORMATS = (".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml")  # nobody here reads
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors' headers name what is narrower than float32
 WEIGHT_SUFFIXES = (".safetensors", ".bin", *OTHER_FORMATS)
 
 
@@ -53,6 +56,17 @@ def find_weights(folder: Path, kind: type, variant: str | None, *, pickled: bool
             if whole.is_file():
                 return Weights([whole], None, of, name)
     raise ValueError(f"it holds no weights of a {kind.__name__} that can be read: {what_is_there(folder, kind)}.")
+
+
+def stored_dtype(weights: Weights) -> torch.dtype:
+    """That of all tensors in the files, by their headers; float32 where they have several, and of pickled ones."""
+    found = set()
+    for path in weights.files if not weights.pickled else ():
+        with safe_open(path, "pt") as file:
+            found |= {DTYPES.get(file.get_slice(name).get_dtype(), torch.float32) for name in file.keys()}
+    if len(found) == 1:
+        return found.pop()
+    return torch.float32
 
 
 def what_is_there(folder: Path, kind: type) -> str:
