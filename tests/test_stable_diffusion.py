@@ -29,7 +29,8 @@ import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.encoders import Frozen
 from utils.backbones.stable_diffusion import StableDiffusion
-from utils.data.cache import FORMAT, CachedRows
+from utils.data.cache import CachedRows
+from utils.data.cache_key import FORMAT
 from utils.data.rows import ImageRows, StreamSampler, load_rows
 from utils.randomness import StepRandom
 from utils.training.arguments import parse_args
@@ -318,24 +319,9 @@ def test_a_stopped_cache_goes_on(train, tmp_path, monkeypatch):
     assert kept.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        (["--random_flip"], "random_flip was False, is True"),
-        (["--seed", "5"], "seed was 0, is 5"),
-        (["--cache_variants", "3"], "variants was 1, is 3"),
-        (["--teacher_dtype", "bf16"], "dtype was no, is bf16"),
-        (["--max_train_samples", "5"], "data was .*rows was 12, is 5"),
-    ],
-)
-def test_a_cache_of_other_settings_is_refused(train, cache, changes, named):
-    with pytest.raises(ValueError, match=f"--latent_cache_dir .* other settings: .*{named}"):
-        train("sd1", "--latent_cache_dir", cache, *changes)
-
-
-def test_a_cache_of_another_teacher_is_refused(train, cache):
-    with pytest.raises(ValueError, match="--latent_cache_dir .* other settings: encoders was"):
-        train("xl", "--latent_cache_dir", cache)
+def test_a_cache_of_other_settings_is_refused(train, cache):
+    with pytest.raises(ValueError, match="--latent_cache_dir .* other settings: .*random_flip was False, is True"):
+        train("sd1", "--latent_cache_dir", cache, "--random_flip")
 
 
 # LoRA
@@ -449,7 +435,7 @@ def test_a_cache_of_an_earlier_version(train, tmp_path):
     made = json.loads((folder / "cache.json").read_text())
     assert made.pop("format") == FORMAT
     (folder / "cache.json").write_text(json.dumps(made))
-    with pytest.raises(ValueError, match="--latent_cache_dir .* another version .*format 1, now 2.*another folder"):
+    with pytest.raises(ValueError, match="--latent_cache_dir .* another version .*format 1, now 3.*another folder"):
         train("sd1", "--latent_cache_dir", folder, output="second")
 
 

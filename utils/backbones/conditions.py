@@ -23,9 +23,9 @@ class Nothing:
     share_dropped = 0.0  # of a batch, by `drop`
     components: Sequence[str] = ()  # folders of the teacher's pipeline whose weights decide what a cache holds
 
-    def transform(self, *image_settings) -> ImageTransform:
-        """A picklable row -> tensors of a batch; `image_settings` as `ImageTransform` takes them."""
-        return ImageTransform(*image_settings)
+    def transform(self, *image_settings, **more_settings) -> ImageTransform:
+        """A picklable row -> tensors of a batch; all settings as `ImageTransform` takes them."""
+        return ImageTransform(*image_settings, **more_settings)
 
     def settings(self) -> dict[str, Any]:
         """Flags that decide what a cache holds, by name."""
@@ -90,13 +90,14 @@ class Prompts(Nothing):
         """The denoiser's keywords for embeddings `text`; `rows` hold what `kept` kept."""
         raise NotImplementedError
 
-    def transform(self, *image_settings) -> CaptionedTransform:
+    def transform(self, *image_settings, **more_settings) -> CaptionedTransform:
         """Pixels, tokens, and with `micro_conditioning` time ids."""
         return CaptionedTransform(
             *image_settings,
             caption_column=self.caption_column,
             tokenizers=self.tokenizers,
             micro_conditioning=self.micro_conditioning,
+            **more_settings,
         )
 
     def settings(self) -> dict[str, Any]:

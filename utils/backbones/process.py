@@ -29,6 +29,12 @@ class Noised(NamedTuple):
     target: Tensor  # (B, C, *S), what the denoiser should predict: noise, velocity or x_0
     weight: Tensor | None  # (B,), the task loss's weight per sample; None is 1
 
+    def weighted(self, weight: Tensor | None) -> "Noised":
+        """The same with the task loss of every sample times `weight` (B,); None is 1."""
+        if weight is None:
+            return self
+        return self._replace(weight=weight if self.weight is None else self.weight * weight)
+
 
 # the first letters of a scheduler's name -> the process that it samples; none of these has betas
 OTHER_PROCESSES = {
@@ -105,7 +111,7 @@ class Diffusion:
         `bounded`: whether clean data lie in [-1, 1], where the sampler may clip them, as pixels do and latents not."""
         self.scheduler, self.bounded = scheduler, bounded
         self.antithetic, self.snr_gamma = args.antithetic_timesteps, args.snr_gamma
-        self.noise_offset = args.noise_offset
+        self.noise_offset, self.input_perturbation = args.noise_offset, args.input_perturbation
 
     @classmethod
     def load(cls, args, *, bounded: bool) -> "Diffusion":
@@ -170,12 +176,17 @@ class Diffusion:
         return rng.integers(self.num_places, count, antithetic=self.antithetic)
 
     def add_noise(self, clean: Tensor, rng: StepRandom) -> Noised:
-        """Noise at random places, one a sample, with `--noise_offset` a little of it alike in a channel."""
+        """Noise at random places, one a sample, with `--noise_offset` a little of it alike in a channel; with
+        `--input_perturbation` (Ning et al. 2023) there is more of it in the input than the target says."""
         place = self.draw(clean.shape[0], rng)
         noise = rng.normal(clean.shape)
         if self.noise_offset:
             noise = noise + self.noise_offset * rng.normal((*clean.shape[:2], 1, 1))
-        return self.noised(clean, noise, place)
+        noised = self.noised(clean, noise, place)
+        if self.input_perturbation:
+            more = noise + self.input_perturbation * rng.normal(clean.shape)
+            noised = noised._replace(x_t=self.scheduler.add_noise(clean, more, place))
+        return noised
 
     def noised(self, clean: Tensor, noise: Tensor, place: Tensor) -> Noised:
         """x_t and target: `clean` and `noise` (B, C, *S), `place` (B,) int64."""

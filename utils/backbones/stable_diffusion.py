@@ -21,7 +21,7 @@ from utils.backbones.process import Diffusion
 from utils.command_line import UsageError
 from utils.students import blocks
 from utils.students.lora import add_lora, fuse_saved_lora
-from utils.students.sizes import full_config, model_size, model_table
+from utils.students.sizes import full_config, model_size, model_table, set_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -128,6 +128,7 @@ class StableDiffusion(Latent):
             config = args.student_preset or read_json_config(args.student_config, "--student_config")
             student, report = blocks.make_block_student(self.teacher, config, args.seed)
             table = report.table()
+        set_dropout(student, args.dropout)
         if args.lora_rank:
             count = add_lora(student, args.lora_rank, args.seed)
             table += f"\ntrainable: {count:,} parameters of LoRA adapters of rank {args.lora_rank}"

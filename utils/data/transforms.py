@@ -2,8 +2,9 @@
 """A row to tensors: the image decoded, resized, cropped and flipped; the caption of this epoch, tokenised."""
 
 import io
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,31 +22,60 @@ class ImageTransform:
 
     columns: tuple[str, ...] = ()  # what `batch` needs of a row besides the decoded image
 
-    def __init__(self, image_column: str, channels: int, resolution: int, center_crop: bool, random_flip: bool):
+    def __init__(
+        self,
+        image_column: str,
+        channels: int,
+        resolution: int,
+        center_crop: bool,
+        random_flip: bool,
+        *,
+        crop: Sequence[int] | None = None,
+        interpolation: str = "bilinear",
+    ):
+        """`crop`: top, left, height and width of the box that stands for the whole picture, in pixels before it is
+        resized; `interpolation`: one of `utils.flags.INTERPOLATIONS`."""
         self.image_column = image_column
         self.mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
+        self.crop, self.interpolation = crop, interpolation
         self.turn_upright = True  # by a photo's EXIF tag, as viewers do
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what is made of a row, by name, of JSON's types: every field of this object, so that one
+        that is added later counts too. For the keys of caches."""
+        return json.loads(json.dumps(vars(self), default=str))
 
     def decode(self, row: dict) -> torch.Tensor:
         """Uint8 (C, H, W) with the shorter side at `resolution`.
 
         Raises:
             OSError: the bytes are not an image.
+            UsageError: `crop` goes beyond the image.
         """
         stored = row[self.image_column]
         with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
             if self.turn_upright:
                 image = ImageOps.exif_transpose(image)
+            if self.crop:
+                image = self._cropped(image)
             if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
                 image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
             image = image.convert(self.mode)
         if min(image.size) != self.resolution:
             scale = self.resolution / min(image.size)
             size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
-            image = image.resize(size, Image.Resampling.BILINEAR)  # Pillow's bilinear filter antialiases
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         array = np.array(image, dtype=np.uint8)
         return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        top, left, height, width = self.crop
+        if top + height > image.height or left + width > image.width:  # where Pillow would add black
+            raise UsageError(
+                f"--crop {top} {left} {height} {width} goes beyond its {image.height} rows and {image.width} columns"
+            )
+        return image.crop((left, top, left + width, top + height))
 
     def augment(self, image: torch.Tensor, bits: int) -> torch.Tensor:
         """Crop (C, H, W) to a square and perhaps flip it. `bits` are 64 random ones: the lowest decides the flip, two
@@ -83,11 +113,17 @@ class CaptionedTransform(ImageTransform):
     """Adds `input_ids_0`, `input_ids_1` ... (B, T), one for each tokenizer, and with `micro_conditioning` SDXL's
     `time_ids` (B, 6): original height and width, top and left of the crop, height and width of the result."""
 
-    def __init__(self, *image_settings, caption_column: str, tokenizers: Sequence, micro_conditioning: bool):
-        super().__init__(*image_settings)
+    def __init__(
+        self, *image_settings, caption_column: str, tokenizers: Sequence, micro_conditioning: bool, **more_settings
+    ):
+        super().__init__(*image_settings, **more_settings)
         self.caption_column, self.tokenizers = caption_column, tokenizers
         self.micro_conditioning = micro_conditioning
         self.columns = (caption_column, self.image_column) if micro_conditioning else (caption_column,)
+
+    def settings(self) -> dict[str, Any]:
+        """As ImageTransform.settings, without the tokenizers: their files say what they are."""
+        return {name: value for name, value in super().settings().items() if name != "tokenizers"}
 
     def check(self, rows: "datasets.Dataset") -> None:
         """Raises UsageError where there are no captions."""
@@ -125,6 +161,8 @@ class CaptionedTransform(ImageTransform):
         with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as original:  # header only
             turned = original.getexif().get(0x0112, 1) > 4  # an orientation that swaps the sides
             width, height = original.size[::-1] if turned else original.size
+        if self.crop:  # the box is the picture
+            height, width = self.crop[2:]
         top, left = self.crop_at(image, int(bits))
         if self.random_flip and int(bits) & 1:  # where the crop lies in the flipped image
             left = image.shape[-1] - self.resolution - left

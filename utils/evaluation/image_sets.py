@@ -22,34 +22,36 @@ UNREADABLE = (OSError, TypeError, AttributeError, ValueError, SyntaxError, Image
 class ImageSet(Dataset):
     """Images by lists of indices, uint8 (B, 3, H, W): files of a folder, or rows of a dataset."""
 
-    def __init__(self, rows: Sequence[dict], source: str, *, image_column: str = "image"):
-        """`rows` hold undecoded images, {"bytes", "path"}, in `image_column`; `source` names them in errors."""
+    def __init__(self, rows: Sequence[dict], source: str, *, image_column: str = "image", **settings):
+        """`rows` hold undecoded images, {"bytes", "path"}, in `image_column`; `source` names them in errors;
+        `settings` are `ImageTransform`'s crop and interpolation."""
         self.rows, self.source, self.image_column = rows, source, image_column
         self.cut = False
-        self.transform = ImageTransform(image_column, 3, 1, center_crop=True, random_flip=False)
+        self.transform = ImageTransform(image_column, 3, 1, center_crop=True, random_flip=False, **settings)
 
     @classmethod
-    def from_files(cls, paths: Sequence[Path], source: str) -> "ImageSet":
+    def from_files(cls, paths: Sequence[Path], source: str, **settings) -> "ImageSet":
         """The image files `paths`, in this order, read as clean-fid reads them: as they are stored."""
-        images = cls([{"image": {"bytes": None, "path": str(path)}} for path in paths], source)
+        images = cls([{"image": {"bytes": None, "path": str(path)}} for path in paths], source, **settings)
         images.transform.turn_upright = False
         return images
 
     def resize_to(self, resolution: int) -> None:
-        """From now on bring every image's shorter side to `resolution` (bilinear, antialiased) and cut the centre."""
+        """From now on bring every image's shorter side to `resolution` and cut the centre."""
         self.transform.resolution, self.cut = resolution, True
 
     def keep_size(self, *, quiet: bool) -> tuple[int, int]:
-        """Read the images as they are; returns (height, width), from the files' headers.
+        """Read the images, or the box of each, as they are; returns (height, width), from the files' headers.
 
         Raises:
             UsageError: they are not of one size, or one is no image; both named.
         """
         sizes: dict[tuple[int, int], int] = {}
+        box = self.transform.crop and self.transform.crop[:1:-1]  # width and height
         for index in tqdm(range(len(self)), desc="checking image sizes", disable=quiet, leave=False):
             try:
                 with Image.open(self.rows[index][self.image_column]["path"]) as image:
-                    sizes.setdefault(image.size, index)
+                    sizes.setdefault(tuple(box or image.size), index)
             except (OSError, Image.DecompressionBombError) as error:
                 raise self._unreadable(index, error) from error
             if len(sizes) > 1:
