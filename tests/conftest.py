@@ -99,6 +99,7 @@ ORNAMENTS = {
     "utils.publishing.card.plot_losses": lambda log, picture: picture.touch(),
     "train_lift.memory_estimate": lambda *_: "not estimated",
     "train_place.memory_estimate": lambda *_: "not estimated",
+    "utils.backbones.saving.load_back": lambda *_: None,
     "utils.training.checkpoint._sync_to_disk": lambda path: None,  # the tests cut no power
 }
 

@@ -14,7 +14,6 @@ from accelerate.state import AcceleratorState
 from conftest import read_log, run_script
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
@@ -383,20 +382,6 @@ def test_a_latent_student_is_measured_to_the_end(train):
     folder = train("sd1", *flags, "--validation_num_inference_steps", "1", "--max_train_steps", "1")
     card = (folder / "README.md").read_text()
     assert "| noise |" in card and "| teacher |" in card and "DDIM, eta 0, 1 steps" in card
-
-
-def test_samples_equal_the_stock_pipeline(teachers):
-    backbone = load(teachers["sd1"], "--validation_guidance_scale", "3", "--validation_prompts", "a b", "c d")
-    images = backbone.sample(backbone.teacher, [7, 8], 3, backbone.conditions.of_samples(None, 0, 2))
-    pipeline = StableDiffusionPipeline.from_pretrained(teachers["sd1"])
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
-    expected = pipeline(
-        ["a b", "c d"], num_inference_steps=3, guidance_scale=3, generator=generators, output_type="np"
-    ).images
-    expected = torch.from_numpy((expected * 255).round()).permute(0, 3, 1, 2)
-    assert (images.float() - expected).abs().max() <= 1
-    assert [*backbone.conditions.of_samples(None, 1, 3)] == ["c d", "a b", "c d"]
 
 
 @pytest.mark.parametrize("kind", ["sd1", "xl"])

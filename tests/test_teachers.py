@@ -19,15 +19,19 @@ from diffusers import (
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionPipeline,
+    UNet2DConditionModel,
 )
-from latent_pipelines import build_text_encoder, build_tokenizer, build_unet, save_pipeline
+from latent_pipelines import build_text_encoder, build_tokenizer, save_pipeline
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, CLIPImageProcessor, CLIPTextModelWithProjection
 
 import train_lift
 from utils.backbones import choose_backbone
+from utils.backbones.base import Configs
+from utils.backbones.clip_prompts import zeros_when_empty
 from utils.backbones.process import Diffusion, ddpm_scheduler
 from utils.backbones.saving import load_back
+from utils.backbones.stable_diffusion import StableDiffusion
 from utils.command_line import UsageError
 from utils.randomness import StepRandom
 from utils.students.blocks import presets_for, student_config
@@ -38,8 +42,20 @@ TEACHER = "--pretrained_model_name_or_path"
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory) -> dict[str, Path]:
+    """Of two stages each, as most of a test's time would else go by in building U-Nets."""
     folder = tmp_path_factory.mktemp("teachers")
-    return {kind: save_pipeline(folder / kind, kind) for kind in ("sd1", "sd2", "xl")}
+    for kind in ("sd1", "sd2", "xl"):
+        save_pipeline(folder / kind, kind)
+        wide = json.loads((folder / kind / "unet" / "config.json").read_text())
+        small = {
+            "block_out_channels": (8, 16),
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "attention_head_dim": 4,
+            "transformer_layers_per_block": 1,
+        }
+        UNet2DConditionModel.from_config(wide | small).save_pretrained(folder / kind / "unet")
+    return {kind: folder / kind for kind in ("sd1", "sd2", "xl")}
 
 
 @pytest.fixture
@@ -70,6 +86,15 @@ def check(teacher, *flags):
     """What happens before weights load."""
     args = parsed(teacher, *flags)
     return choose_backbone(args).check(args)
+
+
+def judge(folder: Path, *flags) -> None:
+    """What `check` says of the parts, without building a student."""
+    args = parsed(folder, *flags)
+    unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+    configs = Configs(unet, unet, 32, vae)
+    StableDiffusion.check_vae(args, configs)
+    StableDiffusion.check_parts(args, configs, StableDiffusion.parts(args))
 
 
 def change(file: Path, **changes) -> None:
@@ -105,23 +130,17 @@ def test_samples_equal_the_stock_call(own, kind, zeros, scale):
     ).images
     expected = torch.from_numpy((images_of_stock * 255).round()).permute(0, 3, 1, 2)
     assert (images.float() - expected).abs().max() <= 1
+    if kind == "xl":
+        assert_told_alike(backbone, pipeline, zeros)
+    assert backbone.conditions.of_samples(None, 1, 3) == ["c d", "a b", "c d"]
 
 
-@pytest.mark.parametrize(
-    "changes, zeros", [({}, True), ({"force_zeros_for_empty_prompt": False}, False), (None, True)]
-)
-def test_a_dropped_prompt_is_what_sampling_guides_away_from(own, changes, zeros):
-    folder = own("xl")
-    index = json.loads((folder / "model_index.json").read_text()) | (changes or {})
-    if changes is None:  # the pipeline's default
-        del index["force_zeros_for_empty_prompt"]
-    (folder / "model_index.json").write_text(json.dumps(index))
-    backbone = load(folder, "--proportion_empty_prompts", "1")
-    prompts = backbone.conditions.prompts(["a b"] * 2)
-    rows = {**prompts, "time_ids": torch.zeros(2, 6)}
+def assert_told_alike(backbone, pipeline, zeros: bool) -> None:
+    """A dropped prompt is what the stock pipeline guides away from."""
+    backbone.conditions.share_dropped = 1
+    rows = {**backbone.conditions.prompts(["a b"] * 2), "time_ids": torch.zeros(2, 6)}
     condition = backbone.conditions.drop(rows, StepRandom(0, 0))
-    stock = DiffusionPipeline.from_pretrained(folder)
-    _, negative, _, pooled = stock.encode_prompt(["a b"] * 2, device="cpu")
+    _, negative, _, pooled = pipeline.encode_prompt(["a b"] * 2, device="cpu")
     told = condition["encoder_hidden_states"], condition["added_cond_kwargs"]["text_embeds"]
     for ours, theirs in zip(told, (negative, pooled), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
@@ -129,14 +148,22 @@ def test_a_dropped_prompt_is_what_sampling_guides_away_from(own, changes, zeros)
     assert backbone.conditions.settings().get("empty_prompt") == ("zeros" if zeros else None)  # a cache's key
 
 
+@pytest.mark.parametrize("said, zeros", [({}, True), ({"force_zeros_for_empty_prompt": False}, False)])
+def test_where_nothing_is_said_the_pipelines_default_holds(tmp_path, said, zeros):
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "StableDiffusionXLPipeline", **said}))
+    assert zeros_when_empty(str(tmp_path), None) == zeros
+
+
 def test_turbo_models_are_sampled_without_guidance(own, caplog):
     folder = own()
     EulerDiscreteScheduler(timestep_spacing="trailing").save_pretrained(folder / "scheduler")
-    assert load(folder).sampling_options["guidance_scale"] == 0 and "--validation_guidance_scale" in caplog.text
-    assert load(folder, "--validation_guidance_scale", "2").sampling_options["guidance_scale"] == 2
+    backbone = load(folder)
+    assert backbone.sampling_options["guidance_scale"] == 0 and "--validation_guidance_scale" in caplog.text
+    backbone.args.validation_guidance_scale = 2
+    assert backbone.guidance_scale() == 2
     zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     EulerDiscreteScheduler(**zero_snr).save_pretrained(folder / "scheduler")
-    assert load(folder).sampling_options["guidance_scale"] == 7.5
+    assert not Diffusion.load(backbone.args, bounded=False).looks_guided_already()
     with pytest.raises(UsageError, match="--validation_guidance_scale is -1"):
         parsed(folder, "--validation_guidance_scale", "-1")
 
@@ -327,9 +354,17 @@ def test_a_folder_that_is_not_whole_is_refused_before_training(own, name):
     folder = own()
     spoil, message = BROKEN[name]
     spoil(folder)
-    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # the teacher's own weights are not yet read
     with pytest.raises(UsageError, match=message):
-        check(folder)
+        judge(folder)
+
+
+def test_a_dry_run_says_the_same(own, run):
+    folder = own()
+    without_a_layer(folder)
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()  # the teacher's own weights are not yet read
+    flags = [TEACHER, folder, "--train_data_dir", "unread", "--student_preset", "bk_small", "--dry_run"]
+    with pytest.raises(UsageError, match="text_encoder lack 16 tensors"):
+        run("train_lift", *flags, defaults=False)
 
 
 def test_parts_that_do_not_fit_each_other(own):
@@ -338,12 +373,12 @@ def test_parts_that_do_not_fit_each_other(own):
     narrow = build_text_encoder(tokenizer, width=16)
     narrow.save_pretrained(folder / "text_encoder")
     with pytest.raises(UsageError, match="text_encoder and text_encoder_2 give 48 numbers a token, its unet reads 64"):
-        check(folder)
+        judge(folder)
     build_text_encoder(tokenizer, width=48).save_pretrained(folder / "text_encoder")
     second = build_text_encoder(tokenizer, CLIPTextModelWithProjection, width=16)
     second.save_pretrained(folder / "text_encoder_2")
     with pytest.raises(UsageError, match="text_encoder_2 gives 16 numbers a prompt .* reads 32 beside six sizes"):
-        check(folder)
+        judge(folder)
 
 
 def test_the_way_out_that_a_refusal_names(own):
@@ -433,7 +468,11 @@ EXPORTS = {
 }
 
 
-@pytest.mark.parametrize("name", EXPORTS)
+QUICK = ("sharded variant, old names", "encoder in half, unsaid", "image processor of an old name")
+ALL = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in EXPORTS]
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_an_export_loads_and_draws_with_a_plain_from_pretrained(own, tmp_path, name):
     folder = own()
     spoil, flags = EXPORTS[name]
@@ -471,15 +510,14 @@ def test_an_export_that_does_not_load_back_is_said(own, tmp_path):
     backbone.save(backbone.teacher, tmp_path / "student")
     look = (tmp_path / "student", StableDiffusionPipeline, "unet", backbone.teacher)
     load_back(*look)
+    with pytest.raises(RuntimeError, match="the tensors of its unet are others"):
+        load_back(*look[:3], UNet2DConditionModel.from_config(backbone.teacher.config))
     change(tmp_path / "student" / "text_encoder" / "config.json", dtype="float16")
     with pytest.raises(RuntimeError, match="own weights to .*unet, but .* its text_encoder loads in torch.float16"):
         load_back(*look)
     (tmp_path / "student" / "text_encoder" / "model.safetensors").unlink()
     with pytest.raises(RuntimeError, match="does not load back as a pipeline: .*text_encoder"):
         load_back(*look)
-    other = build_unet()
-    with pytest.raises(RuntimeError, match="the tensors of its unet are others"):
-        load_back(tmp_path / "student", StableDiffusionPipeline, "unet", other)
 
 
 # Messages
@@ -487,8 +525,8 @@ def test_an_export_that_does_not_load_back_is_said(own, tmp_path):
 
 def test_koala_counts_the_layers_on_the_way_up():
     """As SSD-1B has them: at most 4 on the way down, 10 on the way up."""
-    teacher = dict(build_unet(block_out_channels=(8, 8, 8, 8)).config)
-    teacher |= {
+    teacher = {
+        "block_out_channels": (8, 8, 8, 8),
         "transformer_layers_per_block": [[1, 1], [2, 2], [4, 4], [1, 1]],
         "reverse_transformer_layers_per_block": [[1] * 3, [4, 4, 10], [2, 1, 1], [1] * 3],
     }

@@ -28,9 +28,9 @@ def tokenizer_of(text_encoder: str) -> str:
     return text_encoder.replace("text_encoder", "tokenizer")
 
 
-def _zeros_when_empty(args) -> bool:
-    source = args.pretrained_model_name_or_path
-    index = DiffusionPipeline.load_config(source, revision=args.revision)
+def zeros_when_empty(name_or_path: str, revision: str | None) -> bool:
+    """Whether an XL pipeline tells its U-Net zeros where there is no prompt: its model_index.json, or its default."""
+    index = DiffusionPipeline.load_config(name_or_path, revision=revision)
     default = inspect.signature(diffusers.StableDiffusionXLPipeline).parameters["force_zeros_for_empty_prompt"].default
     return index.get("force_zeros_for_empty_prompt", default)
 
@@ -85,11 +85,12 @@ class ClipPrompts(Prompts):
     def __init__(self, args, config, place):
         """`config` is the U-Net's; `place` says on which device and in which dtype the encoders run."""
         self.config, self.xl = config, config.addition_embed_type == "text_time"
-        self.micro_conditioning, self.zeros_when_empty = self.xl, self.xl and _zeros_when_empty(args)
+        source, self.micro_conditioning = args.pretrained_model_name_or_path, self.xl
+        self.zeros_when_empty = self.xl and zeros_when_empty(source, args.revision)
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         names = list(kinds)[: 1 + self.xl]
-        source = fetched(args.pretrained_model_name_or_path, args.revision, args.variant)
-        tokenizers = [CLIPTokenizer.from_pretrained(source / tokenizer_of(name)) for name in names]
+        folder = fetched(source, args.revision, args.variant)
+        tokenizers = [CLIPTokenizer.from_pretrained(folder / tokenizer_of(name)) for name in names]
         super().__init__(args, tokenizers, [Frozen(kinds[name], args, place, subfolder=name) for name in names])
 
     def kept(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
