@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.stable_diffusion import StableDiffusion
+from utils.data.cache import _begin
 from utils.data.cache_key import cache_settings, content_hash, encoder_hashes
 from utils.data.rows import ImageRows
 from utils.data.transforms import ImageTransform
@@ -142,6 +143,20 @@ def test_every_file_of_the_encoders_changes_the_key_of_a_cache(cache_key, load, 
     assert differing(pickled, encoder_hashes(args, ["vae", "text_encoder"])) == {"vae"}
 
 
+def test_a_cache_that_another_run_has_begun_meanwhile(load, pictures, tmp_path):
+    rows = datasets.load_dataset("imagefolder", data_dir=str(pictures), split="train")
+    rows, accelerator = rows.cast_column("image", datasets.Image(decode=False)), Namespace(mixed_precision="no")
+
+    def begin(*flags):
+        backbone = load("--latent_cache_dir", tmp_path / "cache", *flags)
+        _begin(backbone.args, accelerator, ImageRows(rows, backbone.transform(backbone.args), 0, quiet=True), backbone)
+
+    begin()
+    begin()
+    with pytest.raises(ValueError, match="made with other settings: seed was 0, is 5"):
+        begin("--seed", 5)
+
+
 def test_another_vae_counts_by_its_files(cache_key, teacher, tmp_path):
     vae = shutil.copytree(teacher / "vae", tmp_path / "vae")
     key = cache_key("--pretrained_vae_model_name_or_path", vae)
@@ -151,23 +166,28 @@ def test_another_vae_counts_by_its_files(cache_key, teacher, tmp_path):
     assert differing(key, cache_key("--pretrained_vae_model_name_or_path", vae)) == {"vae"}
 
 
-def test_one_changed_picture_or_caption_changes_the_key_of_a_cache(pictures, tmp_path):
+def test_one_changed_picture_or_caption_changes_the_key_of_a_cache(tmp_path):
     """Whichever it is, of more than the fingerprint's 32."""
-    folder = save_captioned(tmp_path / "many", count=70)
-    lines = (folder / "metadata.jsonl").read_text()
+    paths, captions = [tmp_path / f"{i:02d}.png" for i in range(70)], ["a"] * 70
+    for i, path in enumerate(paths):
+        path.write_bytes(bytes([i]))
 
     def hashed():
-        rows = datasets.load_dataset("imagefolder", data_dir=str(folder), split="train")
-        return content_hash(rows.cast_column("image", datasets.Image(decode=False)), ("image", "text"))
+        stored = [{"bytes": None, "path": str(path)} for path in paths]
+        rows = datasets.Dataset.from_dict({"image": stored, "text": captions, "label": list(range(70))})
+        return content_hash(rows, ("image", "text"))
 
-    before, picture = hashed(), (folder / "41.png").read_bytes()
-    (folder / "41.png").write_bytes(picture + b" ")
+    before = hashed()
+    paths[41].write_bytes(b"another")
     assert hashed() != before
-    (folder / "41.png").unlink()  # a dead path counts as no bytes
-    (folder / "41.png").write_bytes(picture)
+    paths[41].unlink()  # a dead path counts as no bytes
+    assert hashed() != before
+    paths[41].write_bytes(bytes([41]))
     assert hashed() == before
-    (folder / "metadata.jsonl").write_text(lines.replace('"41.png", "text": "', '"41.png", "text": "x '))
+    captions[41] = "b"
     assert hashed() != before
+    captions[41], paths[41] = "a", paths[41].rename(tmp_path / "moved.png")
+    assert hashed() == before
 
 
 def test_every_setting_changes_the_key_of_a_reference(tmp_path):

@@ -29,6 +29,7 @@ import utils.distillation.balance
 from utils.flags import check_output_folder
 from utils.output_dir import check_output_dir, lock_output_dir, unlock_output_dir
 from utils.training import checkpoint, schedules
+from utils.training.log import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = (
@@ -371,6 +372,7 @@ CURVES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:--weighting has no effect here")
 @pytest.mark.parametrize(("flags", "said"), CURVES, ids=lambda value: " ".join(value or ()) * isinstance(value, list))
 def test_curves_that_follow_the_length_are_compared(flags, said):
     then, now = (
@@ -584,3 +586,10 @@ def test_a_folder_that_cannot_be_locked_is_warned_of(tmp_path, monkeypatch):
     with pytest.warns(UserWarning, match="cannot be locked .No locks available.*would not be noticed"):
         lock_output_dir(tmp_path)
     check_output_dir(tmp_path)
+
+
+def test_half_a_line_of_the_log_is_dropped(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
+    args = Namespace(output_dir=tmp_path, learning_rate=1)
+    RunLog(args, Namespace(is_main_process=True), 1000).drop_after(1)
+    assert read_log(tmp_path) == [{"step": 1, "loss": 2}]

@@ -57,10 +57,7 @@ def encoded_once(args, accelerator: Accelerator, dataset: Dataset, backbone) -> 
     if not args.latent_cache_dir or isinstance(dataset, CachedRows):
         return dataset
     folder = Path(args.latent_cache_dir)
-    if accelerator.is_main_process and not (folder / "cache.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "cache.json", {**cache_settings(args, accelerator, dataset, backbone), "complete": False})
-    wait_for_everyone(accelerator)
+    on_main_process(accelerator, _begin, args, accelerator, dataset, backbone)
     _encode_images(args, accelerator, dataset, backbone)
     wait_for_everyone(accelerator)
     _encode_captions(args, accelerator, backbone)
@@ -157,6 +154,16 @@ def caption_key(tokens: list[torch.Tensor]) -> int:
     """63 bits that name a caption: of its tokens, one (T,) tensor for each tokenizer."""
     content = b"".join(ids.numpy().astype(np.int64).tobytes() for ids in tokens)
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
+
+
+def _begin(args, accelerator: Accelerator, dataset: Dataset, backbone) -> None:
+    """Write down what the cache will be of; or check again what another run may have begun since it was checked."""
+    path = Path(args.latent_cache_dir) / "cache.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**cache_settings(args, accelerator, dataset, backbone), "complete": False})
+    elif not (read_json(path) or {}).get("complete"):
+        check_cache(args, accelerator, dataset, backbone)
 
 
 def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -> None:
