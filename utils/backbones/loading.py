@@ -8,6 +8,7 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
 from utils.command_line import UsageError
+from utils.devices import DTYPE_KEYWORD
 
 TEACHER = "--pretrained_model_name_or_path"
 
@@ -72,8 +73,8 @@ def load_component(
                 revision=revision,
                 variant=variant,
                 use_safetensors=None if allow_pickle else True,  # diffusers unpickles with weights_only=True
-                dtype=torch.float32,
                 output_loading_info=True,
+                **{DTYPE_KEYWORD: torch.float32},
             )
         except (OSError, ValueError) as error:
             raise UsageError(
