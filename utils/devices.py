@@ -5,9 +5,11 @@ import os
 import sys
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from packaging.version import Version
 from torch import nn
 
 try:
@@ -19,6 +21,8 @@ except ImportError:  # Windows
 
 logger = get_logger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+# of diffusers' `from_pretrained`, which warns of the older name where it knows the newer one
+DTYPE_KEYWORD = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
 
 def cpu_share(accelerator: Accelerator) -> int:

@@ -5,10 +5,12 @@ import gc
 from collections.abc import Callable
 
 import torch
+from diffusers import ModelMixin
 
 from utils.backbones.folder import fetched
 from utils.backbones.weights import find_weights
 from utils.command_line import UsageError
+from utils.devices import DTYPE_KEYWORD
 
 
 class Frozen:
@@ -51,8 +53,9 @@ class Frozen:
             )
             source, options = folder / self.subfolder, {"variant": weights.variant}
         safe = None if self.args.allow_pickle_weights else True
+        options[DTYPE_KEYWORD if issubclass(self.kind, ModelMixin) else "dtype"] = dtype
         try:
-            return self.kind.from_pretrained(source, use_safetensors=safe, dtype=dtype, **options)
+            return self.kind.from_pretrained(source, use_safetensors=safe, **options)
         except (OSError, ValueError) as error:
             raise UsageError(f"--{self.argument} {source}: its {self.kind.__name__} does not load: {error}") from error
 

@@ -9,6 +9,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
 from utils.backbones.weights import find_weights
 from utils.command_line import UsageError
+from utils.devices import DTYPE_KEYWORD
 
 TEACHER = "--pretrained_model_name_or_path"
 
@@ -79,8 +80,8 @@ def load_component(
                 revision=revision,
                 variant=variant,
                 use_safetensors=None if allow_pickle else True,  # diffusers unpickles with weights_only=True
-                dtype=dtype,
                 output_loading_info=True,
+                **{DTYPE_KEYWORD: dtype},
             )
         except (OSError, ValueError) as error:
             raise UsageError(

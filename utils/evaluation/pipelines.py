@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from utils.command_line import UsageError
+from utils.devices import DTYPE_KEYWORD
 from utils.files import loaded_files
 
 LORA = "pytorch_lora_weights.safetensors"
@@ -51,7 +52,7 @@ def load_pipeline(
         parts = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name, part in parts.items() if part == [None, None]}  # such as T5, left out of an SD3
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, variant=variant, dtype=dtype, use_safetensors=None if pickled else True, **absent
+            folder, variant=variant, use_safetensors=None if pickled else True, **{DTYPE_KEYWORD: dtype}, **absent
         )
         if (folder / LORA).is_file():  # of a student whose adapters were not fused
             pipeline.load_lora_weights(folder, weight_name=LORA)
