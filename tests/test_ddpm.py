@@ -216,6 +216,10 @@ def test_models_that_are_told_a_class(load, save, changes):
     classes, plain = save(unet=build_unet(**changes)), save(name="plain")
     refused(load, f"--pretrained_model_name_or_path: .*{name} is", flag, plain, teacher=classes)
     refused(load, f"{flag}: .*{name} is", flag, classes)
+    for flags in (["--pruning_ratio", "0.5"], ["--student_config", classes / "unet" / "config.json"]):
+        refused(load, f"--pretrained_model_name_or_path: .*told a class .{name} is", *flags, teacher=classes)
+    config = ["--student_config", classes / "unet" / "config.json"]
+    refused(load, f"--student_config: .*told a class .{name} is", *config, teacher=None)
 
 
 @pytest.mark.parametrize(
