@@ -594,8 +594,8 @@ def test_what_fails_while_sampling_leaves_the_error(analyze, save, tmp_path, mon
             analyze(folder, "--overwrite_output_dir", "--num_timesteps", 2)
     left = json.loads((output / "analysis.json").read_text())
     assert [row["timestep"] for row in left["timesteps"]] == [250, 750] and "samples" not in left
-    left = {path.name for path in output.iterdir()} - {".lock"}  # this process lives on
-    assert left == {"analysis.json", "error_maps.npz"}  # no older figures
+    names = {path.name for path in output.iterdir()} - {".lock"}  # this process lives on
+    assert names == {"analysis.json", "error_maps.npz"}  # no older figures
     with np.load(output / "error_maps.npz") as maps:
         assert maps["timestep"].tolist() == left["error_maps"]["timesteps"] == [250, 750]
 
