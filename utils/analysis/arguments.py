@@ -9,6 +9,7 @@ from utils.command_line import ArgumentParser, UsageError, bundled, warn_of_idle
 from utils.download_cache import use_download_cache
 from utils.flags import (
     add_shared,
+    check_background,
     check_data,
     check_group_size,
     check_not_negative,
@@ -54,7 +55,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     group = parser.add_argument_group("data")
     add_shared(
         group,
-        "dataset_name dataset_config_name train_data_dir split image_column caption_column resolution skip_bad_images",
+        "dataset_name dataset_config_name train_data_dir split image_column caption_column resolution background "
+        "skip_bad_images",
     )
 
     group = parser.add_argument_group("error")
@@ -133,6 +135,9 @@ def _check(args: argparse.Namespace) -> None:
         if not getattr(args, flag):
             raise UsageError(f"--{flag} is missing: name the {what}'s folder. The error is between the two.")
     check_data(args)
+    check_background(args)
+    if args.dataset_name:
+        args.split = args.split or "train"
     check_positive(
         args,
         "resolution num_timesteps num_images num_inference_steps guidance_scale shown_samples num_samples batch_size "

@@ -213,7 +213,12 @@ class Backbone:
     def transform(self, args) -> ImageTransform:
         """A picklable row -> tensors of a batch."""
         return self.conditions.transform(
-            args.image_column, self.image_channels, self.resolution, args.center_crop, args.random_flip
+            args.image_column,
+            self.image_channels,
+            self.resolution,
+            args.center_crop,
+            args.random_flip,
+            args.background,
         )
 
     def encode(self, batch: dict[str, Tensor], rng: StepRandom) -> tuple[Tensor, dict[str, Any]]:

@@ -45,13 +45,13 @@ def open_reference(args, extractor) -> ImageSet | FeatureStatistics:
         return _cleanfid_statistics(args)
     if args.reference_images:
         paths = image_files(args.reference_images, "--reference_images", args.max_reference_samples)
-        return ImageSet.from_files(paths, "--reference_images")
+        return ImageSet.from_files(paths, "--reference_images", args.background)
     rows = load_rows(args, args.split, split_flag="--split")
     rows = rows.select(range(min(len(rows), args.max_reference_samples or len(rows))))
     if len(rows) < 2:
         raise UsageError(f"the reference has {len(rows)} image; a distance needs at least 2.")
     flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
-    return ImageSet(rows, flag, image_column=args.image_column)
+    return ImageSet(rows, flag, image_column=args.image_column, background=args.background)
 
 
 def _check_extractor(statistics: FeatureStatistics, extractor, args) -> None:
