@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
 from forks import ForkServer  # noqa: E402
 
+from utils.output_dir import unlock_output_dir  # noqa: E402
 from utils.randomness import seed_from  # noqa: E402
 
 TINY_UNET = {
@@ -152,6 +153,7 @@ def run_script(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        unlock_output_dir(str(folder / output))  # as the end of a process does, where the run has failed
     return folder / output
 
 

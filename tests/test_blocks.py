@@ -499,7 +499,9 @@ ONE_STAGE = {
     ],
 )
 def test_a_preset_that_does_not_fit_is_refused_with_those_that_do(config, preset, found, fitting):
-    message = f"--student_preset {preset} does not fit this teacher: .*{found}.*Those that fit: {fitting}\\.$"
+    message = (
+        f"--student_preset {preset} does not fit this teacher: .*{found}.*Those that fit: {fitting};.*--student_config"
+    )
     with pytest.raises(ValueError, match=message):
         student_config(config, preset)
     assert presets_for(config) == [name for name in PRESETS if name in fitting.split(", ")]

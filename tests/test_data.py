@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import save_images
 from PIL import Image
+from torchvision.transforms import InterpolationMode, functional
 
 import utils.data.rows
 from utils.data.rows import (
@@ -24,6 +25,8 @@ from utils.data.rows import (
     sample_batch,
     training_batches,
 )
+from utils.data.transforms import CaptionedTransform
+from utils.flags import INTERPOLATIONS
 from utils.randomness import StepRandom, counter_hash
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 18, 4), dtype=np.uint8)  # (H, W, RGBA)
@@ -145,6 +148,51 @@ def test_decode_resizes_the_shorter_side(resolution, turned):
     found = transform(resolution=resolution).decode(stored(image))
     assert found.shape == (1, size[1], size[0])
     np.testing.assert_array_equal(found[0].numpy(), np.array(image.resize(size, Image.Resampling.BILINEAR)))
+
+
+@pytest.mark.parametrize("name", INTERPOLATIONS)
+def test_decode_resizes_as_told(name):
+    image = Image.fromarray(PIXELS[..., 0])
+    found = ImageTransform("image", 1, 4, False, False, interpolation=name).decode(stored(image))
+    expected = image.resize((found.shape[2], found.shape[1]), Image.Resampling[name.upper()])
+    np.testing.assert_array_equal(found[0].numpy(), np.array(expected))
+    assert InterpolationMode(name)  # whose names diffusers' flag has
+
+
+@pytest.mark.parametrize("box", [(0, 0, 12, 18), (1, 2, 8, 8), (4, 0, 8, 10), (0, 17, 12, 1)], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_box_is_the_picture(box, turned):
+    """As torchvision's crop, then its resize: what the box leaves out is seen by nothing."""
+    image, settings = Image.fromarray(PIXELS[..., :3]), ("image", 3, 8, False, False)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    upright = image.transpose(Image.Transpose.ROTATE_270) if turned else image
+    box = (box[1], box[0], box[3], box[2]) if turned else box
+    row = stored(image, exif=exif.tobytes())
+    work = ImageTransform(*settings, crop=list(box))
+    expected = functional.resize(functional.crop(upright, *box), 8)
+    np.testing.assert_array_equal(work.decode(row).permute(1, 2, 0).numpy(), np.array(expected))
+    told = CaptionedTransform(*settings, crop=box, caption_column="text", tokenizers=[], micro_conditioning=True)
+    assert told._time_ids(work.decode(row), row["image"], np.uint64(0))[:2] == box[2:]
+
+
+@pytest.mark.parametrize("box", [(1, 0, 12, 18), (0, 1, 12, 18), (0, 0, 13, 4), (40, 40, 2, 2)], ids=str)
+def test_a_box_beyond_the_image_names_it(tmp_path, box):
+    save_rows(tmp_path / "d", image=[stored(Image.fromarray(PIXELS[..., :3]))["image"]])
+    rows = load_rows(flags(dataset_name=str(tmp_path / "d")))
+    work = ImageTransform("image", 3, 8, False, False, crop=box)
+    numbers = " ".join(map(str, box))
+    with pytest.raises(ValueError, match=rf"^row 0 .*--crop {numbers} goes beyond its 12 rows and 18 columns"):
+        ImageRows(rows, work, 0, quiet=True)
+
+
+def test_every_image_setting_is_a_field():
+    """The key of a cache is made of them."""
+    plain, *others = (
+        vars(ImageTransform("image", 3, 8, False, False, **changes))
+        for changes in ({}, {"crop": [0, 0, 8, 8]}, {"crop": [0, 1, 8, 8]}, {"interpolation": "bicubic"})
+    )
+    assert all(other != plain for other in others) and others[0] != others[1]
 
 
 @pytest.mark.parametrize("size", [(8, 8), (8, 11), (13, 8)])

@@ -369,6 +369,7 @@ def test_samples_of_another_size_than_told(evaluate, monkeypatch):
         ["--batch_size", 4],
         ["--num_inference_steps", 4],
         ["--scheduler", "DDIMScheduler"],
+        ["--clip_sample", "false"],
         ["--dtype", "bf16"],
         ["--pretrained_model_name_or_path", "other"],
     ],
@@ -389,6 +390,15 @@ def test_samples_of_another_protocol_are_not_mixed(evaluate, tmp_path, teacher_d
     assert (tmp_path / "evaluation" / "notes.txt").read_text() == "mine"  # only an evaluation's own files go
 
 
+OTHER_REFERENCES = [
+    ["--max_reference_samples", 20],
+    ["--resolution", 6],
+    ["--batch_size", 6],
+    ["--crop", 0, 0, 6, 6],
+    ["--resolution", 6, "--image_interpolation_mode", "bicubic"],
+]
+
+
 def test_the_reference_is_cached_by_content_and_protocol(evaluate, tmp_path, capsys):
     data, cache = save_images(tmp_path / "data"), tmp_path / "cache"
     common = ["--dataset_name", data, "--reference_cache_dir", cache]
@@ -400,7 +410,7 @@ def test_the_reference_is_cached_by_content_and_protocol(evaluate, tmp_path, cap
     shutil.copytree(data, moved)  # the same content elsewhere
     evaluate("--dataset_name", moved, "--reference_cache_dir", cache, output="3")
     assert "from the cache" in capsys.readouterr().out
-    for number, other in enumerate((["--max_reference_samples", 20], ["--resolution", 6], ["--batch_size", 6])):
+    for number, other in enumerate(OTHER_REFERENCES):
         evaluate(*common, *other, output=f"other-{number}")
         assert "from the cache" not in capsys.readouterr().out, other
     shutil.rmtree(data)
@@ -487,6 +497,18 @@ BAD = {
     "no prompt column": (["--caption_column", "caption"], "--caption_column caption: .*only image, label"),
     "guidance": (["--guidance_scale", 2], "--guidance_scale has no effect"),
     "eta": (["--eta", 0.5], "--eta has no effect"),
+    "no clipping": (
+        ["--clip_sample", "true", "--scheduler", "PNDMScheduler"],
+        "--clip_sample has no effect: a PNDMScheduler does not clip",
+    ),
+    "box of statistics": (
+        [*NO_DATA, "--reference_stats", "x.npz", "--crop", 0, 0, 4, 4],
+        "--crop cuts reference images, and statistics are of images as they were",
+    ),
+    "box of the reference": (
+        ["--crop", 0, 0, 4, 9],
+        "--dataset_name: image 0 .*--crop 0 0 4 9 goes beyond its 8 rows",
+    ),
     "eta range": (["--eta", 2], r"--eta is 2.0; it must lie in \[0, 1\]"),
     "too many steps": (["--num_inference_steps", 2000], "--num_inference_steps 2000"),
     "too few for pr": (["--num_samples", 5], "--metrics pr needs at least 6"),
@@ -605,6 +627,25 @@ def test_cleanfid_statistics_that_cannot_be_had(evaluate, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="--cleanfid_stats cifar10 .*--reference_stats"):
         utils.evaluation.reference._cleanfid_statistics(args)
+
+
+def test_the_reference_is_cut_and_both_are_resized_as_told(evaluate, tmp_path):
+    """Measured against copies that Pillow cut and resized, nothing is left."""
+    whole = save_pngs(tmp_path / "whole", 20, side=(16, 24))
+    (tmp_path / "done").mkdir()
+    for path in whole.iterdir():
+        with Image.open(path) as image:
+            image.crop((3, 2, 15, 14)).resize((8, 8), Image.Resampling.BICUBIC).save(tmp_path / "done" / path.name)
+    given = [*NO_PIPELINE, *NO_DATA, "--metrics", "fid", "--kid_subset_size", None, "--images", tmp_path / "done"]
+    given += ["--reference_images", whole, "--crop", 2, 3, 12, 12]
+    bicubic = evaluate(*given, "--resolution", 8, "--image_interpolation_mode", "bicubic", output="bicubic")
+    assert bicubic["metrics"]["frechet_distance"] < 1e-6
+    assert bicubic["protocol"]["reference"]["crop"] == [2, 3, 12, 12]
+    assert "Pillow bicubic" in bicubic["protocol"]["reference"]["resize"]
+    assert bicubic["protocol"]["samples"]["interpolation"] == "bicubic"
+    assert evaluate(*given, "--resolution", 8, output="bilinear")["metrics"]["frechet_distance"] > 1e-3
+    with pytest.warns(UserWarning, match="--reference_images 12x12"):  # the box alone, unresized
+        assert evaluate(*given, output="unresized")["protocol"]["reference"]["resize"] == "none"
 
 
 def test_resolution_makes_mixed_sizes_one(evaluate, tmp_path):

@@ -17,7 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train_place
+from utils.training.arguments import parse_args
 from utils.training.log import RunLog
+from utils.training.optimizer import make_optimizer
 
 
 @pytest.fixture
@@ -35,7 +37,8 @@ def test_the_plan_does_not_call_a_wrapped_student(run, monkeypatch, one_process_
 
     def prepared(self, student, optimizer):
         student, optimizer = prepare(self, student, optimizer)
-        student = DistributedDataParallel(student)
+        student = DistributedDataParallel(student, **self.ddp_handler.to_kwargs())
+        assert student.gradient_as_bucket_view  # the gradients are averaged where they lie
         student.device_ids, student.use_side_stream_for_tensor_copies = [0], False
         return student, optimizer
 
@@ -71,6 +74,12 @@ def test_8_bit_adam_resumes_exactly(run):
     shutil.rmtree(whole.with_name("resumed") / "checkpoints" / "step-0000004")
     resumed = run("train_place", *flags, "--resume_from_checkpoint", "latest", output="resumed")
     assert same_run(resumed, whole, step=4)
+
+
+def test_8_bit_adam_is_refused_where_it_has_no_kernels():
+    weights, args = torch.nn.Linear(2, 2).parameters(), parse_args("", lambda group: None, ["--use_8bit_adam"])
+    with pytest.raises(ValueError, match="--use_8bit_adam: bitsandbytes has no optimizer for Apple's GPU"):
+        make_optimizer(args, weights, SimpleNamespace(device=torch.device("mps"), num_processes=1))
 
 
 @pytest.fixture

@@ -2,12 +2,20 @@
 """Where models run, in which dtype, on how many threads."""
 
 import os
+import sys
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows
+    import psutil
+
+    resource = None
 
 logger = get_logger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
@@ -17,6 +25,14 @@ def cpu_share(accelerator: Accelerator) -> int:
     """Cores of the machine for each process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // accelerator.num_processes)
+
+
+def peak_process_memory() -> int:
+    """Bytes of memory that this process has taken at most."""
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def use_cpu_threads(args, accelerator: Accelerator) -> None:

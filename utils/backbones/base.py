@@ -67,6 +67,7 @@ class Backbone:
     process_class: ClassVar[type[Diffusion]] = Diffusion
     bounded: ClassVar[bool] = True  # clean data lie in [-1, 1]
     must_match: ClassVar[Sequence[str]] = ("in_channels", "out_channels")  # config keys, in teacher and student
+    told: ClassVar[str] = "teachers and students here are unconditional"
     flags: ClassVar[frozenset[str]] = frozenset()  # those of FAMILY_FLAGS that it reads
     instead: ClassVar[dict[str, str]] = {}  # a decisive flag that it does not read -> what to do here
 
@@ -109,13 +110,20 @@ class Backbone:
             UsageError: naming the flag, what was found and what to do.
         """
         cls.check_flags(args)
+        cls.process_class.load(args, bounded=cls.bounded)  # another process is refused first
         teacher, vae = None, cls.vae_config(args)
         if args.pretrained_model_name_or_path:
             source = args.pretrained_model_name_or_path
             teacher = component_config(cls.model_class, cls.component, source, TEACHER, args.revision)
+            if (found := teacher.get("_class_name", cls.model_class.__name__)) != cls.model_class.__name__:
+                raise UsageError(
+                    f"{TEACHER} {source}: its {cls.component} is a {found}, not a {cls.model_class.__name__}."
+                )
+            cls.check_denoiser(full_config(teacher, cls.model_class), TEACHER)
         flag, student = cls.student_config(args, teacher)
         if (found := student.get("_class_name", cls.model_class.__name__)) != cls.model_class.__name__:
             raise UsageError(f"{flag}: the student is a {found}; this teacher needs a {cls.model_class.__name__}.")
+        cls.check_denoiser(full_config(student, cls.model_class), flag)
         owners = {"teacher": teacher, "student": student}
         full = {owner: full_config(config, cls.model_class) for owner, config in owners.items() if config}
         for key in cls.must_match if teacher else ():
@@ -176,6 +184,17 @@ class Backbone:
         return flag, component_config(cls.model_class, cls.component, args.student_model_name_or_path, flag)
 
     @classmethod
+    def check_denoiser(cls, config: dict, flag: str) -> None:
+        """Refuse a teacher or student that is told what nobody tells it here; `config` is whole, defaults filled "
+        "in."""
+        for key in ("num_class_embeds", "class_embed_type"):
+            if config.get(key) is not None:
+                raise UsageError(
+                    f"{flag}: the {cls.component} is told a class ({key} is {config[key]}); {cls.told}. Choose one "
+                    "without classes."
+                )
+
+    @classmethod
     def check_more(cls, args, teacher: dict | None, student: dict, flag: str) -> None:
         """What else a family refuses; the configs are whole, defaults filled in."""
 
@@ -218,7 +237,9 @@ class Backbone:
             self.resolution,
             args.center_crop,
             args.random_flip,
-            args.background,
+            crop=args.crop,
+            interpolation=args.image_interpolation_mode,
+            background=args.background,
         )
 
     def encode(self, batch: dict[str, Tensor], rng: StepRandom) -> tuple[Tensor, dict[str, Any]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
+from utils.backbones.weights import find_weights
 from utils.command_line import UsageError
 
 TEACHER = "--pretrained_model_name_or_path"
@@ -29,6 +30,10 @@ def pipeline_class_name(name_or_path: str, revision: str | None, flag: str) -> s
         return DiffusionPipeline.load_config(name_or_path, revision=revision)["_class_name"]
     except (OSError, ValueError, KeyError) as error:
         where = "that folder has no model_index.json" if Path(name_or_path).is_dir() else "no such folder here"
+        if Path(name_or_path).is_file():
+            where = (
+                "that is one file, not a pipeline's folder (diffusers' from_single_file and save_pretrained make one)"
+            )
         raise UsageError(
             f"{flag} {name_or_path}: {where}, and no diffusers pipeline of that name was "
             f"found on the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
@@ -65,6 +70,7 @@ def load_component(
             model_class.load_config(name_or_path, subfolder=subfolder, revision=revision)
         except (OSError, ValueError):
             continue
+        _check_weights(Path(name_or_path) / (subfolder or ""), model_class, flag, variant, allow_pickle)
         try:
             model, info = model_class.from_pretrained(
                 name_or_path,
@@ -87,3 +93,18 @@ def load_component(
             )
         return model
     raise UsageError(f"{flag} {name_or_path} holds no {model_class.__name__}.")
+
+
+def _check_weights(folder: Path, kind: type, flag: str, variant: str | None, pickled: bool) -> None:
+    """Raises UsageError where a folder here holds no such weights, with what it holds and the flag that takes it."""
+    if not folder.is_dir():
+        return  # of the Hub
+    try:
+        found = find_weights(folder, kind, variant, pickled=pickled)
+    except ValueError as error:
+        hint = "" if flag == TEACHER else " (--variant is the teacher's: save a student without one)"
+        raise UsageError(f"{flag} {folder} does not load: {error}{hint}") from error
+    if found.variant != variant:
+        raise UsageError(
+            f"--variant {variant}: {folder} has no weights of it. Leave the flag out to load its plain ones."
+        )

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Modules that a stock pipeline takes for its denoiser, so that no second sampling loop is needed."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
 import torch
 from torch import nn
 
@@ -30,6 +33,19 @@ class StandIn(nn.Module):
     def denoise(self, *inputs, **condition):
         """The output, with its `sample` (B, C, *S)."""
         return self.denoiser(*inputs, **condition)
+
+
+class InAutocast(StandIn):
+    """A denoiser that runs under autocast; what a pipeline does around it, decoding above all, does not."""
+
+    def __init__(self, denoiser: nn.Module, autocast: Callable[[], AbstractContextManager]):
+        super().__init__(denoiser)
+        self.autocast = autocast
+
+    def denoise(self, *inputs, **condition):
+        """The denoiser's own output."""
+        with self.autocast():
+            return self.denoiser(*inputs, **condition)
 
 
 class InFloat32(StandIn):

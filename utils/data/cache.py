@@ -15,19 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from utils.command_line import UsageError
+from utils.data.cache_key import FORMAT, cache_settings
 from utils.data.rows import ImageRows, as_is, load_rows
-from utils.distributed import wait_for_everyone
-from utils.files import read_json, sha256, write_json, written_beside
+from utils.distributed import on_main_process, wait_for_everyone
+from utils.files import read_json, write_json, written_beside
 
 BLOCK = 256  # rows, or captions, a file
-FORMAT = 2  # of cache.json and the files beside it: counted up when one of them means something else
 
 
 def open_dataset(args, accelerator: Accelerator, backbone) -> Dataset:
@@ -37,7 +36,7 @@ def open_dataset(args, accelerator: Accelerator, backbone) -> Dataset:
         UsageError: as `load_rows`, `ImageRows` and `check_cache`.
     """
     if not (args.dataset_name or args.train_data_dir):
-        check_cache(args, accelerator, None, backbone)
+        on_main_process(accelerator, check_cache, args, accelerator, None, backbone)
         return CachedRows(Path(args.latent_cache_dir), backbone)
     dataset = ImageRows(
         load_rows(args, args.train_split, split_flag="--train_split"),
@@ -48,7 +47,7 @@ def open_dataset(args, accelerator: Accelerator, backbone) -> Dataset:
         quiet=not accelerator.is_local_main_process,
     )
     if args.latent_cache_dir:
-        check_cache(args, accelerator, dataset, backbone)
+        on_main_process(accelerator, check_cache, args, accelerator, dataset, backbone)
     return dataset
 
 
@@ -71,23 +70,6 @@ def encoded_once(args, accelerator: Accelerator, dataset: Dataset, backbone) -> 
     wait_for_everyone(accelerator)
     backbone.free_encoders()
     return CachedRows(folder, backbone)
-
-
-def cache_settings(args, accelerator: Accelerator, dataset: Dataset | None, backbone) -> dict:
-    """Everything that the content of a cache depends on; without the dataset, what is not the dataset's."""
-    data = {} if dataset is None else {"data": dataset.fingerprint(), "rows": len(dataset)}
-    return {
-        **data,
-        "format": FORMAT,
-        "encoders": _encoder_hash(args, ["vae", *backbone.conditions.components]),
-        "dtype": args.teacher_dtype or accelerator.mixed_precision,
-        "resolution": backbone.resolution,
-        "center_crop": args.center_crop,
-        "random_flip": args.random_flip,
-        **backbone.conditions.settings(),
-        "seed": args.seed,
-        "variants": args.cache_variants or 1,
-    }
 
 
 def check_cache(args, accelerator: Accelerator, dataset: Dataset | None, backbone) -> None:
@@ -240,18 +222,6 @@ def _encoded(backbone, batch: dict[str, torch.Tensor], part: str, batch_size: in
     count = len(next(iter(batch.values())))
     filled = {name: value[torch.arange(batch_size) % count] for name, value in batch.items()}
     return {name: value[:count] for name, value in backbone.cache_rows(filled, (part,)).items()}
-
-
-def _encoder_hash(args, components: list[str]) -> str:
-    """Of the weight files of VAE and text encoders."""
-    digest = hashlib.sha256()
-    source = args.pretrained_model_name_or_path
-    if not Path(source).is_dir():
-        source = DiffusionPipeline.download(source, revision=args.revision, variant=args.variant)
-    for part in components:
-        for path in sorted((Path(source) / part).glob("*.safetensors")):
-            digest.update(bytes.fromhex(sha256(path)))
-    return f"{digest.hexdigest()[:16]} {args.pretrained_vae_model_name_or_path or ''}".strip()
 
 
 def _write(path: Path, pieces: list[dict[str, torch.Tensor]]) -> None:

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A row to tensors: the image decoded, resized, cropped and flipped; the caption of this epoch, tokenised."""
 
+import json
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -29,27 +30,49 @@ class ImageTransform:
         resolution: int,
         center_crop: bool,
         random_flip: bool,
+        *,
+        crop: Sequence[int] | None = None,
+        interpolation: str = "bilinear",
         background: str | None = None,
     ):
+        """`crop`: top, left, height and width of the box that stands for the whole picture, in pixels before it is
+        resized; `interpolation`: one of `utils.flags.INTERPOLATIONS`; `background`: the colour behind transparent
+        pixels."""
         self.image_column, self.background = image_column, background or BACKGROUND
         self.mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
+        self.crop, self.interpolation = crop, interpolation
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what is made of a row, by name, of JSON's types: every field of this object, so that one
+        that is added later counts too. For the keys of caches."""
+        return json.loads(json.dumps(vars(self), default=str))
 
     def decode(self, row: dict) -> torch.Tensor:
         """Uint8 (C, H, W) with the shorter side at `resolution`.
 
         Raises:
-            UnreadableImage: there is no image, or one whose values cannot be kept.
+            UnreadableImage: there is no image, one whose values cannot be kept, or `crop` goes beyond it.
         """
         image = read_image(row[self.image_column], self.mode, self.background)
+        if self.crop:
+            image = self._cropped(image)
         if min(image.size) != self.resolution:
             scale = self.resolution / min(image.size)
             size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
             if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):  # a line of pixels, or a damaged header
                 raise UnreadableImage(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
-            image = image.resize(size, Image.Resampling.BILINEAR)  # Pillow's bilinear filter antialiases
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         array = np.array(image, dtype=np.uint8)
         return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        top, left, height, width = self.crop
+        if top + height > image.height or left + width > image.width:  # where Pillow would add black
+            raise UnreadableImage(
+                f"--crop {top} {left} {height} {width} goes beyond its {image.height} rows and {image.width} columns"
+            )
+        return image.crop((left, top, left + width, top + height))
 
     def augment(self, image: torch.Tensor, bits: int) -> torch.Tensor:
         """Crop (C, H, W) to a square and perhaps flip it. `bits` are 64 random ones: the lowest decides the flip, two
@@ -87,11 +110,17 @@ class CaptionedTransform(ImageTransform):
     """Adds `input_ids_0`, `input_ids_1` ... (B, T), one for each tokenizer, and with `micro_conditioning` SDXL's
     `time_ids` (B, 6): original height and width, top and left of the crop, height and width of the result."""
 
-    def __init__(self, *image_settings, caption_column: str, tokenizers: Sequence, micro_conditioning: bool):
-        super().__init__(*image_settings)
+    def __init__(
+        self, *image_settings, caption_column: str, tokenizers: Sequence, micro_conditioning: bool, **more_settings
+    ):
+        super().__init__(*image_settings, **more_settings)
         self.caption_column, self.tokenizers = caption_column, tokenizers
         self.micro_conditioning = micro_conditioning
         self.columns = (caption_column, self.image_column) if micro_conditioning else (caption_column,)
+
+    def settings(self) -> dict[str, Any]:
+        """As ImageTransform.settings, without the tokenizers: their files say what they are."""
+        return {name: value for name, value in super().settings().items() if name != "tokenizers"}
 
     def check(self, rows: "datasets.Dataset") -> None:
         """Raises UsageError where there are no captions."""
@@ -121,6 +150,8 @@ class CaptionedTransform(ImageTransform):
     def _time_ids(self, image: torch.Tensor, stored: dict, bits: np.uint64) -> tuple[int, ...]:
         """Podell et al. 2023, section 2.2."""
         width, height = upright_size(stored)
+        if self.crop:  # the box is the picture
+            height, width = self.crop[2:]
         top, left = self.crop_at(image, int(bits))
         if self.random_flip and int(bits) & 1:  # where the crop lies in the flipped image
             left = image.shape[-1] - self.resolution - left

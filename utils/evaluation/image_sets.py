@@ -20,35 +20,35 @@ from utils.data.transforms import ImageTransform
 class ImageSet(Dataset):
     """Images by lists of indices, uint8 (B, 3, H, W): files of a folder, or rows of a dataset."""
 
-    def __init__(
-        self, rows: Sequence[dict], source: str, *, image_column: str = "image", background: str | None = None
-    ):
-        """`rows` hold undecoded images, {"bytes", "path"}, in `image_column`; `source` names them in errors.
-        `background` is the colour behind transparent pixels."""
+    def __init__(self, rows: Sequence[dict], source: str, *, image_column: str = "image", **settings):
+        """`rows` hold undecoded images, {"bytes", "path"}, in `image_column`; `source` names them in errors;
+        `settings` are `ImageTransform`'s crop, interpolation and background."""
         self.rows, self.source, self.image_column = rows, source, image_column
         self.cut = False
         self.numbers: Sequence[int] = range(len(rows))  # the place of each before some were left out
-        self.transform = ImageTransform(image_column, 3, 1, center_crop=True, random_flip=False, background=background)
+        self.transform = ImageTransform(image_column, 3, 1, center_crop=True, random_flip=False, **settings)
 
     @classmethod
-    def from_files(cls, paths: Sequence[Path | str], source: str, background: str | None = None) -> "ImageSet":
+    def from_files(cls, paths: Sequence[Path | str], source: str, **settings) -> "ImageSet":
         """The image files `paths`, in this order."""
-        return cls([{"image": {"bytes": None, "path": str(path)}} for path in paths], source, background=background)
+        return cls([{"image": {"bytes": None, "path": str(path)}} for path in paths], source, **settings)
 
     def resize_to(self, resolution: int) -> None:
-        """From now on bring every image's shorter side to `resolution` (bilinear, antialiased) and cut the centre."""
+        """From now on bring every image's shorter side to `resolution` and cut the centre."""
         self.transform.resolution, self.cut = resolution, True
 
     def keep_size(self, *, quiet: bool) -> tuple[int, int]:
-        """Read the images as they are; returns (height, width), from the files' headers.
+        """Read the images, or the box of each, as they are; returns (height, width), from the files' headers.
 
         Raises:
             UsageError: they are not of one size, or one is no image; both named.
         """
         sizes: dict[tuple[int, int], int] = {}
+        box = self.transform.crop and self.transform.crop[:1:-1]  # width and height
         for index in tqdm(range(len(self)), desc="checking image sizes", disable=quiet, leave=False):
             try:
-                sizes.setdefault(upright_size(self.rows[index][self.image_column]), index)
+                size = upright_size(self.rows[index][self.image_column])
+                sizes.setdefault(tuple(box or size), index)
             except UnreadableImage as error:
                 raise self._unreadable(index, error) from error
             if len(sizes) > 1:

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 
 from utils.command_line import UsageError
 from utils.data.transforms import check_captions, choose_caption
-from utils.evaluation.pipelines import denoiser_of
+from utils.evaluation.pipelines import clips, denoiser_of
 from utils.flags import read_prompts_file
 from utils.randomness import VALIDATION_STREAM, seed_from
 
@@ -122,6 +122,7 @@ class Sampler:
         return {
             "pipeline": self.name,
             "scheduler": type(scheduler).__name__,
+            "clip_sample": scheduler.config.clip_sample if clips(scheduler) else None,
             "scheduler_config": {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")},
             **{name: self._default(name) for name in ("num_inference_steps", "guidance_scale", "height", "width")},
             "eta": step_takes["eta"].default if self.eta is None and "eta" in step_takes else self.eta,

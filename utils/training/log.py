@@ -36,8 +36,8 @@ def tracker_names(report_to: str) -> list[str] | None:
     """
     if report_to == "none":
         return None
-    names = report_to.split(",")
     installed = [str(tracker) for tracker in get_available_trackers()]
+    names = installed if report_to == "all" else report_to.split(",")
     for name in names:
         if name not in installed:
             raise UsageError(

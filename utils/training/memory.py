@@ -141,6 +141,7 @@ def _sampling(
         with _counted(accelerator) as memory, torch.no_grad():
             vae = AutoencoderKL.from_config(backbone.configs.vae)
             memory.see(_tensors(vae))
+            vae.enable_slicing()
             vae.decode(torch.empty(count, *shape))
         peaks.append(memory.peak)
     return max(peaks)

@@ -14,6 +14,7 @@ from accelerate.logging import get_logger
 from torch import nn
 from tqdm.auto import tqdm
 
+from utils.backbones.stand_in import InAutocast
 from utils.data.rows import ImageRows, load_rows
 from utils.distributed import on_main_process
 from utils.files import write_json
@@ -146,10 +147,12 @@ class Validation:
     def _draw(self, denoiser: nn.Module, first: int, count: int) -> torch.Tensor:
         """Samples `first` and on, each by its own seed."""
         conditions = self.backbone.conditions.of_samples(self.dataset, first, count)
-        with self.accelerator.autocast():
-            return self.backbone.sample(
-                denoiser, self._seeds(first, count), self.args.validation_num_inference_steps, conditions
-            )
+        return self.backbone.sample(
+            InAutocast(denoiser, self.accelerator.autocast),
+            self._seeds(first, count),
+            self.args.validation_num_inference_steps,
+            conditions,
+        )
 
     def _noise_images(self) -> Iterator[torch.Tensor]:
         shape = (self.backbone.image_channels, self.backbone.resolution, self.backbone.resolution)
