@@ -44,6 +44,7 @@ MAPS = 5  # timesteps with error maps
 
 def refuse_mismatches(args, num_rows: int, image_channels: int, num_train_timesteps: int) -> None:
     """Raises UsageError, naming the flag, where data or teacher cannot give what was asked for."""
+    data = f"split '{args.split}'" if args.split else args.train_data_dir
     for flag in ("num_timesteps", "num_inference_steps"):
         if getattr(args, flag) > num_train_timesteps:
             raise UsageError(
@@ -51,12 +52,11 @@ def refuse_mismatches(args, num_rows: int, image_channels: int, num_train_timest
             )
     if args.num_images > num_rows:
         raise UsageError(
-            f"--num_images is {args.num_images}; split '{args.split}' has {num_rows} images. Take fewer, or another "
-            "--split."
+            f"--num_images is {args.num_images}; {data} has {num_rows} images. Take fewer, or another --split."
         )
     if args.feature_extractor and num_rows < 2:
         raise UsageError(
-            f"--feature_extractor: a distance needs at least 2 images, and split '{args.split}' has {num_rows}. Take "
+            f"--feature_extractor: a distance needs at least 2 images, and {data} has {num_rows}. Take "
             "another --split, or leave the distance out."
         )
     if args.feature_extractor and image_channels == 4:

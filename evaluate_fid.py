@@ -196,7 +196,9 @@ def main(argv: list[str] | None = None) -> None:
     resizing = {"interpolation": args.image_interpolation_mode}
     if args.images:
         files = image_files(args.images, "--images", args.num_samples)
-        images = ImageSet.from_files(files, "--images", **resizing)
+        images = ImageSet.from_files(files, "--images", background=args.background, **resizing)
+        if args.skip_bad_images:
+            images.leave_out_unreadable(quiet=quiet)
         if args.num_samples and len(images) < args.num_samples:
             warnings.warn(f"--images {args.images} has {len(images)} images, not {args.num_samples}.", stacklevel=1)
         size = (args.resolution,) * 2 if args.resolution else images.keep_size(quiet=quiet)
@@ -209,6 +211,8 @@ def main(argv: list[str] | None = None) -> None:
         if count < (classes := len(sampler.class_labels or [])):
             warnings.warn(f"--num_samples {count}: the first {count} of {classes} classes are drawn.", stacklevel=1)
     if isinstance(reference, ImageSet):
+        if args.skip_bad_images:
+            reference.leave_out_unreadable(quiet=quiet)
         fit_reference(args, reference, size, quiet)
     check_counts(args, count, reference)
 

@@ -118,6 +118,12 @@ CONTRADICTIONS = [
     ([*TEACHER, *STUDENT], "--dataset_name and --train_data_dir; found neither"),
     ([*TEACHER, *STUDENT, *DATA, "--train_data_dir", "f"], "--dataset_name and --train_data_dir; found both"),
     ([*TEACHER, *STUDENT, *DATA, "--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "deletes it"),
+    ([*TEACHER, *STUDENT, *DATA, "--background", "whyte"], "--background: .*'whyte'.* Give a colour's name"),
+    ([*TEACHER, *STUDENT, *DATA, "--background", "#ffffff80"], "--background #ffffff80 is transparent itself"),
+    (
+        [*TEACHER, *STUDENT, "--train_data_dir", "f", "--validation_split", "test"],
+        "--validation_split test is a part of --train_data_dir.*give --train_split",
+    ),
     *(
         ([*TEACHER, *STUDENT, *DATA, "--crop", *box.split()], f"--crop {box}: give four numbers, top and left")
         for box in ("57 25 128", "57 25 128 128 3", "-1 0 8 8", "0 -2 8 8", "0 0 0 8", "0 0 8 -8")

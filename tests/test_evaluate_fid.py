@@ -286,19 +286,66 @@ def test_what_cannot_be_cached_is_measured_all_the_same(evaluate, tmp_path):
         assert evaluate("--reference_cache_dir", tmp_path / "file", output="again")["metrics"] == whole["metrics"]
 
 
-def test_images_are_read_as_clean_fid_reads_them(tmp_path):
-    """In order of their numbers, and not turned by a tag."""
+def test_images_are_read_as_training_reads_them(tmp_path):
+    """In order of their numbers, and upright."""
     exif = Image.Exif()
-    exif[0x0112] = 3
-    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    exif[0x0112] = 6
+    pixels = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
     for name in ("10", "2", "1"):
         Image.fromarray(pixels + int(name)).save(tmp_path / f"{name}.png", exif=exif.tobytes())
     (tmp_path / "3.png").mkdir()
     paths = image_files(str(tmp_path), "--images")
-    assert [path.name for path in paths] == ["1.png", "2.png", "10.png"]
+    assert [Path(path).name for path in paths] == ["1.png", "2.png", "10.png"]
     read = ImageSet.from_files(paths, "--images")
-    read.keep_size(quiet=True)
-    assert torch.equal(read.__getitems__([1])[0].permute(1, 2, 0), torch.from_numpy(pixels + 2))
+    assert read.keep_size(quiet=True) == (6, 8)
+    upright = np.rot90(pixels + 2, -1).copy()
+    assert torch.equal(read.__getitems__([1])[0].permute(1, 2, 0), torch.from_numpy(upright))
+
+
+@pytest.mark.filterwarnings("ignore:.*no effect here", "ignore:there are transparent", "ignore:.*used alike")
+def test_a_folder_measured_against_itself(evaluate, tmp_path):
+    """Whatever its images are called and however they are stored, and by which flag it is named."""
+    folder = save_pngs(tmp_path / "a [b]*", 12)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for place, name in enumerate(("steam train.png", "test/eval.png", "train/10.png", "train/9.png", "x.jfif")):
+        pixels = np.random.default_rng(place).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / name, "PNG", exif=exif.tobytes())
+    for flag in ("--reference_images", "--train_data_dir"):
+        found = evaluate(*NO_PIPELINE, "--images", folder, *NO_DATA, flag, folder, "--metrics", "fid", output=flag)
+        assert found["protocol"]["samples"]["count"] == found["protocol"]["reference"]["count"] == 17
+        assert abs(found["metrics"]["frechet_distance"]) < 1e-6, flag
+
+
+@pytest.mark.filterwarnings("ignore:.*no effect here")
+def test_images_that_cannot_be_decoded_are_left_out_on_request(evaluate, tmp_path):
+    folder = save_pngs(tmp_path / "images", 12)
+    (folder / "001.png").write_bytes(b"")
+    given = [*NO_PIPELINE, "--images", folder, *NO_DATA, "--reference_images", folder, "--metrics", "fid"]
+    with pytest.warns(UserWarning, match=r"--images: 1 of 12 .*image 1 \(.*001.png\): .* They are left out"):
+        found = evaluate(*given, "--skip_bad_images")
+    assert found["protocol"]["samples"]["count"] == found["protocol"]["reference"]["count"] == 11
+    assert abs(found["metrics"]["frechet_distance"]) < 1e-6
+    images = ImageSet.from_files(sorted(folder.iterdir()), "--images")
+    with pytest.warns(UserWarning, match="left out"):
+        images.leave_out_unreadable(quiet=True)
+    assert images.numbers == [0, *range(2, 12)]  # of the prompts that they go with
+    for path in folder.iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="--images: 11 of 11 images cannot be decoded.* image 11 .* at least 2"):
+        images.leave_out_unreadable(quiet=True)
+
+
+def test_captions_that_are_missing_are_empty_prompts():
+    import datasets
+
+    from utils.evaluation.sampler import read_prompts
+
+    args = type("Args", (), {"caption_column": "text", "prompts": None})
+    for captions in ([None, "", "a"], [[], [""], ["a", "b"]], [None, [], ["a"]], [[None], None, ["a"]]):
+        rows = datasets.Dataset.from_dict({"text": captions})
+        assert read_prompts(args, type("Reference", (), {"rows": rows})) == ["", "", "a"]
 
 
 def test_sizes_that_differ_are_said(evaluate, tmp_path):
@@ -479,7 +526,7 @@ BAD = {
     ),
     "foreign images": (["--output_dir", "mine", "--overwrite_output_dir"], "would delete mine/images, which no eval"),
     "bomb": ([*NO_PIPELINE, "--images", "bomb"], r"image 1 \(.*001.png\) cannot be decoded"),
-    "prompts that are none": (["--caption_column", "label"], "--caption_column label: row 0 holds 0, no prompt"),
+    "prompts that are none": (["--caption_column", "label"], "--caption_column label: found .*int64.* a caption is"),
     "prompt left out": (["--prompts", "gap.txt"], "--prompts gap.txt: line 2 is empty"),
     "random extractor": (["--feature_extractor", "masked"], "masked.* is a ViTMAEModel, whose features .* differ"),
     "video extractor": (["--feature_extractor", "video"], "video.* is a VideoMAEModel, which gives no features"),

@@ -29,9 +29,9 @@ import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.encoders import Frozen
 from utils.backbones.stable_diffusion import StableDiffusion
-from utils.data.cache import CachedRows
+from utils.data.cache import CachedRows, encoded_once, open_dataset
 from utils.data.cache_key import FORMAT
-from utils.data.rows import ImageRows, StreamSampler, load_rows
+from utils.data.rows import ImageRows, StreamSampler, load_rows, training_batches
 from utils.randomness import StepRandom
 from utils.training.arguments import parse_args
 from utils.training.validation import Validation
@@ -246,7 +246,37 @@ def test_one_of_several_captions_is_drawn(teachers, tmp_path):
     assert len(counts) == 3 and counts.min() > 5
 
 
+def test_captions_that_are_missing_count_the_same_in_every_row(teachers, tmp_path):
+    backbone = load(teachers["sd1"])
+    for place, captions in enumerate(([None, "a", ""], ["", None, "a"], [[], ["a"], None], [[None], [""], ["a"]])):
+        batch, dataset = row_batch(backbone, save_captioned(tmp_path / str(place), 3, captions), (0, 1, 2))
+        empty = [not caption or not caption[0] for caption in captions]
+        assert [not text for text in dataset.captions(3)] == empty
+        lengths = (batch["input_ids_0"] != backbone.conditions.tokenizers[0].pad_token_id).sum(dim=1)
+        assert (lengths == lengths.min()).tolist() == empty
+    with pytest.raises(ValueError, match="--caption_column text: found .*int64.* a caption is a string or a list"):
+        row_batch(backbone, save_captioned(tmp_path / "numbers", 3, [1, 2, 3]))
+
+
 # Cache
+
+
+def test_a_cache_knows_which_rows_were_replaced(teachers, tmp_path):
+    folder = save_captioned(tmp_path / "images", 6)
+    (folder / "01.png").write_bytes(b"no image")
+    (folder / "04.png").unlink()
+    given = ["--latent_cache_dir", tmp_path / "cache", "--skip_bad_images", "--train_batch_size", "3", "--center_crop"]
+    backbone, accelerator = load(teachers["sd1"], *given), Accelerator(cpu=True)
+    backbone.args.train_data_dir = str(folder)
+    dataset = open_dataset(backbone.args, accelerator, backbone)
+    expected = dataset.__getitems__([(0, row) for row in range(6)])
+    cached = encoded_once(backbone.args, accelerator, dataset, backbone)
+    found = cached.__getitems__([(0, row) for row in range(6)])
+    assert found["replaced"].tolist() == expected["replaced"].tolist() == [False, True, False, False, True, False]
+    assert torch.equal(found["latent_mean"][1], found["latent_mean"][2])
+    for _ in training_batches(cached, backbone.args, accelerator, first=0, last=3):
+        pass
+    assert cached.bad_rows == {1, 4}
 
 
 @pytest.fixture

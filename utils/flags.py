@@ -4,6 +4,8 @@
 import argparse
 from pathlib import Path
 
+from PIL import ImageColor
+
 from utils.command_line import HideToken, Switch, UsageError, bundled
 from utils.files import is_stray
 from utils.output_dir import LOCK
@@ -39,7 +41,10 @@ SHARED = {
     "caption_column": {
         "help": "column of the captions, a string or a list of which one is drawn (default: text)",
     },
-    "split": {"default": "train", "help": "of the dataset (default: train)"},
+    "split": {"help": "of the dataset (default: train), or a subfolder of the folder of images (default: all of it)"},
+    "background": {
+        "help": "colour behind transparent pixels, a name or #rrggbb (default: white); images of 4 channels keep them",
+    },
     "resolution": {"type": int, "help": "pixels a side; default: the teacher's sample_size"},
     "crop": {
         "type": int,
@@ -160,6 +165,18 @@ def check_data(args: argparse.Namespace, *, or_none: bool = False) -> None:
     if len(given) == 2 or not (given or or_none):
         found = "both" if given else "neither"
         raise UsageError(f"Give one of --dataset_name and --train_data_dir; found {found}.")
+
+
+def check_background(args: argparse.Namespace) -> None:
+    """Raises UsageError where `--background` is no colour, or none that hides what is behind it."""
+    if not args.background:
+        return
+    try:
+        *_, last = colour = ImageColor.getrgb(args.background)
+    except ValueError as error:
+        raise UsageError(f"--background: {error}. Give a colour's name, such as white, or #rrggbb.") from error
+    if len(colour) == 4 and last < 255:
+        raise UsageError(f"--background {args.background} is transparent itself. Give an opaque colour.")
 
 
 def check_output_folder(args: argparse.Namespace, refusal: str, *, unless: bool) -> None:

@@ -10,6 +10,7 @@ from utils.command_line import ArgumentParser, UsageError, bundled, warn_of_idle
 from utils.download_cache import use_download_cache
 from utils.flags import (
     add_shared,
+    check_background,
     check_crop,
     check_data,
     check_group_size,
@@ -57,7 +58,7 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     add_shared(
         group,
         "dataset_name dataset_config_name train_data_dir split image_column caption_column resolution crop "
-        "image_interpolation_mode skip_bad_images",
+        "image_interpolation_mode background skip_bad_images",
     )
 
     group = parser.add_argument_group("error")
@@ -149,7 +150,10 @@ def _check(args: argparse.Namespace) -> None:
         if not getattr(args, flag):
             raise UsageError(f"--{flag} is missing: name the {what}'s folder. The error is between the two.")
     check_data(args)
+    check_background(args)
     check_crop(args)
+    if args.dataset_name:
+        args.split = args.split or "train"
     check_positive(
         args,
         "resolution num_timesteps num_images num_inference_steps shown_samples num_samples batch_size num_cpu_threads",

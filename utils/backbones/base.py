@@ -246,6 +246,7 @@ class Backbone:
             args.random_flip,
             crop=args.crop,
             interpolation=args.image_interpolation_mode,
+            background=args.background,
         )
 
     def encode(self, batch: dict[str, Tensor], rng: StepRandom) -> tuple[Tensor, dict[str, Any]]:

@@ -39,7 +39,7 @@ def open_dataset(args, accelerator: Accelerator, backbone) -> Dataset:
         on_main_process(accelerator, check_cache, args, accelerator, None, backbone)
         return CachedRows(Path(args.latent_cache_dir), backbone)
     dataset = ImageRows(
-        load_rows(args),
+        load_rows(args, args.train_split, split_flag="--train_split"),
         backbone.transform(args),
         args.seed,
         skip_bad_images=args.skip_bad_images,
@@ -133,7 +133,7 @@ class CachedRows(Dataset):
         captions = batch.pop("caption").tolist()
         text = self._text(captions) if self.tokenizers else {}
         numbers = torch.tensor([row for _, row in positions])
-        return {**batch, **text, "row": numbers, "replaced": torch.zeros_like(numbers, dtype=torch.bool)}
+        return {**batch, **text, "row": numbers}
 
     def _open(self, name: str) -> safe_open:
         if name not in self.handles:
@@ -142,7 +142,8 @@ class CachedRows(Dataset):
 
     def _row(self, variant: int, row: int) -> dict[str, torch.Tensor]:
         file = self._open(_latents_name(variant, row // BLOCK))
-        return {name: file.get_slice(name)[row % BLOCK] for name in file.keys()}
+        stored = {name: file.get_slice(name)[row % BLOCK] for name in file.keys()}
+        return {"replaced": torch.tensor(False), **stored}  # which files of earlier versions do not say
 
     def _text(self, captions: list[int]) -> dict[str, torch.Tensor]:
         places = [self.places[caption] for caption in captions]
@@ -183,11 +184,11 @@ def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -
     )
     for positions, batch in zip(batches, loader, strict=True):
         batch.pop("row")
-        dataset.bad_rows.update(row for (_, row), bad in zip(positions, batch.pop("replaced"), strict=True) if bad)
+        replaced = batch.pop("replaced")
         tokens = {name: value for name, value in batch.items() if name.startswith("input_ids")}
         keys = [caption_key([ids[i] for ids in tokens.values()]) for i in range(len(positions))]
         encoded = _encoded(backbone, batch, "latents", args.train_batch_size)
-        pieces.append({**encoded, **tokens, "caption": torch.tensor(keys)})
+        pieces.append({**encoded, **tokens, "caption": torch.tensor(keys), "replaced": replaced})
         progress.update(len(positions))
         variant, last = positions[-1]
         if last + 1 == min((last // BLOCK + 1) * BLOCK, len(dataset)):

@@ -8,7 +8,14 @@ from pathlib import Path
 
 from utils.command_line import ArgumentParser, Switch, UsageError, bundled, warn_of_idle_flags
 from utils.download_cache import use_download_cache
-from utils.flags import add_shared, check_crop, check_not_negative, check_output_folder, check_positive
+from utils.flags import (
+    add_shared,
+    check_background,
+    check_crop,
+    check_not_negative,
+    check_output_folder,
+    check_positive,
+)
 
 PR_NEIGHBOURS = 5  # k of precision and recall, the paper's
 METRICS = {"fid": 2, "kid": 2, "pr": PR_NEIGHBOURS + 1, "is": 10, "clip": 2}  # -> the least samples; IS has 10 splits
@@ -41,7 +48,9 @@ def _samples(parser: argparse.ArgumentParser) -> None:
         pretrained_model_name_or_path={"help": "any diffusers pipeline, folder or Hub id; samples are drawn from it"},
     )
     group.add_argument(
-        "--images", type=bundled, help="or: a folder of images that exist, read with its subfolders in order of path"
+        "--images",
+        type=bundled,
+        help="or: a folder of images that exist, read with its subfolders in order of path, as --train_data_dir is",
     )
     group.add_argument(
         "--dtype",
@@ -98,7 +107,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 def _reference(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reference: one of these five")
     add_shared(group, "dataset_name train_data_dir")
-    group.add_argument("--reference_images", type=bundled, help="or: a folder of images, read as they are")
+    group.add_argument("--reference_images", type=bundled, help="or: a folder of images, in their own size")
     group.add_argument(
         "--reference_stats", type=bundled, help="or: an .npz file of --save_stats, clean-fid or pytorch-fid"
     )
@@ -106,10 +115,14 @@ def _reference(parser: argparse.ArgumentParser) -> None:
     details = parser.add_argument_group("reference, details")
     add_shared(
         details,
-        "dataset_config_name split image_column resolution crop image_interpolation_mode",
+        "dataset_config_name split image_column resolution crop image_interpolation_mode background skip_bad_images",
         resolution={
             "help": "bring samples and reference to this many pixels a side: shorter side resized, centre cut "
             "(default: images of a dataset to the size of the samples, files of a folder not at all)"
+        },
+        skip_bad_images={
+            "help": "leave out images that cannot be decoded, of --images and of the reference, and say how many; "
+            "default: stop and name the first"
         },
         crop={
             "help": "top, left, height and width in pixels: the box of every reference image that stands for it, cut "
@@ -228,6 +241,9 @@ def _check(args: argparse.Namespace) -> None:
     )
     check_positive(args, positive)
     check_not_negative(args, "dataloader_num_workers")
+    check_background(args)
+    if args.dataset_name:
+        args.split = args.split or "train"
     if not 0 <= args.seed < 2**32:
         raise UsageError(f"--seed is {args.seed}; it must lie from 0 to 2**32 - 1.")
     if args.eta is not None and not 0 <= args.eta <= 1:

@@ -45,7 +45,7 @@ def open_reference(args, extractor) -> ImageSet | FeatureStatistics:
         return statistics
     if args.cleanfid_stats:
         return _cleanfid_statistics(args)
-    settings = {"crop": args.crop, "interpolation": args.image_interpolation_mode}
+    settings = {"crop": args.crop, "interpolation": args.image_interpolation_mode, "background": args.background}
     if args.reference_images:
         paths = image_files(args.reference_images, "--reference_images", args.max_reference_samples)
         return ImageSet.from_files(paths, "--reference_images", **settings)

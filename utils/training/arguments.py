@@ -16,6 +16,7 @@ from utils.download_cache import use_download_cache
 from utils.flags import (
     add_hub_arguments,
     add_shared,
+    check_background,
     check_crop,
     check_data,
     check_group_size,
@@ -139,11 +140,16 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "dataset_name dataset_config_name train_data_dir image_column caption_column resolution crop "
         "image_interpolation_mode",
     )
+    group.add_argument(
+        "--train_split",
+        help="split of the dataset to train on (default: train), or a subfolder of --train_data_dir (default: all of "
+        "it)",
+    )
     group.add_argument("--center_crop", action=Switch, help="crop the centre; default: a random place")
     group.add_argument("--random_flip", action=Switch, help="flip half of the images left to right")
     add_shared(
         group,
-        "skip_bad_images dataloader_num_workers",
+        "background skip_bad_images dataloader_num_workers",
         dataloader_num_workers={
             "help": "processes that decode images (default: 0, the training process; sets under 256 MiB are decoded "
             "once and held, and need none)"
@@ -399,7 +405,7 @@ def _validation(parser: argparse.ArgumentParser) -> None:
         "--validation_num_samples", type=int, default=2048, help="samples for that distance (default: 2048)"
     )
     group.add_argument("--validation_batch_size", type=int, default=128, help="sampled at once (default: 128)")
-    group.add_argument("--validation_split", default="train", help="dataset split of the real images (default: train)")
+    group.add_argument("--validation_split", help="split of the real images (default: that of --train_split)")
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -449,7 +455,13 @@ def _check(args: argparse.Namespace) -> None:
             f'{args.max_train_steps:,}). A recipe\'s is undone by --max_train_steps "".'
         )
     check_data(args, or_none=bool(args.latent_cache_dir))
+    check_background(args)
     check_crop(args)
+    if args.train_data_dir and args.validation_split not in (None, "train") and not args.train_split:
+        raise UsageError(
+            f"--validation_split {args.validation_split} is a part of --train_data_dir, and all of it is trained on: "
+            "give --train_split, the subfolder to train on."
+        )
     if getattr(args, "grouping", None) == "patch" and math.isqrt(args.group_size) ** 2 != args.group_size:
         raise UsageError(f"--group_size is {args.group_size}; --grouping patch needs a square number, such as 16.")
 
@@ -506,6 +518,7 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("snr_gamma task_balance", not args.lambda_task, "--lambda_task above 0"),
         ("lr_warmup_steps", args.lr_scheduler == "constant", "an --lr_scheduler with a warm-up"),
         ("dataset_config_name", not args.dataset_name, "--dataset_name"),
+        ("train_split", not (args.dataset_name or args.train_data_dir), "--dataset_name or --train_data_dir"),
         (
             "validation_num_samples validation_batch_size validation_split",
             not args.validation_feature_extractor,
