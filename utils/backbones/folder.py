@@ -162,8 +162,7 @@ def check_part(
     if not folder.is_dir():
         raise UsageError(
             f"{said} lists a {folder.name}, a {kind.__name__}, and has no such folder. Fetch it; a part that the "
-            "pipeline "
-            f'may go without can be left out: "{folder.name}": [null, null] in model_index.json.'
+            f'pipeline may go without can be left out: "{folder.name}": [null, null] in model_index.json.'
         )
     if not issubclass(kind, MODELS):
         _loaded(kind, folder, said)
