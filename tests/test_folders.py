@@ -239,6 +239,10 @@ def test_arrays_that_are_images(tmp_path, values, shown):
         ([1, 2, 3], "one row of values"),
         (["a.png"], "one row of values"),
         (3.5, "no images"),
+        (
+            "https://example.com/a.png",
+            "holds URLs there, such as https://example.com/a.png. Download",
+        ),
     ],
 )
 def test_arrays_that_are_not(tmp_path, value, message):

@@ -2,7 +2,7 @@
 """Latents and prompt embeddings on disk: encoded once, read by every later epoch, run and process.
 
     cache.json                                   what it was made of, and whether it is complete
-    latents-<variant>-<block>.safetensors        latent_mean, latent_std, tokens ... of BLOCK rows, cropped one way
+    latents-<variant>-<block>.safetensors        latent_mean, tokens, replaced ... of BLOCK rows, cropped one way
     text-<block>.safetensors                     prompt_embeds ... of BLOCK different captions
     empty.safetensors                            the same of the empty prompt
 
@@ -142,8 +142,7 @@ class CachedRows(Dataset):
 
     def _row(self, variant: int, row: int) -> dict[str, torch.Tensor]:
         file = self._open(_latents_name(variant, row // BLOCK))
-        stored = {name: file.get_slice(name)[row % BLOCK] for name in file.keys()}
-        return {"replaced": torch.tensor(False), **stored}  # which files of earlier versions do not say
+        return {name: file.get_slice(name)[row % BLOCK] for name in file.keys()}
 
     def _text(self, captions: list[int]) -> dict[str, torch.Tensor]:
         places = [self.places[caption] for caption in captions]

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch.utils.data import Dataset
 
 from utils.command_line import UsageError
+from utils.data.images import file_content
 from utils.devices import DTYPES
 from utils.files import loaded_files, read_json, sha256
 
@@ -49,23 +50,15 @@ def content_hash(rows, columns: Sequence[str]) -> str:
     """Of what a `datasets.Dataset`, images undecoded, holds in `columns`: captions of every row, pictures of every row
     up to `HASHED_BYTES` of them, of more every second, third ... row. The same wherever the data lie."""
     columns = list(dict.fromkeys(columns))
-    some = [len(_bytes(rows[int(row)][columns[0]])) for row in np.linspace(0, len(rows) - 1, 32, dtype=int)]
+    some = [len(file_content(rows[int(row)][columns[0]])) for row in np.linspace(0, len(rows) - 1, 32, dtype=int)]
     every = max(1, round(np.mean(some) * len(rows) / HASHED_BYTES))
     digest = hashlib.sha256()
     if columns[1:]:
         for batch in rows.select_columns(columns[1:]).iter(batch_size=1000):
             digest.update(repr(batch).encode())
     for row in rows.select(range(0, len(rows), every)).select_columns(columns[:1]):
-        digest.update(hashlib.sha256(_bytes(row[columns[0]])).digest())
+        digest.update(hashlib.sha256(file_content(row[columns[0]])).digest())
     return digest.hexdigest()[:16]
-
-
-def _bytes(stored: dict | None) -> bytes:
-    """Of an undecoded image; none where there is none to read."""
-    try:
-        return stored["bytes"] or Path(stored["path"]).read_bytes()
-    except (OSError, TypeError, ValueError):  # a dead path, or no image at all
-        return b""
 
 
 def encoder_hashes(args, components: list[str]) -> dict[str, str]:

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from utils.command_line import UsageError
+from utils.data.images import is_url
 
 if TYPE_CHECKING:
     import datasets
@@ -27,7 +28,7 @@ def undecoded(rows: "datasets.Dataset", image_column: str, name: str) -> "datase
             rows = rows.cast_column(column, _without_decoder(feature))
     feature = rows.features[image_column]
     if isinstance(feature, datasets.Image):
-        return rows
+        return _files(rows, image_column, name)
     what = f"--image_column {image_column}: {name} holds {feature} there"
     dimensions, values = 0, pa.chunked_array(rows.data.column(image_column))
     while is_list(values.type) or isinstance(values.type, pa.ExtensionType):
@@ -46,9 +47,21 @@ def undecoded(rows: "datasets.Dataset", image_column: str, name: str) -> "datase
                 "white. Scale them and store them as uint8."
             )
     try:
-        return rows.cast_column(image_column, datasets.Image(decode=False))
+        rows = rows.cast_column(image_column, datasets.Image(decode=False))
     except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's are among these
         raise UsageError(f"{what}, no images: {error}") from error
+    return _files(rows, image_column, name)
+
+
+def _files(rows: "datasets.Dataset", image_column: str, name: str) -> "datasets.Dataset":
+    """`rows`. Raises UsageError where the first ones are all URLs: nothing is downloaded in a training step."""
+    stored = [image for image in rows[: min(8, len(rows))][image_column] if image]
+    if stored and all(not image["bytes"] and is_url(image["path"]) for image in stored):
+        raise UsageError(
+            f"--image_column {image_column}: {name} holds URLs there, such as {stored[0]['path']}. Download the "
+            "images first, with img2dataset for instance, and give their folder."
+        )
+    return rows
 
 
 def is_list(kind: pa.DataType) -> bool:

@@ -69,13 +69,18 @@ def file_content(stored: dict | None) -> bytes:
         return b""
 
 
+def is_url(path: str | None) -> bool:
+    """Whether a path is no file of this machine; one within an archive is, `zip://inside.png::archive.zip`."""
+    return "://" in (path or "").rsplit("::", 1)[-1]
+
+
 def _source(stored: dict | None) -> io.BytesIO | str:
     content, path = (stored.get("bytes"), stored.get("path")) if stored else (None, None)
     if content:
         return io.BytesIO(content)
     if not path:
         raise UnreadableImage("the row holds no image")
-    if "://" in path.rsplit("::", 1)[-1]:
+    if is_url(path):
         raise UnreadableImage("it is a URL, and images are not downloaded here")
     if "::" in path:  # zip://inside.png::archive.zip
         with fsspec.open(path, "rb") as file:
