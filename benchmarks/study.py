@@ -21,8 +21,8 @@ import shlex
 import sys
 from pathlib import Path
 
-# before torch: one thread, asleep while it waits, and nothing from the network
-os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+if __name__ == "__main__":  # before torch: one thread, asleep while it waits, and nothing from the network
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import datasets  # noqa: E402
