@@ -810,7 +810,7 @@ def test_a_damaged_image_is_named_by_its_row(analyze, save, tmp_path):
         analyze(save(build_unet()), *data)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match="--train_data_dir .*as a folder of images .are there any"):
+    with pytest.raises(ValueError, match="--train_data_dir .*as a folder of images, there is none in it"):
         analyze(save(build_unet()), "--dataset_name", "", "--train_data_dir", tmp_path / "text")
 
 

@@ -134,6 +134,7 @@ def same_but_rounding(a: torch.Tensor, b: torch.Tensor) -> bool:
 def test_it_is_ddim_as_validation_samples_it():
     pipeline, seeds = tiny_ddpm(DDIMScheduler()), [seed_from(7, STREAM, index) for index in range(5)]
     flags = argparse.Namespace(antithetic_timesteps=False, snr_gamma=None, noise_offset=0.0, input_perturbation=0.0)
+    flags.taylor_timesteps = None
     process = Diffusion(flags, DDPMScheduler(), bounded=True)
     backbone = DDPM(flags, None, process, Configs(None, dict(pipeline.unet.config), 8, None))
     expected = backbone.sample(pipeline.unet, seeds, 4)

@@ -78,7 +78,11 @@ class Latent(Backbone):
         """That of its files: they stay mapped, once for all processes of a host (in another dtype each would hold a
         copy), and nothing is lost of what a student starts from."""
         folder = fetched(args.pretrained_model_name_or_path, args.revision, args.variant) / cls.component
-        return stored_dtype(find_weights(folder, cls.model_class, args.variant, pickled=args.allow_pickle_weights))
+        try:
+            weights = find_weights(folder, cls.model_class, args.variant, pickled=args.allow_pickle_weights)
+        except ValueError:  # said when they are loaded
+            return torch.float32
+        return stored_dtype(weights)
 
     @classmethod
     def parts(cls, args) -> dict[str, Part]:
