@@ -417,7 +417,8 @@ def test_a_latent_student_is_measured_to_the_end(train):
 @pytest.mark.parametrize("kind", ["sd1", "xl"])
 def test_a_validation_runs_the_denoiser_alone_under_autocast(teachers, tmp_path, monkeypatch, kind):
     """And decodes in float32, one image after the other: 16 at once of 1024 pixels a side take 24 GiB."""
-    backbone = load(teachers[kind], "--mixed_precision", "bf16", "--validation_prompts", "a b")
+    flags = ["--mixed_precision", "bf16", "--validation_prompts", "a b", "--validation_num_inference_steps", "1"]
+    backbone = load(teachers[kind], *flags)
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     validation = Validation(backbone.args, accelerator, backbone, backbone.teacher, dataset=None)
