@@ -535,6 +535,7 @@ def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir,
     )
 
 
+@pytest.mark.slow
 def test_a_perfect_student_has_no_shares(analyze, ornaments, teacher_dir):
     analysis, folder = analyze(teacher_dir)
     assert analysis["mean"]["total"] == 0 and analysis["mean"]["coarse_share"] is None

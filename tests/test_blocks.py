@@ -157,6 +157,7 @@ def test_the_presets_have_the_papers_sizes(config, teacher, students):
     assert config["layers_per_block"] == 2  # the teacher's own config is not touched
 
 
+@pytest.mark.slow
 def test_multiply_adds_are_those_of_the_layers():
     """Against a count by hand: convolutions, linear layers, and the two products of attention."""
     for config in (TINY_SD1, TINY_XL | {"transformer_layers_per_block": [1, 1, 2]}):

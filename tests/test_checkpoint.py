@@ -111,8 +111,10 @@ def wholes() -> dict[int, tuple[Path, list]]:
     return {}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop_at", [2, 4])  # 20 rows: in epoch 1; 40 rows: in epoch 2 of 24
+@pytest.mark.parametrize(
+    ("stop_at", "workers"),  # 20 rows: in epoch 1; 40 rows: in epoch 2 of 24
+    [(2, 2), (4, 0), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_resume_is_exact(run, wholes, rows_seen, dropout_teacher, tmp_path, monkeypatch, workers, stop_at):
     monkeypatch.setattr(utils.distillation.balance, "ENOUGH", 1)  # as if many more samples had been seen
     if workers:
@@ -184,6 +186,7 @@ def test_a_signal_saves_and_says_how_to_go_on(script_process, dropout_teacher, d
     assert (tmp_path / "out" / "checkpoints" / "step-0000003").is_dir()
 
 
+@pytest.mark.slow
 def test_a_new_process_goes_on_exactly(run, script_process, dropout_teacher, data_dir, tmp_path):
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "stopped")
     stopped = script_process(*flags, seed=1, code=signal_in_a_window(signal.SIGTERM))
@@ -226,6 +229,7 @@ def test_after_the_loop_signals_do_what_they_did(run, monkeypatch):
     assert handlers == [before]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(script_process, dropout_teacher, data_dir, tmp_path):
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "out")
     # room for everything up to step 2; then the limit falls below a checkpoint's files

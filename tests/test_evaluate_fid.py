@@ -200,6 +200,7 @@ def test_blocks_and_images_do_not_depend_on_other_metrics_or_the_count(evaluate,
     assert sorted(moved) == [f"{index:06d}.png" for index in range(16, 20)]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_images_and_numbers(evaluate, flags, python, tmp_path):
     # 44 samples: three blocks of 16, 16 and 12, so that one process has two; a cache of their own
     common = ["--num_samples", 44, "--batch_size", 16, "--metrics", *LISTED, "--keep_images"]
@@ -399,6 +400,7 @@ OTHER_REFERENCES = [
 ]
 
 
+@pytest.mark.slow
 def test_the_reference_is_cached_by_content_and_protocol(evaluate, tmp_path, capsys):
     data, cache = save_images(tmp_path / "data"), tmp_path / "cache"
     common = ["--dataset_name", data, "--reference_cache_dir", cache]

@@ -40,6 +40,7 @@ KINDS = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "xl": S
 BRIEFLY = (
     "--train_batch_size 4 --logging_steps 1 --validation_shown_samples 0 --report_to none --num_cpu_threads 1".split()
 )
+SLOWLY_SD1 = pytest.param("sd1", "bk_base", marks=pytest.mark.slow)
 SLOWLY_XL = pytest.param("xl", "bk_base", marks=pytest.mark.slow)
 SD1_AND_SLOWLY_XL = ["sd1", pytest.param("xl", marks=pytest.mark.slow)]
 
@@ -95,7 +96,7 @@ def unet_tensors(folder: Path) -> dict[str, torch.Tensor]:
 # The student
 
 
-@pytest.mark.parametrize("kind, preset", [("sd1", "bk_base"), ("sd1", "bk_tiny"), SLOWLY_XL])
+@pytest.mark.parametrize("kind, preset", [SLOWLY_SD1, ("sd1", "bk_tiny"), SLOWLY_XL])
 def test_presets_train_with_feature_distillation(train, kind, preset):
     flags = ["--student_preset", preset, "--lambda_kd_feat", "1", "--gradient_checkpointing"]
     folder = train(kind, *flags, "--max_train_steps", "1")
@@ -103,6 +104,7 @@ def test_presets_train_with_feature_distillation(train, kind, preset):
     DiffusionPipeline.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_config_of_another_size_takes_what_fits(train, teachers, tmp_path):
     config = json.loads((teachers["sd1"] / "unet" / "config.json").read_text())
     config |= {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1}
@@ -314,6 +316,7 @@ def test_cached_rows_are_the_bits_that_training_computes(train, teachers, pictur
     assert differing == 3  # the second epoch
 
 
+@pytest.mark.slow
 def test_the_encoders_are_freed(train, tmp_path, monkeypatch):
     freed = []
     original = Frozen.free
@@ -358,6 +361,7 @@ def test_a_cache_of_other_settings_is_refused(train, cache):
 
 
 @pytest.mark.parametrize("kind", SD1_AND_SLOWLY_XL)
+@pytest.mark.slow
 def test_lora_trains_adapters_alone(train, teachers, kind):
     def named_student(folder) -> dict[str, torch.Tensor]:
         flags = ["--pretrained_model_name_or_path", teachers[kind], "--train_data_dir", "unused"]
@@ -459,6 +463,7 @@ def test_bad_input(train, kind, flags, message):
         train(kind, *flags, data="nowhere" not in flags or "--latent_cache_dir" not in flags)
 
 
+@pytest.mark.slow
 def test_a_cache_of_an_earlier_version(train, tmp_path):
     """Its cache.json has no format."""
     folder = tmp_path / "cache"
@@ -497,6 +502,7 @@ def test_pixel_teachers_know_no_text(run, tmp_path, teacher_dir, data_dir):
         run("train_place", "--caption_column", "text", "--max_train_steps", "1")
 
 
+@pytest.mark.slow
 def test_cached_rows_are_read_by_data_workers(train, teachers, cache):
     args = [
         train("sd1", "--latent_cache_dir", cache, *workers, data=False, output=f"out-{len(workers)}")
@@ -511,6 +517,7 @@ def test_cached_rows_are_read_by_data_workers(train, teachers, cache):
 # The other scripts
 
 
+@pytest.mark.slow
 def test_analyze_error(train, teachers, pictures, tmp_path, monkeypatch):
     student = train("xl", "--student_preset", "bk_base", "--learning_rate", "1e-2")
     argv = ["--pretrained_model_name_or_path", teachers["xl"], "--student_model_name_or_path", student]
