@@ -84,6 +84,8 @@ def latents(pipeline, batch, captions, rng, args) -> tuple[torch.Tensor, dict]:
     prompts = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
     if isinstance(pipeline, StableDiffusionXLPipeline):
         embeds, _, pooled, _ = pipeline.encode_prompt(prompts, device="cpu", do_classifier_free_guidance=False)
+        if pipeline.config.force_zeros_for_empty_prompt:  # what the stock pipeline guides away from
+            embeds, pooled = (torch.where(dropped.reshape(-1, *[1] * (x.ndim - 1)), 0, x) for x in (embeds, pooled))
         added = {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": batch["time_ids"]}}
     else:
         embeds, added = pipeline.encode_prompt(prompts, "cpu", 1, False)[0], {}

@@ -153,7 +153,8 @@ def test_a_latent_teacher_is_fetched_and_judged_before_training(child, hub, home
     hub.publish("lacking", whole)
     data = latent_pipelines.save_captioned(tmp_path / "captioned", count=4)
     flags = (
-        f"--student_preset bk_small --train_batch_size 2 --report_to none --num_cpu_threads 1 --train_data_dir {data}"
+        f"--student_preset bk_small --train_batch_size 2 --report_to none --num_cpu_threads 1 --train_data_dir {data} "
+        "--dry_run"
     )
     for name, refusal in (("whole", None), ("lacking", "lists a safety_checker, a StableDiffusionSafetyChecker")):
         teacher = ["--pretrained_model_name_or_path", f"{USER}/{name}", "--output_dir", tmp_path / name / "student"]
