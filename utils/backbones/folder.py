@@ -58,8 +58,8 @@ def parts_to_copy(args, pipeline_class: type, component: str, needed: str) -> di
             kind, variant, place, said_of = AutoencoderKL, None, _model_folder(other), f"{VAE} {other}"
         else:
             said_of = said
-            if read and folder != Path(source) and issubclass(kind, MODELS) and not args.allow_pickle_weights:
-                _fetch_safetensors(kind, place, args, said)
+            if folder != Path(source) and issubclass(kind, MODELS) and place.is_dir():
+                _fetch_safetensors(kind, place, args, said, pickled=args.allow_pickle_weights or not read)
         weights = check_part(kind, place, said_of, variant=variant, pickled=args.allow_pickle_weights, read=read)
         parts[name] = Part(kind, place, weights)
     return parts
@@ -74,10 +74,11 @@ def _model_folder(name: str) -> Path:
     return Path(name)
 
 
-def _fetch_safetensors(kind: type, place: Path, args, said: str) -> None:
-    """Where another part has none, diffusers has downloaded pickled weights alone, of all parts."""
+def _fetch_safetensors(kind: type, place: Path, args, said: str, *, pickled: bool) -> None:
+    """Where another part has none, diffusers has downloaded pickled weights alone, of all parts; `pickled`: whether
+    they would do."""
     try:
-        find_weights(place, kind, args.variant, pickled=False)
+        find_weights(place, kind, args.variant, pickled=pickled)
     except ValueError:
         options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True, "device_map": "meta"}
         _loaded(kind, args.pretrained_model_name_or_path, said, subfolder=place.name, **options)
