@@ -111,11 +111,14 @@ def test_the_table_of_a_hub(tmp_path):
             assert without.returncode == 0 and "there is no token" in table(without)["private push and reload"]
             lines = table(done)
     assert set(hub.repositories) == before and any(line.startswith("DELETE") for line in hub.requests)
-    assert "RepositoryNotFoundError" in lines.pop(f"recipe ddpm_bedroom256_place {TEACHER}")
+    for ratio in (30, 50, 70):
+        assert "RepositoryNotFoundError" in lines.pop(f"recipe ddpm_bedroom256_place_{ratio} {TEACHER}")
     cifar = lines.pop(f"recipe ddpm_cifar10_place {TEACHER}")
     assert re.fullmatch(r"pass: google/ddpm-cifar10-32 at \w{40}, safetensors, licence not said, no gate", cifar)
     assert ", parquet, licence openrail++, no gate" in lines.pop("recipe ddpm_cifar10_place --dataset_name")
-    assert lines.pop(f"recipe sd21_bk_tiny {TEACHER}").startswith("FAIL: ValueError: unet holds .bin weights alone")
+    for size in ("base", "small", "tiny"):
+        said = lines.pop(f"recipe sd21_bk_{size} {TEACHER}")
+        assert said.startswith("FAIL: ValueError: unet holds .bin weights alone")
     gated = lines.pop(f"recipe sdxl_koala_700m {TEACHER}")
     assert (
         gated.startswith("skipped: ") and f"accept it at {hub.url}/stabilityai/stable-diffusion-xl-base-1.0" in gated
