@@ -126,7 +126,7 @@ def test_the_table_of_a_hub(tmp_path):
     assert "over git-LFS, not xet; the repository is deleted" in lines.pop("private push and reload")
     assert lines["two steps of hf-internal-testing/tiny-stable-diffusion-pipe"].endswith("with --allow_pickle_weights")
     assert all(line.startswith("pass: ") for line in lines.values()), lines
-    assert len(lines) == 5 + 1 + 2  # the recipes parse, the other VAE, two teachers
+    assert len(lines) == 13 + 1 + 2  # the recipes parse, the other VAE, two teachers
 
 
 @pytest.mark.slow

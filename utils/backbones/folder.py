@@ -59,7 +59,7 @@ def parts_to_copy(args, pipeline_class: type, component: str, needed: str) -> di
             kind, variant, place, said_of = AutoencoderKL, None, _model_folder(other), f"{VAE} {other}"
         else:
             said_of = said
-            if read and folder != Path(source) and issubclass(kind, MODELS) and not args.allow_pickle_weights:
+            if read and folder != Path(source) and issubclass(kind, MODELS):
                 _fetch_safetensors(kind, place, args, said)
         weights = check_part(kind, place, said_of, variant=variant, pickled=args.allow_pickle_weights, read=read)
         parts[name] = Part(kind, place, weights)
@@ -76,9 +76,10 @@ def _model_folder(name: str) -> Path:
 
 
 def _fetch_safetensors(kind: type, place: Path, args, said: str) -> None:
-    """Where another part has none, diffusers has downloaded pickled weights alone, of all parts."""
+    """Where another part has none, diffusers has downloaded pickled weights alone, of all parts, and so none of this
+    one if it has no pickled ones."""
     try:
-        find_weights(place, kind, args.variant, pickled=False)
+        find_weights(place, kind, args.variant, pickled=args.allow_pickle_weights)
     except ValueError:
         options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True, "device_map": "meta"}
         _loaded(kind, args.pretrained_model_name_or_path, said, subfolder=place.name, **options)
