@@ -47,7 +47,7 @@ ROWS = {
         "PLACE": "train_place.py",
         "PLACE signed": "train_place.py --grouping signed",
         "PLACE, no task": "train_place.py --lambda_task 0",
-        "PLACE + FeatKD": "train_place.py --lambda_kd_feat 1",
+        "PLACE + FeatKD": "train_place.py --lambda_kd_feat 4.7e-5",
     },
 }
 BATCH = 128

@@ -238,6 +238,22 @@ def test_another_process_is_refused_before_anything_is_read(own):
         check(folder)
 
 
+def test_the_scheduler_is_of_the_class_that_a_pipeline_loads(own):
+    """model_index.json decides it, not the `_class_name` in the scheduler's own config."""
+    folder = own()
+    for listed_class, message in [
+        ("FlowMatchEulerDiscreteScheduler", "samples flow matching"),
+        (None, "no scheduler"),
+    ]:
+        change(folder / "model_index.json", scheduler=[listed_class and "diffusers", listed_class])
+        with pytest.raises(UsageError, match=f"{TEACHER} .*{message}"):
+            check(folder)
+    change(folder / "model_index.json", scheduler=["diffusers", "HeunDiscreteScheduler"])
+    (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "DDIMScheduler"}')
+    betas = Diffusion.load(parsed(folder), bounded=False).scheduler.betas
+    torch.testing.assert_close(betas, HeunDiscreteScheduler().betas)
+
+
 def test_the_whole_schedule_is_kept_and_compared(own):
     for scheduler in (HeunDiscreteScheduler(), DDIMScheduler(rescale_betas_zero_snr=True), DDPMScheduler()):
         kind = {"_class_name": type(scheduler).__name__}  # a config that leaves the betas to the class
@@ -322,6 +338,11 @@ def configured(file: str, **changes):
     return lambda folder: change(folder / file, **changes)
 
 
+def without_vocabulary(folder: Path) -> None:
+    (folder / "tokenizer" / "tokenizer.json").unlink()
+    (folder / "tokenizer" / "vocab.json").write_text('{"a": 0}')  # merges.txt is absent too
+
+
 CHECKER = ("stable_diffusion", "StableDiffusionSafetyChecker")
 TOKENIZER, ENCODER, VAE = "tokenizer/tokenizer_config.json", "text_encoder/config.json", "vae/config.json"
 BROKEN = {
@@ -335,6 +356,9 @@ BROKEN = {
     ),
     "no text encoder": (lambda folder: shutil.rmtree(folder / "text_encoder"), "lists a text_encoder.*no such folder"),
     "no tokenizer": (lambda folder: shutil.rmtree(folder / "tokenizer"), "lists a tokenizer.*no such folder"),
+    "no vocabulary": (without_vocabulary, "tokenizer is not whole: .* neither tokenizer.json nor merges.txt"),
+    "another tokenizer": (listed("tokenizer", "transformers", "BertTokenizer"), "tokenizer is a BertTokenizer"),
+    "layers of another size": (configured(ENCODER, intermediate_size=8), r"text_encoder .*is \(64,\), .* \(8,\)"),
     "text encoder left out": (listed("text_encoder", None, None), "lists no text_encoder"),
     "bert": (bert, "text_encoder is a BertModel; .* takes a CLIPTextModel"),
     "projection": (projected, "text_encoder is a CLIPTextModelWithProjection"),

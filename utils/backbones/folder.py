@@ -14,7 +14,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from huggingface_hub import snapshot_download
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from utils.backbones.loading import TEACHER
@@ -23,6 +23,7 @@ from utils.command_line import UsageError
 from utils.files import read_json
 
 MODELS = (ModelMixin, PreTrainedModel)
+TOKENIZERS = PreTrainedTokenizerBase
 NO_PARTS = (None, [None, None])  # of model_index.json: a part that the pipeline goes without
 RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # what transformers 5 no longer has under its old name
 # what loading raises where files are damaged, absent or of another model
@@ -75,7 +76,7 @@ def _model_folder(name: str) -> Path:
 
 
 def _fetch_safetensors(kind: type, place: Path, args, said: str, *, pickled: bool) -> None:
-    """Where another part has none, diffusers has downloaded pickled weights alone, of all parts; `pickled`: whether
+    """Where another part has none, diffusers has downloaded pickled weights alone, of all parts. `pickled`: whether
     they would do."""
     try:
         find_weights(place, kind, args.variant, pickled=pickled)
@@ -128,8 +129,8 @@ def parts_of(
                 f"{said}: its {name} is a {class_name} of {library}, which neither diffusers nor transformers has "
                 "here, so no student of it would load. Take a pipeline of stock classes."
             ) from None
-        kinds = [each for each in kinds if inspect.isclass(each) and issubclass(each, MODELS)]
-        if kinds and not issubclass(kind, tuple(kinds)):
+        kinds = [each for each in kinds if inspect.isclass(each) and issubclass(each, (*MODELS, TOKENIZERS))]
+        if kinds and not issubclass(kind, tuple(kinds)) and kind.__name__ != f"{kinds[0].__name__}Fast":
             raise UsageError(
                 f"{said}: its {name} is a {class_name}; a {pipeline_class.__name__} takes a {kinds[0].__name__}."
             )
@@ -166,6 +167,8 @@ def check_part(
             f'pipeline may go without can be left out: "{folder.name}": [null, null] in model_index.json.'
         )
     if not issubclass(kind, MODELS):
+        if issubclass(kind, TOKENIZERS):
+            _check_vocabulary(kind, folder, said)
         _loaded(kind, folder, said)
         return None
     try:
@@ -176,6 +179,17 @@ def check_part(
         stamps = tuple((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in sorted(folder.iterdir()))
         _find_every_tensor(kind, folder, said, weights.variant, weights.pickled, stamps)
     return weights
+
+
+def _check_vocabulary(kind: type, folder: Path, said: str) -> None:
+    """Raises UsageError where transformers would make up a tokenizer to which all words are one."""
+    names = dict(kind.vocab_files_names)
+    whole = names.pop("tokenizer_file", "tokenizer.json")
+    absent = [name for name in names.values() if not (folder / name).is_file()]
+    if absent and not (folder / whole).is_file():
+        raise UsageError(
+            f"{said}: its {folder.name} is not whole: it holds neither {whole} nor {' and '.join(absent)}. Fetch them."
+        )
 
 
 @functools.cache  # an export that copies the part again, as the best student's, need not look again
@@ -193,7 +207,15 @@ def load_whole(kind: type, folder: Path, said: str, *, pickled: bool | None = Fa
         UsageError: it does not load.
     """
     options |= {"use_safetensors": None if pickled is None else not pickled, "output_loading_info": True}
+    if issubclass(kind, PreTrainedModel):
+        options["ignore_mismatched_sizes"] = True  # transformers' own error names none of them
     model, info = _loaded(kind, folder, said, **options)
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"])
+        raise UsageError(
+            f"{said}: in the weights of its {folder.name} {name} is {tuple(found)}, by the config of this "
+            f"{kind.__name__} {tuple(expected)}; they are of different models."
+        )
     if info["missing_keys"]:
         raise UsageError(
             f"{said}: the weights in its {folder.name} lack {len(info['missing_keys'])} tensors of the "

@@ -55,6 +55,20 @@ def component_config(
     raise UsageError(f"{flag} {name_or_path} holds no config of a {model_class.__name__}: {errors[0]}")
 
 
+def listed_scheduler(name_or_path: str, flag: str, revision: str | None = None) -> str | None:
+    """The scheduler's class in a pipeline's model_index.json, which is the one that loads, whatever its own config
+    says; None where there is no pipeline. Raises UsageError naming `flag` where a pipeline has none."""
+    try:
+        listed = DiffusionPipeline.load_config(name_or_path, revision=revision).get("scheduler")
+    except (OSError, ValueError):
+        return None
+    if not isinstance(listed, list) or not all(listed):
+        raise UsageError(
+            f"{flag} {name_or_path}: its model_index.json lists no scheduler, without which no pipeline loads. Add it."
+        )
+    return listed[1]
+
+
 def load_component(
     model_class: type[ModelMixin],
     folder: str,

@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from diffusers.training_utils import compute_snr
 from torch import Tensor
 
-from utils.backbones.loading import TEACHER, component_config
+from utils.backbones.loading import TEACHER, component_config, listed_scheduler
 from utils.command_line import UsageError
 from utils.randomness import StepRandom
 
@@ -79,7 +79,7 @@ def ddpm_scheduler(config: dict, said: str) -> DDPMScheduler:
         own = {key: p.default for key, p in takes.items() if p and key in Diffusion.schedule}  # not all are DDPM's
         try:
             scheduler = DDPMScheduler.from_config({**own, **config})
-        except (NotImplementedError, ValueError, TypeError, RuntimeError) as error:
+        except (NotImplementedError, ValueError, TypeError, RuntimeError, IndexError) as error:
             raise UsageError(f"{said}: its scheduler's betas cannot be had of its config: {error}") from error
         if len(scheduler.betas) == scheduler.config.num_train_timesteps:
             return scheduler
@@ -90,6 +90,15 @@ def ddpm_scheduler(config: dict, said: str) -> DDPMScheduler:
         f"{said}: its scheduler is a {name}, {found}. Trained here is DDPM's process, of one beta a timestep, with "
         f"{', '.join(PREDICTIONS[:-1])} or {PREDICTIONS[-1]} predicted: choose a teacher and student of that."
     )
+
+
+def pipeline_scheduler(source: str, flag: str, revision: str | None) -> DDPMScheduler:
+    """As `ddpm_scheduler`, that of a pipeline. Its own config and model_index.json may name two classes: a stock
+    pipeline takes the listed one, the weights were perhaps trained with the other, so both have to be of DDPM's
+    process."""
+    config = component_config(DDPMScheduler, "scheduler", source, flag, revision)
+    scheduler, listed = ddpm_scheduler(config, f"{flag} {source}"), listed_scheduler(source, flag, revision)
+    return ddpm_scheduler(config | {"_class_name": listed}, f"{flag} {source}") if listed else scheduler
 
 
 def _short(value) -> str:
@@ -127,8 +136,7 @@ class Diffusion:
         source, student = args.pretrained_model_name_or_path, args.student_model_name_or_path
         if not source:
             return cls(args, DDPMScheduler(), bounded=bounded)
-        config = component_config(DDPMScheduler, "scheduler", source, TEACHER, args.revision)
-        process = cls(args, ddpm_scheduler(config, f"{TEACHER} {source}"), bounded=bounded)
+        process = cls(args, pipeline_scheduler(source, TEACHER, args.revision), bounded=bounded)
         if not student:
             return process
         try:
