@@ -48,7 +48,7 @@ def check_all_agree(folder: Path, names: set[str]) -> None:
     "name",
     "steam train.png|eval.png|val-de-loire.png|test 1.png|my_dev.png|training-1.png|validation.png|data/train/x.png|"
     "Test/0.png|ünï/ö.png|a{b,c}.png|[x].png|UPPER.PNG|photo.jpg|x.JPEG|x.jfif|x.webp|x.avif|x.tif|x.bmp|x.gif|x.ppm|"
-    "x.jp2|x.tga|__own/x.png|x.backup.png".split("|"),
+    "x.jp2|x.tga|__own/x.png|x.backup.png|1²2.png|٣.png".split("|"),
 )
 def test_every_image_is_used_whatever_it_is_called(tmp_path, name):
     check_all_agree(save(tmp_path, "0.png", "1.png", name), {"0.png", "1.png", name})
@@ -219,6 +219,7 @@ def test_what_is_no_folder_of_images(tmp_path):
         ([[[0, 7], [128, 255]]], [[0, 7], [128, 255]]),
         ([[[[0, 1, 2], [3, 4, 5]]]], [[1, 4]]),  # green
         ([[[0.0, 7.0], [128.0, 255.0]]], [[0, 7], [128, 255]]),
+        ([np.float16([[0, 7], [128, 255]])], [[0, 7], [128, 255]]),
     ],
 )
 def test_arrays_that_are_images(tmp_path, values, shown):

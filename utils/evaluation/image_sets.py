@@ -140,5 +140,5 @@ def image_files(folder: str, flag: str, limit: int | None = None) -> list[str]:
 
 def _natural(path: str) -> list[tuple[bool, int, str]]:
     """A key that sorts numbers in a path by their value."""
-    parts = re.split(r"(\d+)", path)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+    parts = re.split(r"(\d+)", path)  # every second a number
+    return [(place % 2 == 1, int(part) if place % 2 else 0, part) for place, part in enumerate(parts)]
