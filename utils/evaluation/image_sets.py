@@ -129,8 +129,11 @@ def image_files(folder: str, flag: str, limit: int | None = None) -> list[str]:
     Raises:
         UsageError: as `folder_rows`, or fewer than 2 images.
     """
-    stored = folder_rows(folder, flag)["image"]
-    paths = sorted((image["path"] for image in stored if image), key=_natural)[:limit]
+    rows = folder_rows(folder, flag)
+    if "image" not in rows.column_names:
+        raise UsageError(f"{flag} {folder}: its metadata has no column file_name, which names the images to measure.")
+    # a row that names none stays, as in training: it is refused, or skipped and counted, like what cannot be read
+    paths = sorted((image["path"] if image else "" for image in rows["image"]), key=_natural)[:limit]
     if len(paths) < 2:
         raise UsageError(
             f"{flag} {folder}: found {len(paths)} image files; a distance needs 2, a meaningful one thousands."
