@@ -315,6 +315,8 @@ def test_a_value_may_begin_with_at(parse, tmp_path):
         ("--seed", "argument --seed: expected one argument"),
         ("--grouping none", "argument --grouping: invalid choice: 'none'"),
         ("--train_data_dir $NOT_SET_HERE/x", "[$]NOT_SET_HERE is not set; .*single quotes"),
+        ("--train_data_dir ${{NOT_SET_HERE:-x}}", "[$]{ begins more than a variable's name"),
+        ("--train_data_dir x/$(pwd)", "[$][(] begins more than a variable's name"),
         ("--pruning_ratio 2", "--pruning_ratio is 2.0; it must lie between"),
         ("--seed -1", "--seed is -1; it must not be negative"),
         ("--validation_images 3", "--validation_images is now --validation_shown_samples"),

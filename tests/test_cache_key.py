@@ -13,12 +13,13 @@ from safetensors.torch import load_file, save_file
 import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.stable_diffusion import StableDiffusion
-from utils.data.cache import _begin
+from utils.data.cache import CachedRows, _begin
 from utils.data.cache_key import cache_settings, content_hash, encoder_hashes
 from utils.data.rows import ImageRows
 from utils.data.transforms import ImageTransform
 from utils.evaluation.image_sets import ImageSet
 from utils.evaluation.reference import cache_key as reference_key
+from utils.files import write_json
 from utils.training.arguments import parse_args
 
 
@@ -155,6 +156,16 @@ def test_a_cache_that_another_run_has_begun_meanwhile(load, pictures, tmp_path):
     begin()
     with pytest.raises(ValueError, match="made with other settings: seed was 0, is 5"):
         begin("--seed", 5)
+
+
+def test_a_file_of_a_cache_that_is_damaged_or_missing_is_named(load, tmp_path):
+    write_json(tmp_path / "cache.json", {"rows": 2, "variants": 1, "data": ""})
+    (tmp_path / "text-000000 copy.safetensors").write_bytes(b"of a file manager: not read")
+    with pytest.raises(ValueError, match="--latent_cache_dir .*: empty.safetensors is missing or damaged .*encode"):
+        CachedRows(tmp_path, load())
+    (tmp_path / "text-000000.safetensors").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="--latent_cache_dir .*: text-000000.safetensors is missing or damaged"):
+        CachedRows(tmp_path, load())
 
 
 def test_another_vae_counts_by_its_files(cache_key, teacher, tmp_path):

@@ -298,6 +298,11 @@ def test_damage_is_named_and_the_one_before_offered(go_on, stopped, name, damage
     assert "step-0000002" in str(error.value)
 
 
+def test_fewer_steps_than_were_made_are_refused(go_on):
+    with pytest.raises(ValueError, match="--max_train_steps is 3, and .* of step 4 already. Give that number to exp"):
+        go_on("--max_train_steps", "3")
+
+
 def test_the_one_before_can_be_resumed(run, trained, stopped):
     checkpoint = stopped / "checkpoints" / "step-0000004"
     (checkpoint / "state.json").write_text("{")
@@ -315,6 +320,7 @@ def test_the_one_before_can_be_resumed(run, trained, stopped):
 def test_leftovers_of_a_killed_process_are_no_checkpoints(go_on, stopped):
     for name in (".step-0000009.partial", ".step-0000001.removed"):
         shutil.copytree(stopped / "checkpoints" / "step-0000002", stopped / "checkpoints" / name)
+    (stopped / "checkpoints" / ".step-0000005.partial").write_text("a file")
     go_on("--max_train_steps", "5")
     names = sorted(path.name for path in (stopped / "checkpoints").iterdir())
     assert names == ["step-0000004", "step-0000005"]

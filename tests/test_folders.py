@@ -48,7 +48,7 @@ def check_all_agree(folder: Path, names: set[str]) -> None:
     "name",
     "steam train.png|eval.png|val-de-loire.png|test 1.png|my_dev.png|training-1.png|validation.png|data/train/x.png|"
     "Test/0.png|ünï/ö.png|a{b,c}.png|[x].png|UPPER.PNG|photo.jpg|x.JPEG|x.jfif|x.webp|x.avif|x.tif|x.bmp|x.gif|x.ppm|"
-    "x.jp2|x.tga|__own/x.png|x.backup.png".split("|"),
+    "x.jp2|x.tga|__own/x.png|x.backup.png|1²2.png|٣.png".split("|"),
 )
 def test_every_image_is_used_whatever_it_is_called(tmp_path, name):
     check_all_agree(save(tmp_path, "0.png", "1.png", name), {"0.png", "1.png", name})
@@ -171,6 +171,7 @@ def test_metadata_in_subfolders_and_of_other_images(tmp_path):
         ('{"file_name": "../0.png"}', "names '../0.png'"),
         ('{"file_name": "/etc/passwd"}', "names '/etc/passwd'"),
         ('{"file_name": 3}', "names 3"),
+        ('{"file_name": "0.png", "image": 1}', "has a column image beside file_name"),
         ("{no", "metadata.jsonl cannot be read"),
         ("", "metadata.jsonl cannot be read"),
         ('{"file_name": "0.png", "text": "a"}\n{"file_name": "0.png", "text": ["a"]}', "cannot be read: .*text"),
@@ -180,6 +181,14 @@ def test_metadata_that_cannot_be_used(tmp_path, content, message):
     (save(tmp_path, "0.png") / "metadata.jsonl").write_text(content)
     with pytest.raises(ValueError, match=f"--train_data_dir .*{message}"):
         rows_of(tmp_path)
+
+
+def test_metadata_that_names_nothing_to_measure(tmp_path):
+    save_metadata(save(tmp_path, "0.png"), "jsonl", [{"mask_file_name": "0.png"}])
+    with pytest.raises(ValueError, match="--images .*: its metadata has no column file_name"):
+        image_files(str(tmp_path), "--images")
+    save_metadata(tmp_path, "jsonl", [{"file_name": "0.png"}, {"file_name": None}])
+    assert image_files(str(tmp_path), "--images") == ["", str(tmp_path / "0.png")]  # as many as training has
 
 
 def test_metadata_of_two_kinds(tmp_path):
@@ -219,6 +228,7 @@ def test_what_is_no_folder_of_images(tmp_path):
         ([[[0, 7], [128, 255]]], [[0, 7], [128, 255]]),
         ([[[[0, 1, 2], [3, 4, 5]]]], [[1, 4]]),  # green
         ([[[0.0, 7.0], [128.0, 255.0]]], [[0, 7], [128, 255]]),
+        ([np.float16([[0, 7], [128, 255]])], [[0, 7], [128, 255]]),
     ],
 )
 def test_arrays_that_are_images(tmp_path, values, shown):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.data.images import UnreadableImage, read_image, upright_size
+from utils.data.images import UnreadableImage, file_content, read_image, upright_size
 
 GREY = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
 
@@ -157,6 +157,25 @@ def test_nothing_but_its_own_exception_comes_of_damaged_bytes():
                     assert str(error)
                     unreadable += 1
     assert unreadable > 300
+
+
+def test_colons_in_a_name_are_no_archive(tmp_path):
+    (tmp_path / "a::b").mkdir()
+    for name in ("a::b/0.png", "zip::0.png"):
+        Image.fromarray(GREY).save(tmp_path / name)
+        row = {"bytes": None, "path": str(tmp_path / name)}
+        np.testing.assert_array_equal(np.asarray(read_image(row, "L", "white")), GREY)
+        assert upright_size(row) == (4, 4) and file_content(row) == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar", "gzip"])
+def test_a_damaged_archive_holds_no_image_and_no_bytes(tmp_path, kind):
+    (tmp_path / "damaged").write_bytes(b"PK")
+    row = {"bytes": None, "path": f"{kind}://0.png::{tmp_path}/damaged"}
+    for use in (lambda row: read_image(row, "L", "white"), upright_size):
+        with pytest.raises(UnreadableImage):
+            use(row)
+    assert file_content(row) == b""
 
 
 def test_a_bomb(monkeypatch):

@@ -161,7 +161,7 @@ def prepare_output_dir(args, accelerator: "Accelerator") -> None:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         for leftover in (folder / "checkpoints").glob(".step-*"):  # of a process killed while writing or deleting
             if leftover.suffix in (".partial", ".removed"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                shutil.rmtree(leftover, ignore_errors=True) if leftover.is_dir() else leftover.unlink()
     accelerator.wait_for_everyone()
     if accelerator.log_with:
         accelerator.init_trackers(args.tracker_project_name, {name: str(value) for name, value in vars(args).items()})

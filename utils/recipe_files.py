@@ -67,6 +67,8 @@ def _word(line: str, at: int) -> tuple[str, int]:
                 raise ValueError(f"${name} is not set; a $ that means itself stands in single quotes")
             word += os.environ[name]
             at = variable.end() - 1
+        elif letter == "$" and quote != "'" and after in ("{", "("):
+            raise ValueError(f"${after} begins more than a variable's name, which is all that is expanded here")
         elif letter == "\\" and _escapes(after, quote, word) and not WINDOWS_PATH.match(f"{word}\\"):
             word += after
             at += 1

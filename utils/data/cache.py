@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -102,11 +102,12 @@ class CachedRows(Dataset):
         self.bad_rows: set[int] = set()
         self.handles: dict[str, safe_open] = {}  # memory maps, opened when first read
         self.places: dict[int, tuple[str, int]] = {}  # caption -> file and index
-        for path in sorted(folder.glob("text-*.safetensors")):
+        for path in sorted(folder.glob("text-??????.safetensors")):
             keys = self._open(path.name).get_tensor("caption").tolist()
             self.places |= {key: (path.name, i) for i, key in enumerate(keys)}
         if self.tokenizers:
-            backbone.conditions.use_empty(load_file(folder / "empty.safetensors"))
+            file = self._open("empty.safetensors")
+            backbone.conditions.use_empty({name: file.get_tensor(name) for name in file.keys()})
 
     def __len__(self) -> int:
         return self.num_rows
@@ -137,7 +138,7 @@ class CachedRows(Dataset):
 
     def _open(self, name: str) -> safe_open:
         if name not in self.handles:
-            self.handles[name] = safe_open(self.folder / name, framework="pt")
+            self.handles[name] = _opened(self.folder / name)
         return self.handles[name]
 
     def _row(self, variant: int, row: int) -> dict[str, torch.Tensor]:
@@ -202,8 +203,8 @@ def _encode_captions(args, accelerator: Accelerator, backbone) -> None:
     if accelerator.is_main_process and not (folder / "empty.safetensors").exists():
         _write(folder / "empty.safetensors", [backbone.conditions.empty()])
     tokens = {}
-    for path in sorted(folder.glob("latents-*.safetensors")):
-        with safe_open(path, framework="pt") as file:
+    for path in sorted(folder.glob("latents-*-??????.safetensors")):
+        with _opened(path) as file:
             ids = [file.get_tensor(f"input_ids_{i}") for i in range(len(backbone.conditions.tokenizers))]
             for key, *each in zip(file.get_tensor("caption").tolist(), *ids, strict=True):
                 tokens.setdefault(key, each)
@@ -228,6 +229,17 @@ def _encoded(backbone, batch: dict[str, torch.Tensor], part: str, batch_size: in
     count = len(next(iter(batch.values())))
     filled = {name: value[torch.arange(batch_size) % count] for name, value in batch.items()}
     return {name: value[:count] for name, value in backbone.cache_rows(filled, (part,)).items()}
+
+
+def _opened(path: Path) -> safe_open:
+    """Raises UsageError where a file of the cache is not there, or not whole."""
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise UsageError(
+            f"--latent_cache_dir {path.parent}: {path.name} is missing or damaged ({error}). Delete it if it is there, "
+            "and give the data, to encode it again."
+        ) from error
 
 
 def _write(path: Path, pieces: list[dict[str, torch.Tensor]]) -> None:

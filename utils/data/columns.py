@@ -39,6 +39,8 @@ def undecoded(rows: "datasets.Dataset", image_column: str, name: str) -> "datase
     if dimensions:
         if dimensions == 1:
             raise UsageError(f"{what}, one row of values. Store images as files, or as arrays (H, W) or (H, W, C).")
+        if pa.types.is_float16(values.type):  # of which pyarrow knows no extremes
+            values = values.cast(pa.float32())
         extremes = pc.min_max(values).as_py() if pa.types.is_primitive(values.type) else {"min": None, "max": None}
         least, most = extremes["min"], extremes["max"]
         if dimensions > 2 and (not pa.types.is_integer(values.type) or not 0 <= (least or 0) <= (most or 0) <= 255):

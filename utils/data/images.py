@@ -65,7 +65,7 @@ def file_content(stored: dict | None) -> bytes:
             return source.getvalue()
         with open(source, "rb") as file:
             return file.read()
-    except (OSError, ValueError):
+    except Exception:  # an archive's: BadZipFile, ReadError
         return b""
 
 
@@ -82,7 +82,7 @@ def _source(stored: dict | None) -> io.BytesIO | str:
         raise UnreadableImage("the row holds no image")
     if is_url(path):
         raise UnreadableImage("it is a URL, and images are not downloaded here")
-    if "::" in path:  # zip://inside.png::archive.zip
+    if "://" in path:  # zip://inside.png::archive.zip; a :: alone is part of a name
         with fsspec.open(path, "rb") as file:
             return io.BytesIO(file.read())
     return path

@@ -46,6 +46,10 @@ def read_metadata(files: Sequence[str], flag: str) -> tuple[pa.Table, list[str]]
             paths = [_absolute(value, file, flag) for value in table[name].to_pylist()]
             place = table.column_names.index(name)
             column = "image" if name == FILE_NAME else name.removesuffix(f"_{FILE_NAME}")
+            if column in table.column_names:
+                raise UsageError(
+                    f"{flag}: {file} has a column {column} beside {name}, whose images would be called so. Rename it."
+                )
             table = table.set_column(place, pa.field(column, pa.string()), pa.array(paths, pa.string()))
         tables.append((table, names))
     try:

@@ -129,8 +129,11 @@ def image_files(folder: str, flag: str, limit: int | None = None) -> list[str]:
     Raises:
         UsageError: as `folder_rows`, or fewer than 2 images.
     """
-    stored = folder_rows(folder, flag)["image"]
-    paths = sorted((image["path"] for image in stored if image), key=_natural)[:limit]
+    rows = folder_rows(folder, flag)
+    if "image" not in rows.column_names:
+        raise UsageError(f"{flag} {folder}: its metadata has no column file_name, which names the images to measure.")
+    # a row that names none stays, as in training: it is refused, or skipped and counted, like what cannot be read
+    paths = sorted((image["path"] if image else "" for image in rows["image"]), key=_natural)[:limit]
     if len(paths) < 2:
         raise UsageError(
             f"{flag} {folder}: found {len(paths)} image files; a distance needs 2, a meaningful one thousands."
@@ -140,5 +143,5 @@ def image_files(folder: str, flag: str, limit: int | None = None) -> list[str]:
 
 def _natural(path: str) -> list[tuple[bool, int, str]]:
     """A key that sorts numbers in a path by their value."""
-    parts = re.split(r"(\d+)", path)
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+    parts = re.split(r"(\d+)", path)  # every second a number
+    return [(place % 2 == 1, int(part) if place % 2 else 0, part) for place, part in enumerate(parts)]

@@ -177,7 +177,7 @@ class _Cache:
             measured = Measured(FeatureStatistics.load(self.statistics), features)
             if keep_features and len(features) != measured.statistics.count:
                 raise ValueError(f"{len(features)} features of {measured.statistics.count} images")
-        except (ValueError, OSError, EOFError) as error:
+        except Exception as error:  # NumPy raises BadZipFile and others for what damaged bytes look like
             warnings.warn(f"the reference is measured again: its cache is damaged ({error}).", stacklevel=2)
             return None
         print(f"reference: from the cache, {self.statistics}")

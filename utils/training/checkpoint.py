@@ -158,7 +158,8 @@ class Checkpoints:
         """Restore from `--resume_from_checkpoint`; the optimizer step to go on from, 0 without the flag.
 
         Raises:
-            UsageError: no such checkpoint, a damaged file, another student, or arguments that make it another run.
+            UsageError: no such checkpoint, a damaged file, another student, fewer steps than it has made, or arguments
+                that make it another run.
         """
         path = wanted_checkpoint(self.args)
         if path is None:
@@ -169,6 +170,11 @@ class Checkpoints:
             self.log.drop_after(0)  # of a job that died before its first checkpoint
             return 0
         state = self._read_state(path)
+        if self.args.max_train_steps < state["step"]:
+            raise UsageError(
+                f"--max_train_steps is {self.args.max_train_steps}, and --resume_from_checkpoint {path} is of step "
+                f"{state['step']} already. Give that number to export its student as it is, or a greater one to go on."
+            )
         self._refuse_another_run(state)
         tensors = {name: load_file(path / name) for name in state["sha256"]}
         try:
@@ -208,7 +214,7 @@ class Checkpoints:
             damaged = next(
                 (name for name in hashes if not (path / name).is_file() or sha256(path / name) != hashes[name]), None
             )
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):  # or JSON that is no state
             damaged = "state.json"
         if damaged:
             earlier = [other for other in self.all() if step_of(other) < step_of(path)]
