@@ -377,6 +377,8 @@ BROKEN = {
     "vocabulary": (configured(ENCODER, vocab_size=9), "text_encoder"),
     "latents_mean": (configured(VAE, latents_mean=[0.1] * 4), r"have latents_mean \[0.1"),
     "shift_factor": (configured(VAE, shift_factor=0.1), "have shift_factor 0.1"),
+    "no scale": (configured(VAE, scaling_factor=None), "VAE's scaling_factor is None"),
+    "a list for an index": (lambda folder: (folder / "model_index.json").write_text("[]"), "no model_index.json"),
     "grey vae": (configured(VAE, in_channels=1), "1 channels in and 3 out"),
 }
 
@@ -391,6 +393,13 @@ def test_a_folder_that_is_not_whole_is_refused_before_training(own, name):
     spoil(folder)
     with pytest.raises(UsageError, match=message):
         judge(folder)
+
+
+def test_a_list_for_a_config(own):
+    folder = own()
+    (folder / "unet" / "config.json").write_text("[1]")
+    with pytest.raises(UsageError, match="no config of a UNet2DConditionModel"):
+        check(folder)
 
 
 def test_a_dry_run_says_the_same(own, run):

@@ -112,6 +112,8 @@ class Latent(Backbone):
                 f"{said}: the VAE's latents have {unread[0]} {vae[unread[0]]}, which is not scaling_factor alone, as "
                 "the teachers here are trained on. Choose a teacher and VAE without it."
             )
+        if not isinstance(vae["scaling_factor"], int | float):
+            raise UsageError(f"{said}: the VAE's scaling_factor is {vae['scaling_factor']}. Fetch its config again.")
         if (colours := (vae["in_channels"], vae["out_channels"])) != (3, 3):
             raise UsageError(f"{said}: the VAE has {colours[0]} channels in and {colours[1]} out; images here have 3.")
         if vae["latent_channels"] != teacher["in_channels"]:

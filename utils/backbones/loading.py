@@ -29,7 +29,7 @@ def pipeline_class_name(name_or_path: str, revision: str | None, flag: str) -> s
     """The `_class_name` of a pipeline's model_index.json. Raises UsageError naming `flag` where there is none."""
     try:
         return DiffusionPipeline.load_config(name_or_path, revision=revision)["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:  # the last two: JSON of something else
         where = "that folder has no model_index.json" if Path(name_or_path).is_dir() else "no such folder here"
         if Path(name_or_path).is_file():
             where = (
@@ -50,7 +50,7 @@ def component_config(
     for subfolder in (folder, None):
         try:
             return dict(model_class.load_config(name_or_path, subfolder=subfolder, revision=revision))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, TypeError) as error:
             errors.append(str(error))
     raise UsageError(f"{flag} {name_or_path} holds no config of a {model_class.__name__}: {errors[0]}")
 
