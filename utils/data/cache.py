@@ -237,8 +237,8 @@ def _opened(path: Path) -> safe_open:
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise UsageError(
-            f"--latent_cache_dir {path.parent}: {path.name} is missing or damaged ({error}). Delete it if it is "
-            "there, and give the data, to encode it again."
+            f"--latent_cache_dir {path.parent}: {path.name} is missing or damaged ({error}). Delete what is there of "
+            "it, and give the data, to encode it again."
         ) from error
 
 
