@@ -31,7 +31,7 @@ def even_layers(num_layers: int, depth: int) -> list[int]:
 
 
 def check_kept(config: Mapping[str, Any], kept: Sequence[int], model_class: type[ModelMixin], flag: str) -> None:
-    """Raises UsageError, naming `flag`, where a teacher of that config has no such layers or cannot do without more."""
+    """Raises UsageError, naming `flag`, where a teacher of that config has no such layers or must keep another."""
     config = full_config(config, model_class)
     last = config["num_layers"] - 1
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] > last:
