@@ -7,9 +7,9 @@
 
 Teacher and student see the same noisy images and predict e_T and e_S. A least-squares line e_T ~ b0 + b1 * e_S splits
 their difference (Han, Yeo, Yoo, CVPR 2026, the paper's probe): the coarse part is what the line removes, a wrong mean
-or scale; the fine part is what it leaves. The student is then also sampled corrected, every prediction moved along its
+or scale; the fine part is what it leaves. The student is then also sampled corrected, every prediction moved along a
 line: a probe, no sampler, as it runs the teacher at every step. The gap that it closes between student and teacher is
-what the coarse part cost. Nothing is trained.
+what the coarse part cost. --probe says where the lines are fitted. Nothing is trained.
 """
 
 import importlib.metadata
@@ -24,7 +24,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from utils.analysis.arguments import HOW_TO_READ, for_backbone, parse_args
-from utils.analysis.corrected import CorrectedDenoiser
+from utils.analysis.corrected import WHO, probe_denoisers
 from utils.analysis.error import ErrorStatistics, summarize
 from utils.analysis.report import FIGURES, MAPS_FILE, error_table, save_analysis, save_figures, weight_hashes
 from utils.backbones import choose_backbone
@@ -36,6 +36,7 @@ from utils.files import PACKAGES
 from utils.metrics.distances import frechet_distance, rank_warning
 from utils.metrics.extractors import load_extractor
 from utils.metrics.statistics import FeatureStatistics
+from utils.output_dir import lock_output_dir, unlock_output_dir
 from utils.randomness import ENCODE_STREAM, NOISE_STREAM, VALIDATION_STREAM, StepRandom, seed_from, shuffled
 
 MAPS = 5  # timesteps with error maps
@@ -43,6 +44,7 @@ MAPS = 5  # timesteps with error maps
 
 def refuse_mismatches(args, num_rows: int, image_channels: int, num_train_timesteps: int) -> None:
     """Raises UsageError, naming the flag, where data or teacher cannot give what was asked for."""
+    data = f"split '{args.split}'" if args.split else args.train_data_dir
     for flag in ("num_timesteps", "num_inference_steps"):
         if getattr(args, flag) > num_train_timesteps:
             raise UsageError(
@@ -50,12 +52,11 @@ def refuse_mismatches(args, num_rows: int, image_channels: int, num_train_timest
             )
     if args.num_images > num_rows:
         raise UsageError(
-            f"--num_images is {args.num_images}; split '{args.split}' has {num_rows} images. Take fewer, or another "
-            "--split."
+            f"--num_images is {args.num_images}; {data} has {num_rows} images. Take fewer, or another --split."
         )
     if args.feature_extractor and num_rows < 2:
         raise UsageError(
-            f"--feature_extractor: a distance needs at least 2 images, and split '{args.split}' has {num_rows}. Take "
+            f"--feature_extractor: a distance needs at least 2 images, and {data} has {num_rows}. Take "
             "another --split, or leave the distance out."
         )
     if args.feature_extractor and image_channels == 4:
@@ -129,12 +130,11 @@ def measure_samples(
 
     UsageError: samples that are not finite.
     """
-    corrected = CorrectedDenoiser(student, backbone.teacher)
-    denoisers = {"student": student, "corrected": corrected, "teacher": backbone.teacher}
+    denoisers = probe_denoisers(args.probe, student, backbone.teacher)
     count = args.num_samples if extractor else args.shown_samples
     prompted, num_prompts = (real, count) if extractor else (images, None)  # all captions, or those of the pictures
-    features = {who: FeatureStatistics() for who in denoisers}
-    gaps, shown = dict.fromkeys(denoisers, 0.0), {who: [] for who in denoisers}
+    features = {who: FeatureStatistics() for who in WHO}
+    gaps, shown = dict.fromkeys(WHO, 0.0), {who: [] for who in WHO}
     progress = tqdm(total=len(denoisers) * count, desc="samples", unit="image")
     for first in range(0, count, args.batch_size):
         numbers = range(first, min(first + args.batch_size, count))
@@ -154,7 +154,7 @@ def measure_samples(
             if extractor:
                 features[who].update(extractor(drawn.to(extractor.device)))
     progress.close()
-    measured = {"num_samples": count, "pixel_difference_to_teacher": gaps}
+    measured = {"num_samples": count, "probe": args.probe, "pixel_difference_to_teacher": gaps}
     if prompts := set(backbone.conditions.of_samples(prompted, 0, count, num_prompts)) - {None}:
         measured["num_prompts"] = len(prompts)
     if extractor:
@@ -213,8 +213,9 @@ def main(argv: list[str] | None = None) -> None:
     student, sizes = backbone.make_student(wanted, sample_batch(images, args.batch_size, args.seed))
     print(sizes, flush=True)
     student = student.to(accelerator.device).eval().requires_grad_(False)
-    backbone.teacher.to(accelerator.device)
+    torch.nn.Module.to(backbone.teacher, accelerator.device, torch.float32)
 
+    lock_output_dir(args.output_dir)
     statistics, first_inputs = measure_error(args, backbone, student, images, timesteps)
 
     # The numbers first, those of the error before sampling begins, then the figures
@@ -251,6 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     save_analysis(analysis, folder)
     save_figures(analysis, maps, pictures, folder)
     print(f"{error_table(analysis)}\n\n{HOW_TO_READ}\n")
+    unlock_output_dir(args.output_dir)
     print(f"Saved in {folder}: analysis.json, {MAPS_FILE}, {', '.join(FIGURES)}")
 
 

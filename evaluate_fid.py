@@ -30,7 +30,7 @@ from utils.evaluation.cost import Meter, cost, free, measure
 from utils.evaluation.image_sets import ImageSet, image_files
 from utils.evaluation.measure import Measured, measure_images
 from utils.evaluation.parallel import block_threads, check_processes
-from utils.evaluation.pipelines import load_pipeline, pipeline_files, pipeline_folder, use_scheduler
+from utils.evaluation.pipelines import load_pipeline, pipeline_files, pipeline_folder, use_clip_sample, use_scheduler
 from utils.evaluation.reference import measure_reference, open_reference
 from utils.evaluation.report import COSTS, open_card, report, update_model_card
 from utils.evaluation.sample_folder import SampleFolder, clear_evaluation
@@ -47,7 +47,7 @@ from utils.metrics.distances import (
     subset_warning,
 )
 from utils.metrics.extractors import load_extractor
-from utils.output_dir import check_output_dir
+from utils.output_dir import check_output_dir, lock_output_dir, unlock_output_dir
 from utils.pixels import image_grid
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
@@ -79,6 +79,8 @@ def open_sampler(args, flag: str, prompts: list[str] | None, device) -> tuple[Sa
     )
     if args.scheduler:
         use_scheduler(pipeline, args.scheduler)
+    if args.clip_sample:
+        use_clip_sample(pipeline, args.clip_sample == "true")
     names = "seed num_inference_steps eta guidance_scale height width class_labels".split()
     try:
         sampler = Sampler(pipeline, prompts=prompts, **{name: getattr(args, name) for name in names})
@@ -191,8 +193,12 @@ def main(argv: list[str] | None = None) -> None:
     extractor, clip, reference, prompts = main_process_first(accelerator, open_measures, args, accelerator.device)
 
     # What is measured
+    resizing = {"interpolation": args.image_interpolation_mode}
     if args.images:
-        images = ImageSet.from_files(image_files(args.images, "--images", args.num_samples), "--images")
+        files = image_files(args.images, "--images", args.num_samples)
+        images = ImageSet.from_files(files, "--images", background=args.background, **resizing)
+        if args.skip_bad_images:
+            images.leave_out_unreadable(quiet=quiet)
         if args.num_samples and len(images) < args.num_samples:
             warnings.warn(f"--images {args.images} has {len(images)} images, not {args.num_samples}.", stacklevel=1)
         size = (args.resolution,) * 2 if args.resolution else images.keep_size(quiet=quiet)
@@ -205,10 +211,13 @@ def main(argv: list[str] | None = None) -> None:
         if count < (classes := len(sampler.class_labels or [])):
             warnings.warn(f"--num_samples {count}: the first {count} of {classes} classes are drawn.", stacklevel=1)
     if isinstance(reference, ImageSet):
+        if args.skip_bad_images:
+            reference.leave_out_unreadable(quiet=quiet)
         fit_reference(args, reference, size, quiet)
     check_counts(args, count, reference)
 
     # Where the samples go, and where an earlier run left off
+    on_main_process(accelerator, lock_output_dir, args.output_dir)
     if args.overwrite_output_dir:
         on_main_process(accelerator, clear_evaluation, args.output_dir)
     if sampler:
@@ -227,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         real.statistics.save(args.save_stats)
     if sampler:
         draw_missing(samples, Meter(sampler, accelerator.device, args.num_cpu_threads), accelerator)
-        images = ImageSet.from_files(samples.paths(), "samples")
+        images = ImageSet.from_files(samples.paths(), "samples", **resizing)
         if not args.resolution and size not in (None, drawn := images.keep_size(quiet=quiet)):
             raise UsageError(
                 f"--resolution: the samples are {drawn[0]}x{drawn[1]}, not {size[0]}x{size[1]} as the reference was "
@@ -257,7 +266,12 @@ def main(argv: list[str] | None = None) -> None:
             **costs,
             "warnings": [text for text in dict.fromkeys(warned) if text],
             "protocol": {
-                "samples": {**source, "count": count, "resolution": args.resolution},
+                "samples": {
+                    **source,
+                    "count": count,
+                    "resolution": args.resolution,
+                    **(resizing if args.resolution else {}),
+                },
                 "reference": reference_protocol,
                 "extractor": extractor.protocol,
                 "clip_model": clip and clip.protocol,
@@ -287,6 +301,7 @@ def main(argv: list[str] | None = None) -> None:
         print("Next: python analyze_error.py --help, for where a student's error lies")
     wait_for_everyone(accelerator)
     accelerator.end_training()
+    unlock_output_dir(args.output_dir)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,15 @@ the residual after. The baselines are settings of the same sum:
 
     without distillation  --lambda_kd_output 0 (a teacher, where given, never runs)
     OutKD                 --output_loss mse
-    FeatKD                --lambda_kd_output 0 --lambda_kd_feat 1
-    OutKD + FeatKD        --output_loss mse --lambda_kd_feat 1
+    FeatKD                --lambda_kd_output 0 --lambda_kd_feat W
+    OutKD + FeatKD        --output_loss mse --lambda_kd_feat W
+
+W is 1 for Stable Diffusion and about 4e-5 in pixels: the authors' weights in this per-element form, docs/paper.md.
 
 Left out on purpose: training that shards a model over GPUs (FSDP, DeepSpeed), fp8, and teachers that are transformers.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -27,18 +30,20 @@ from utils.command_line import run
 from utils.data.cache import encoded_once, open_dataset
 from utils.data.rows import sample_batch, training_batches
 from utils.devices import apply_speed_flags, use_cpu_threads
+from utils.distillation.balance import TimestepBalance
 from utils.distillation.features import feature_loss, tap_pair
 from utils.distillation.losses import fine_weight, lift_loss, output_loss
 from utils.distributed import on_main_process, process_settings, refuse_unsupported
-from utils.output_dir import check_output_dir, prepare_output_dir
+from utils.output_dir import check_output_dir, lock_output_dir, prepare_output_dir, unlock_output_dir
 from utils.publishing.card import write_card
 from utils.publishing.hub import check_push, prepare_push, push
 from utils.training.arguments import parse_args
 from utils.training.checkpoint import Checkpoints
 from utils.training.log import RunLog, error_per_sample, tracker_names
 from utils.training.memory import memory_estimate
-from utils.training.optimizer import make_optimizer, stepped, with_gradients
+from utils.training.optimizer import ema_warmup, make_optimizer, stepped, with_gradients
 from utils.training.report import plan, save_arguments, summary
+from utils.training.schedules import count_steps
 from utils.training.stop import Stop
 from utils.training.validation import Validation, evaluated
 
@@ -47,9 +52,10 @@ def add_method_arguments(group) -> None:
     """The flags of this script alone."""
     group.add_argument(
         "--output_loss",
-        choices=["lift", "mse", "l1", "huber"],
+        choices=["lift", "mse", "l1", "huber", "log"],
         default="lift",
-        help="output distillation loss: LIFT, or the conventional distance between the predictions (default: lift)",
+        help="output distillation loss: LIFT, or a conventional distance between the predictions; log is the mean "
+        "logarithm of each sample's squared error (default: lift)",
     )
     group.add_argument(
         "--coefficients",
@@ -88,6 +94,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data
     dataset = open_dataset(args, accelerator, backbone)
+    count_steps(args, len(dataset), accelerator.num_processes)  # of --num_train_epochs
 
     # Student: float32, one module with its feature projectors
     real_images = sample_batch(dataset, args.train_batch_size, args.seed, accelerator.device)
@@ -97,14 +104,14 @@ def main(argv: list[str] | None = None) -> None:
     apply_speed_flags(args, accelerator, denoiser, teacher)
 
     # Optimizer and schedule, both in optimizer steps
-    optimizer = make_optimizer(args, with_gradients(student), accelerator.device)
+    optimizer = make_optimizer(args, with_gradients(student), accelerator)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     memory = on_main_process(accelerator, memory_estimate, args, accelerator, student, tapped_teacher, backbone)
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
     ema_weights = with_gradients(denoiser)  # collected once, not in every step
-    ema = EMAModel(ema_weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
+    ema = EMAModel(ema_weights, decay=args.ema_decay, foreach=True, **ema_warmup(args)) if args.use_ema else None
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser, dataset)
@@ -115,9 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
 
     # Where everything goes, and where it goes on from
+    on_main_process(accelerator, lock_output_dir, args.output_dir)
     prepare_output_dir(args, accelerator)
     log = RunLog(args, accelerator, backbone.process.num_places)
     dataset = encoded_once(args, accelerator, dataset, backbone)  # with --latent_cache_dir
+    powers = {"task": args.task_balance, "output": args.timestep_balance}
+    balance = TimestepBalance(powers, backbone.process.num_places, accelerator.device, total=accelerator.reduce)
     checkpoints = Checkpoints(
         args,
         accelerator,
@@ -127,6 +137,7 @@ def main(argv: list[str] | None = None) -> None:
         lr_scheduler=lr_scheduler,
         log=log,
         validation=validation,
+        balance=balance,
         fingerprint=dataset.fingerprint(),
     )
     step = checkpoints.resume()
@@ -145,7 +156,9 @@ def main(argv: list[str] | None = None) -> None:
             noised = backbone.add_noise(clean, rng)  # x_t and its target (B, C, *S), place and time (B,)
 
             student_pred = backbone.predict(student, noised, condition)  # output (B, C, *S), features [(B, C_i, *S_i)]
-            terms, target = backbone.task_terms(student_pred, noised), noised.target  # {name: ()}
+            weighted = noised.weighted(balance.weight("task", noised.place))  # as it is without --task_balance
+            terms, target = backbone.task_terms(student_pred, weighted), noised.target  # {name: ()}
+            errors = {"task": error_per_sample(student_pred.output, target)}  # (B,), unweighted
             loss = args.lambda_task * sum(terms.values())
             if distil:
                 with torch.no_grad():
@@ -159,9 +172,16 @@ def main(argv: list[str] | None = None) -> None:
                         coarse_norm=args.coarse_norm,
                         coarse_scale=args.coarse_scale,
                         weight=fine_weight(args.weighting, step / args.max_train_steps),
+                        sample_weight=balance.weight("output", noised.place),
                     )
                 else:
-                    output = output_loss(student_pred.output, teacher_pred.output, kind=args.output_loss)
+                    output = output_loss(
+                        student_pred.output,
+                        teacher_pred.output,
+                        kind=args.output_loss,
+                        sample_weight=balance.weight("output", noised.place),
+                    )
+                errors["output"] = output.error
                 more = backbone.distillation_terms(student_pred, teacher_pred, noised)
                 feature = feature_loss(student_pred.features, teacher_pred.features)
                 loss = loss + args.lambda_kd_output * sum(more.values(), output.loss) + args.lambda_kd_feat * feature
@@ -169,14 +189,16 @@ def main(argv: list[str] | None = None) -> None:
 
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
+        balance.add(noised.place, errors)
         log.add(step + 1, {"loss": loss, **terms}, noised.place, error_per_sample(student_pred.output, target))
         if not accelerator.sync_gradients:
             continue
 
         step += 1
+        balance.end_step()
         if stepped(accelerator, grad_norm):  # fp16 skips a step whose gradient overflows
             lr_scheduler.step()
             if ema is not None:
@@ -199,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
         validation.measure_references()
         write_card(args, backbone, method=method_name(args), sizes=sizes, distances=validation.distances)
     accelerator.end_training()
+    unlock_output_dir(args.output_dir)
     accelerator.print(summary(args, log, validation, dataset))
     if repo_id:
         push(args.output_dir, repo_id)

@@ -3,7 +3,7 @@
 
     accelerate launch train_place.py                  # the embedded default, @assets/default.args: about 3 minutes
     accelerate launch train_place.py --pretrained_model_name_or_path google/ddpm-celebahq-256 --dataset_name FOLDER \\
-        --pruning_ratio 0.5 --lambda_kd_feat 1 --use_ema --output_dir student
+        --pruning_ratio 0.5 --use_ema --output_dir student
 
 PLACE (Han, Yeo, Yoo, CVPR 2026) sorts the elements of every sample and channel by their error, cuts them into groups,
 and in every group fits the teacher's prediction as a line of the student's: the line is aligned first, the residual
@@ -12,6 +12,7 @@ after. The conventional baselines are settings of train_lift.py.
 Left out on purpose: training that shards a model over GPUs (FSDP, DeepSpeed), fp8, and teachers that are transformers.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -24,18 +25,20 @@ from utils.command_line import run
 from utils.data.cache import encoded_once, open_dataset
 from utils.data.rows import sample_batch, training_batches
 from utils.devices import apply_speed_flags, use_cpu_threads
+from utils.distillation.balance import TimestepBalance
 from utils.distillation.features import feature_loss, tap_pair
 from utils.distillation.losses import fine_weight, place_loss
 from utils.distributed import on_main_process, process_settings, refuse_unsupported
-from utils.output_dir import check_output_dir, prepare_output_dir
+from utils.output_dir import check_output_dir, lock_output_dir, prepare_output_dir, unlock_output_dir
 from utils.publishing.card import write_card
 from utils.publishing.hub import check_push, prepare_push, push
 from utils.training.arguments import parse_args
 from utils.training.checkpoint import Checkpoints
 from utils.training.log import RunLog, error_per_sample, tracker_names
 from utils.training.memory import memory_estimate
-from utils.training.optimizer import make_optimizer, stepped, with_gradients
+from utils.training.optimizer import ema_warmup, make_optimizer, stepped, with_gradients
 from utils.training.report import plan, save_arguments, summary
+from utils.training.schedules import count_steps
 from utils.training.stop import Stop
 from utils.training.validation import Validation, evaluated
 
@@ -85,6 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Data
     dataset = open_dataset(args, accelerator, backbone)
+    count_steps(args, len(dataset), accelerator.num_processes)  # of --num_train_epochs
 
     # Student: float32, one module with its feature projectors
     real_images = sample_batch(dataset, args.train_batch_size, args.seed, accelerator.device)
@@ -94,14 +98,14 @@ def main(argv: list[str] | None = None) -> None:
     apply_speed_flags(args, accelerator, denoiser, teacher)
 
     # Optimizer and schedule, both in optimizer steps
-    optimizer = make_optimizer(args, with_gradients(student), accelerator.device)
+    optimizer = make_optimizer(args, with_gradients(student), accelerator)
     lr_scheduler = get_scheduler(
         args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
     )
     memory = on_main_process(accelerator, memory_estimate, args, accelerator, student, tapped_teacher, backbone)
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
     ema_weights = with_gradients(denoiser)  # collected once, not in every step
-    ema = EMAModel(ema_weights, decay=args.ema_decay, foreach=True) if args.use_ema else None
+    ema = EMAModel(ema_weights, decay=args.ema_decay, foreach=True, **ema_warmup(args)) if args.use_ema else None
 
     # Everything that can be refused has been by the end of this paragraph; nothing is written before it
     validation = Validation(args, accelerator, backbone, denoiser, dataset)
@@ -112,9 +116,12 @@ def main(argv: list[str] | None = None) -> None:
     repo_id = on_main_process(accelerator, prepare_push, args)  # None without --push_to_hub, too
 
     # Where everything goes, and where it goes on from
+    on_main_process(accelerator, lock_output_dir, args.output_dir)
     prepare_output_dir(args, accelerator)
     log = RunLog(args, accelerator, backbone.process.num_places)
     dataset = encoded_once(args, accelerator, dataset, backbone)  # with --latent_cache_dir
+    powers = {"task": args.task_balance, "output": args.timestep_balance}
+    balance = TimestepBalance(powers, backbone.process.num_places, accelerator.device, total=accelerator.reduce)
     checkpoints = Checkpoints(
         args,
         accelerator,
@@ -124,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
         lr_scheduler=lr_scheduler,
         log=log,
         validation=validation,
+        balance=balance,
         fingerprint=dataset.fingerprint(),
     )
     step = checkpoints.resume()
@@ -142,7 +150,9 @@ def main(argv: list[str] | None = None) -> None:
             noised = backbone.add_noise(clean, rng)  # x_t and its target (B, C, *S), place and time (B,)
 
             student_pred = backbone.predict(student, noised, condition)  # output (B, C, *S), features [(B, C_i, *S_i)]
-            terms, target = backbone.task_terms(student_pred, noised), noised.target  # {name: ()}
+            weighted = noised.weighted(balance.weight("task", noised.place))  # as it is without --task_balance
+            terms, target = backbone.task_terms(student_pred, weighted), noised.target  # {name: ()}
+            errors = {"task": error_per_sample(student_pred.output, target)}  # (B,), unweighted
             loss = args.lambda_task * sum(terms.values())
             if distil:
                 with torch.no_grad():
@@ -156,7 +166,9 @@ def main(argv: list[str] | None = None) -> None:
                     coarse_norm=args.coarse_norm,
                     coarse_scale=args.coarse_scale,
                     weight=fine_weight(args.weighting, step / args.max_train_steps),
+                    sample_weight=balance.weight("output", noised.place),
                 )
+                errors["output"] = output.error
                 more = backbone.distillation_terms(student_pred, teacher_pred, noised)
                 feature = feature_loss(student_pred.features, teacher_pred.features)
                 loss = loss + args.lambda_kd_output * sum(more.values(), output.loss) + args.lambda_kd_feat * feature
@@ -164,14 +176,16 @@ def main(argv: list[str] | None = None) -> None:
 
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm)
+                grad_norm = accelerator.clip_grad_norm_(student.parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
+        balance.add(noised.place, errors)
         log.add(step + 1, {"loss": loss, **terms}, noised.place, error_per_sample(student_pred.output, target))
         if not accelerator.sync_gradients:
             continue
 
         step += 1
+        balance.end_step()
         if stepped(accelerator, grad_norm):  # fp16 skips a step whose gradient overflows
             lr_scheduler.step()
             if ema is not None:
@@ -194,6 +208,7 @@ def main(argv: list[str] | None = None) -> None:
         validation.measure_references()
         write_card(args, backbone, method=method_name(args), sizes=sizes, distances=validation.distances)
     accelerator.end_training()
+    unlock_output_dir(args.output_dir)
     accelerator.print(summary(args, log, validation, dataset))
     if repo_id:
         push(args.output_dir, repo_id)

@@ -55,7 +55,7 @@ BATCH = 128
 
 def distance(folder: str, reference: FeatureStatistics, extractor: FeatureExtractor, samples: int) -> float:
     """Frechet distance of `samples` images of the pipeline in `folder`."""
-    unet = DDPMPipeline.from_pretrained(folder, dtype=torch.float32)
+    unet = DDPMPipeline.from_pretrained(folder)
     pipeline = DDIMPipeline(unet.unet.eval(), DDIMScheduler.from_config(unet.scheduler.config))
     pipeline.set_progress_bar_config(disable=True)
     found = FeatureStatistics()

@@ -8,7 +8,6 @@ Each line passes, fails or is skipped, with its reason; the script exits 1 where
 random, made here; only the last lines are of real size. Without a GPU it runs what the CPU can.
 """
 
-import argparse
 import contextlib
 import functools
 import importlib.util
@@ -30,7 +29,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import conftest  # noqa: E402
 import latent_pipelines  # noqa: E402
 import torch  # noqa: E402
-from accelerate.state import AcceleratorState, PartialState  # noqa: E402
+from check_table import Skip, run_table, train, wanted_words  # noqa: E402
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -49,10 +48,6 @@ COMMON = (
     "--use_ema --checkpointing_steps 2 --checkpoints_total_limit 9 --learning_rate 1e-4 --num_cpu_threads 1"
 ).split()
 TOLERANCE = {"no": 1e-3, "bf16": 5e-2, "fp16": 1e-2}  # of a step's loss, relative to float32's on the CPU
-
-
-class Skip(Exception):
-    """The line does not apply here; says why."""
 
 
 class HostRandom(StepRandom):
@@ -94,10 +89,8 @@ class Bench:
 
     def run(self, family: str, name: str, *more: str, cpu: bool = False) -> list[float]:
         """Train; the loss of every step."""
-        AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState._reset_state()
-        with environment(ACCELERATE_USE_CPU="true" if cpu or not CUDA else "false"), quiet():
-            train_place.main(self.command(family, name, *more))
+        with environment(ACCELERATE_USE_CPU="true" if cpu or not CUDA else "false"):
+            train(self.command(family, name, *more))
         return [line["loss"] for line in conftest.read_log(self.folder / name)]
 
     @functools.cache  # noqa: B019
@@ -115,12 +108,6 @@ def environment(**variables: str):
     finally:
         os.environ.clear()
         os.environ.update(before)
-
-
-@contextlib.contextmanager
-def quiet():
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield
 
 
 def need_cuda() -> None:
@@ -349,28 +336,14 @@ def lines() -> dict[str, Callable[[Bench], str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="lines whose name holds one of these")
-    args = parser.parse_args()
+    words = wanted_words(__doc__)
     where = torch.cuda.get_device_name() if CUDA else "no GPU here: the lines that a CPU can show"
     print(f"{where}; torch {torch.__version__}\n")
     utils.data.rows.StepRandom = HostRandom
     torch.backends.cudnn.allow_tf32 = False  # float32 is compared as float32
-    failed = 0
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
-        for name, check in lines().items():
-            if not any(word in name for word in args.only):
-                continue
-            start = time.perf_counter()
-            try:
-                outcome, detail = "pass", check(bench)
-            except Skip as reason:
-                outcome, detail = "skipped", str(reason)
-            except Exception as error:  # one line's failure is its result; the others still run
-                outcome, detail = "FAIL", f"{type(error).__name__}: {error}"
-                failed += 1
-            print(f"{name:<22}{outcome:<9}{time.perf_counter() - start:6.1f} s  {detail}", flush=True)
+        failed = run_table({name: functools.partial(check, bench) for name, check in lines().items()}, words)
     raise SystemExit(failed > 0)
 
 

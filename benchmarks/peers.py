@@ -36,7 +36,7 @@ def straight_trainer(steps: int, student_folder: str) -> None:
     from tqdm.auto import tqdm
 
     accelerator = Accelerator()
-    teacher = DDPMPipeline.from_pretrained(ROOT / "assets" / "teacher", dtype=torch.float32).unet
+    teacher = DDPMPipeline.from_pretrained(ROOT / "assets" / "teacher").unet
     teacher.requires_grad_(False).eval()
     model = UNet2DModel.from_pretrained(student_folder, subfolder="unet").train()
     ema = EMAModel(model.parameters(), decay=0.995)

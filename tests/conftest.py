@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
 from forks import ForkServer  # noqa: E402
 
+from utils.output_dir import unlock_output_dir  # noqa: E402
 from utils.randomness import seed_from  # noqa: E402
 
 TINY_UNET = {
@@ -98,6 +99,7 @@ ORNAMENTS = {
     "utils.publishing.card.plot_losses": lambda log, picture: picture.touch(),
     "train_lift.memory_estimate": lambda *_: "not estimated",
     "train_place.memory_estimate": lambda *_: "not estimated",
+    "utils.backbones.saving.load_back": lambda *_: None,
     "utils.training.checkpoint._sync_to_disk": lambda path: None,  # the tests cut no power
 }
 
@@ -152,6 +154,7 @@ def run_script(
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        unlock_output_dir(str(folder / output))  # as the end of a process does, where the run has failed
     return folder / output
 
 

@@ -23,7 +23,8 @@ class Repository:
     """One branch of files: path -> content, and whether it is stored as an LFS object."""
 
     def __init__(self, private: bool):
-        self.private, self.read_only = private, False
+        self.private, self.read_only, self.gated = private, False, False
+        self.tags: list[str] = []
         self.files: dict[str, tuple[bytes, bool]] = {".gitattributes": (b"*.safetensors filter=lfs\n", False)}
         self.commits: list[str] = []
         self.commit("initial commit")
@@ -69,9 +70,9 @@ class HubServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
-    def publish(self, name: str, folder: Path) -> None:
-        """A repository of this user with the files of `folder`, as if it had been pushed."""
-        repository = self.repositories[f"{USER}/{name}"] = Repository(private=False)
+    def publish(self, name: str, folder: Path, owner: str = USER) -> None:
+        """A repository of this user, or of another, with the files of `folder`, as if it had been pushed."""
+        repository = self.repositories[f"{owner}/{name}"] = Repository(private=False)
         for path in filter(Path.is_file, folder.rglob("*")):
             lfs = path.suffix == ".safetensors"
             repository.files[str(path.relative_to(folder))] = (path.read_bytes(), lfs)
@@ -113,7 +114,7 @@ class Handler(BaseHTTPRequestHandler):
                 return
         self.reply(404, {"error": "no such route"})
 
-    do_GET = do_HEAD = do_POST = do_PUT = respond
+    do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = respond
 
     def reply(self, status: int, content: dict | list | bytes, **headers: str) -> None:
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -161,8 +162,18 @@ class Handler(BaseHTTPRequestHandler):
             self.server.repositories[repo_id] = Repository(wanted.get("visibility") == "private")
             self.reply(200, reply)
 
-    def auth_check(self, repo_id):
+    def delete(self):
+        wanted = json.loads(self.body)
+        repo_id = f"{wanted['organization']}/{wanted['name']}"
         if self.repository(repo_id, write=True):
+            del self.server.repositories[repo_id]
+            self.reply(200, {})
+
+    def auth_check(self, repo_id, write):
+        repository = self.repository(repo_id, write=bool(write))
+        if repository and repository.gated:
+            self.reply(403, {"error": "You have not accepted its terms."}, X_Error_Code="GatedRepo")
+        elif repository:
             self.reply(200, {})
 
     def validate_yaml(self):
@@ -174,7 +185,7 @@ class Handler(BaseHTTPRequestHandler):
         if repository := self.repository(repo_id):
             siblings = [{"rfilename": path} for path in repository.files]
             facts = {"id": repo_id, "sha": repository.commits[-1], "private": repository.private}
-            self.reply(200, {**facts, "siblings": siblings, "tags": []})
+            self.reply(200, {**facts, "siblings": siblings, "tags": repository.tags, "gated": repository.gated})
 
     def tree(self, repo_id, _revision):
         if repository := self.repository(repo_id):
@@ -256,10 +267,12 @@ ROUTES = (
     ("GET", "/api/whoami-v2", Handler.whoami),
     ("POST", "/api/repos/create", Handler.create),
     ("POST", "/api/validate-yaml", Handler.validate_yaml),
-    ("GET", f"/api/models/{NAME}/auth-check/write", Handler.auth_check),
+    ("DELETE", "/api/repos/delete", Handler.delete),
+    ("GET", f"/api/models/{NAME}/auth-check(/write)?", Handler.auth_check),
     ("GET", f"/api/models/{NAME}/tree/([^/]+)", Handler.tree),
     ("GET", f"/api/models/{NAME}/revision/([^/]+)", Handler.info),
     ("GET", f"/api/models/{NAME}", Handler.info),
+    ("GET", "/api/(datasets/[^/]+/[^/]+)", Handler.info),
     ("POST", f"/api/models/{NAME}/preupload/([^/]+)", Handler.preupload),
     ("POST", f"/api/models/{NAME}/commit/([^/]+)", Handler.commit),
     ("POST", f"/{NAME}[.]git/info/lfs/objects/batch", Handler.lfs_batch),

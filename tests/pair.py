@@ -22,6 +22,7 @@ from forks import worlds
 
 import train_place
 import utils.data.cache
+import utils.distillation.balance
 import utils.distributed
 from utils.backbones.process import Diffusion
 from utils.training.log import RunLog
@@ -76,6 +77,7 @@ def record(job: dict, seen: dict) -> None:
     if "step_patience" in job:
         utils.distributed.STEP_PATIENCE = timedelta(seconds=job["step_patience"])
     Diffusion.noised = timesteps
+    utils.distillation.balance.ENOUGH = 1  # as if many more samples had been seen
 
 
 def run(job: dict, rank: int) -> int:

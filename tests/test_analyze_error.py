@@ -21,7 +21,7 @@ from torch import nn
 import analyze_error
 import utils.analysis.error
 from utils.analysis.arguments import for_backbone, parse_args
-from utils.analysis.corrected import CorrectedDenoiser
+from utils.analysis.corrected import PROBES, WHO, CorrectedDenoiser, probe_denoisers
 from utils.analysis.error import (
     ErrorStatistics,
     group_map,
@@ -346,21 +346,45 @@ def test_lines_of_sampling_are_fitted_in_float64():
 
 def sampled(args, student: UNet2DModel) -> dict[str, torch.Tensor]:
     backbone = choose_backbone(args).load(for_backbone(args))
-    denoisers = {
-        "student": student.eval(),
-        "corrected": CorrectedDenoiser(student.eval(), backbone.teacher),
-        "teacher": backbone.teacher,
-    }
+    denoisers = probe_denoisers(args.probe, student.eval(), backbone.teacher)
     return {who: backbone.sample(denoiser, range(4), 10).int() for who, denoiser in denoisers.items()}
 
 
-def test_correcting_an_affine_student_recovers_the_teachers_samples(tmp_path, flags, save, teacher_dir):
+@pytest.mark.parametrize("probe", PROBES)
+def test_correcting_an_affine_student_recovers_the_teachers_samples(tmp_path, flags, save, teacher_dir, probe):
     teacher = UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")
-    args = parse_args("", [*flags(save(teacher)), "--output_dir", str(tmp_path / "out")])
+    args = parse_args("", [*flags(save(teacher), "--probe", probe), "--output_dir", str(tmp_path / "out")])
     images = sampled(args, affine_image(teacher))
     assert (images["student"] - images["teacher"]).abs().float().mean() > 10
     assert (images["corrected"] - images["teacher"]).abs().max() <= 1
     assert images["teacher"].float().std() > 10
+
+
+@torch.no_grad()
+def test_lines_along_the_teachers_trajectory_by_the_definition(tmp_path, flags, save):
+    """The authors' DDPM probe as a plain DDIM loop: two paths from one noise, lines of the one used on the other,
+    for every batch anew."""
+    student = build_unet(seed=1).eval()
+    argv = [*flags(save(student), "--probe", "teacher_trajectory"), "--output_dir", str(tmp_path / "out")]
+    backbone = choose_backbone(parse_args("", argv)).load(for_backbone(parse_args("", argv)))
+    denoisers, scheduler = probe_denoisers("teacher_trajectory", student, backbone.teacher), backbone.process.sampler()
+    scheduler.set_timesteps(4)
+    for seeds in ([0, 1], [2, 3]):
+        images = {who: backbone.sample(denoiser, seeds, 4) for who, denoiser in denoisers.items()}
+        noise = torch.cat([torch.randn((1, 1, 8, 8), generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+        teachers = students = noise
+        for t in scheduler.timesteps:
+            predicted, target = student(teachers, t).sample.double(), backbone.teacher(teachers, t).sample
+            moved = student(students, t).sample.double()
+            for i in range(2):
+                slope, intercept = np.polyfit(predicted[i].flatten().numpy(), target[i].flatten().numpy(), 1)
+                moved[i] = slope * moved[i] + intercept
+            teachers = scheduler.step(target, t, teachers).prev_sample
+            students = scheduler.step(moved.float(), t, students).prev_sample
+        for who, path in (("teacher", teachers), ("corrected", students)):
+            assert (images[who].int() - ((path.clamp(-1, 1) + 1) * 127.5).round().int()).abs().max() <= 1, who
+    other = sampled(parse_args("", [*argv, "--probe", "student_input"]), student)
+    assert not torch.equal(other["corrected"][2:], images["corrected"].int())
 
 
 def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teacher_dir):
@@ -376,7 +400,11 @@ def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teache
         assert np.array_equal(shown[who], drawn[who].permute(0, 2, 3, 1).numpy())
         gap = (drawn[who] - backbone.sample(backbone.teacher, seeds, 3).int()).abs().double().mean().item()
         assert numbers["pixel_difference_to_teacher"][who] == pytest.approx(gap, abs=0.02)
-    assert list(shown) == ["student", "corrected", "teacher"]
+    assert tuple(shown) == tuple(numbers["pixel_difference_to_teacher"]) == WHO
+    args.probe = "teacher_trajectory"
+    others, pictures = analyze_error.measure_samples(args, backbone, student, None, None, None)
+    assert numbers["probe"] == "student_input" and others["probe"] == args.probe and tuple(pictures) == WHO
+    assert all(np.array_equal(pictures[who], shown[who]) for who in ("student", "teacher"))
 
 
 def test_correcting_another_student_does_not(tmp_path, flags, save):
@@ -507,6 +535,7 @@ def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir,
     )
 
 
+@pytest.mark.slow
 def test_a_perfect_student_has_no_shares(analyze, ornaments, teacher_dir):
     analysis, folder = analyze(teacher_dir)
     assert analysis["mean"]["total"] == 0 and analysis["mean"]["coarse_share"] is None
@@ -566,7 +595,8 @@ def test_what_fails_while_sampling_leaves_the_error(analyze, save, tmp_path, mon
             analyze(folder, "--overwrite_output_dir", "--num_timesteps", 2)
     left = json.loads((output / "analysis.json").read_text())
     assert [row["timestep"] for row in left["timesteps"]] == [250, 750] and "samples" not in left
-    assert {path.name for path in output.iterdir()} == {"analysis.json", "error_maps.npz"}  # no older figures
+    names = {path.name for path in output.iterdir()} - {".lock"}  # this process lives on
+    assert names == {"analysis.json", "error_maps.npz"}  # no older figures
     with np.load(output / "error_maps.npz") as maps:
         assert maps["timestep"].tolist() == left["error_maps"]["timesteps"] == [250, 750]
 
@@ -781,7 +811,7 @@ def test_a_damaged_image_is_named_by_its_row(analyze, save, tmp_path):
         analyze(save(build_unet()), *data)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "notes.txt").write_text("no image")
-    with pytest.raises(ValueError, match="--train_data_dir .*as a folder of images .are there any"):
+    with pytest.raises(ValueError, match="--train_data_dir .*as a folder of images, there is none in it"):
         analyze(save(build_unet()), "--dataset_name", "", "--train_data_dir", tmp_path / "text")
 
 

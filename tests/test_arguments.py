@@ -12,6 +12,8 @@ import pytest
 import train_lift
 import train_place
 from utils.command_line import ArgumentParser
+from utils.publishing.card import _quoted
+from utils.recipe_files import read_lines, split_line
 from utils.training.arguments import DEFAULT_RECIPE, parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,15 +60,16 @@ def test_defaults_parse(parse):
 
 POSITIVE = (
     "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
-    "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit validation_steps "
-    "validation_num_inference_steps validation_num_samples validation_batch_size validation_guidance_scale "
-    "max_train_minutes lora_rank cache_variants"
+    "snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit validation_steps "
+    "validation_num_inference_steps validation_num_samples validation_batch_size "
+    "max_train_minutes lora_rank cache_variants num_train_epochs ema_inv_gamma ema_power taylor_timesteps"
 ).split()
 NOT_NEGATIVE = (
     "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-    "coarse_scale noise_offset validation_shown_samples"
+    "max_grad_norm coarse_scale timestep_balance task_balance noise_offset input_perturbation "
+    "validation_shown_samples validation_guidance_scale"
 ).split()
-FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay"]
+FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay", "dropout"]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +118,20 @@ CONTRADICTIONS = [
     ([*TEACHER, *STUDENT], "--dataset_name and --train_data_dir; found neither"),
     ([*TEACHER, *STUDENT, *DATA, "--train_data_dir", "f"], "--dataset_name and --train_data_dir; found both"),
     ([*TEACHER, *STUDENT, *DATA, "--resume_from_checkpoint", "latest", "--overwrite_output_dir"], "deletes it"),
+    ([*TEACHER, *STUDENT, *DATA, "--background", "whyte"], "--background: .*'whyte'.* Give a colour's name"),
+    ([*TEACHER, *STUDENT, *DATA, "--background", "#ffffff80"], "--background #ffffff80 is transparent itself"),
+    (
+        [*TEACHER, *STUDENT, "--train_data_dir", "f", "--validation_split", "test"],
+        "--validation_split test is a part of --train_data_dir.*give --train_split",
+    ),
+    *(
+        ([*TEACHER, *STUDENT, *DATA, "--crop", *box.split()], f"--crop {box}: give four numbers, top and left")
+        for box in ("57 25 128", "57 25 128 128 3", "-1 0 8 8", "0 -2 8 8", "0 0 0 8", "0 0 8 -8")
+    ),
+    (
+        [*TEACHER, *STUDENT, *DATA, *"--crop 5 2 8 8 --center_crop".split()],
+        "--crop 5 2 8 8 is a square .*--no-center_c",
+    ),
 ]
 
 
@@ -199,6 +216,12 @@ def test_flags_of_the_other_script(parse):
     assert parse("--output_loss", "mse", script="train_lift").output_loss == "mse"
 
 
+def test_a_logarithm_is_not_balanced(parse):
+    with pytest.raises(ValueError, match="--timestep_balance 0.5: --output_loss log"):
+        parse("--output_loss", "log", "--timestep_balance", "0.5", script="train_lift")
+    parse("--output_loss", "log", "--task_balance", "0.5", script="train_lift")
+
+
 # Recipe files
 
 
@@ -212,12 +235,12 @@ def test_recipe_lines(parse, tmp_path):
         "--use_ema\n"
         "--learning_rate=3e-3\n"
         "--seed 5 --max_train_steps 7\n"
-        "--tracker_project_name 'name#1'#2\n"
+        "--tracker_project_name 'name#1'#2 #3\n"
     )
     args = parse(f"@{recipe}", given=[*TEACHER, *STUDENT])
     assert args.dataset_name == "a folder # with spaces" and args.image_column == "the image"
     assert args.use_ema and args.learning_rate == 3e-3 and args.seed == 5 and args.max_train_steps == 7
-    assert args.tracker_project_name == "name#1"
+    assert args.tracker_project_name == "name#1#2"
 
 
 def test_what_comes_later_wins(parse, tmp_path):
@@ -227,15 +250,103 @@ def test_what_comes_later_wins(parse, tmp_path):
     assert args.seed == 6 and args.max_train_steps == 7
 
 
+WORDS = [
+    (r"a#b #c", ["a#b"]),
+    (r"a '#b' \#c", ["a", "#b", "#c"]),
+    (r"'' a''b ''#c", ["", "ab", "#c"]),
+    (
+        r"~ ~/x --output_dir=~/x x~ '~/x' x/~",
+        ["/home/me", "/home/me/x", "--output_dir=/home/me/x", "x~", "~/x", "x/~"],
+    ),
+    (r'"~/my data" ~nobody_is_called_this/x', ["/home/me/my data", "~nobody_is_called_this/x"]),
+    (r"$HOME/x ${HOME}x x$HOME '$HOME' \$HOME", ["/home/me/x", "/home/mex", "x/home/me", "$HOME", "$HOME"]),
+    (r'"$HOME x" "a \"b\" \$HOME" $5 $ a$', ["/home/me x", 'a "b" $HOME', "$5", "$", "a$"]),
+    (r"C:\data\new \\server\share D:\ x", ["C:\\data\\new", r"\\server\share", "D:\\", "x"]),
+    (r'"C:\my data\" --o="C:\a b" C:\$HOME', ["C:\\my data\\", "--o=C:\\a b", "C:\\/home/me"]),
+    (r"a\ b a\'b 'a\b' a\nb", ["a b", "a'b", r"a\b", r"a\nb"]),
+    ("--seed 5 \\", ["--seed", "5"]),  # copied from a shell
+    ("\t--seed\u00a05  # c", ["--seed", "5"]),
+    ("@other.args @@me '@me' \"@me\"", ["@other.args", "@@me", "@@me", "@@me"]),
+]
+
+
+@pytest.mark.parametrize("line, words", WORDS, ids=[line for line, _ in WORDS])
+def test_words_of_a_recipe(monkeypatch, line, words):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert split_line(line) == words
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf--seed 5\n--prompt caf\xc3\xa9\n",
+        b"--seed 5\r\n\r\n--prompt caf\xc3\xa9",
+        "\ufeff--seed 5\n--prompt caf\u00e9\n".encode("utf-16-le"),
+        "--seed 5\n--prompt caf\u00e9\n".encode("utf-16"),
+        b"--seed 5\r--prompt 'caf\xc3\xa9'  \x0c",
+    ],
+)
+def test_files_as_editors_write_them(tmp_path, content):
+    (tmp_path / "my.args").write_bytes(content)
+    words = [word for line in read_lines(tmp_path / "my.args") for word in split_line(line)]
+    assert words == ["--seed", "5", "--prompt", "caf\u00e9"]
+
+
+def test_a_value_may_begin_with_at(parse, tmp_path):
+    (tmp_path / "my.args").write_text("--tracker_project_name @@me\n--validation_prompts '@home' @@ a@b\n")
+    args = parse(f"@{tmp_path / 'my.args'}")
+    assert args.tracker_project_name == "@me" and args.validation_prompts == ["@home", "@", "a@b"]
+    assert parse("--tracker_project_name", "@@me").tracker_project_name == "@me"
+    assert parse("--tracker_project_name=@me").tracker_project_name == "@me"
+    for word in ("@me", "@@me", "@a b", "~me", "$me", "a\\b", "C:\\a", "it's #1"):
+        assert split_line(_quoted(word))[0] in (word, f"@{word}")
+        (tmp_path / "card.args").write_text(f"--tracker_project_name {_quoted(word)}\n")
+        assert parse(f"@{tmp_path / 'card.args'}").tracker_project_name == word
+
+
 @pytest.mark.parametrize(
     "line, message",
-    [("--learning_rat 1", "did you mean --learning_rate"), ("seed 1", "unrecognized.*seed 1"), ("--seed 'x", "quot")],
+    [
+        ("--learning_rat 1", r"unrecognized arguments: --learning_rat 1 .did you mean --learning_rate"),
+        ("seed 1", "unrecognized arguments: seed 1"),
+        ("--seed 'x", "no closing quotation: ' is opened"),
+        ("--seed x", "argument --seed: invalid int value: 'x'"),
+        ("--seed=x", "argument --seed: invalid int value: 'x'"),
+        ("--seed", "argument --seed: expected one argument"),
+        ("--grouping none", "argument --grouping: invalid choice: 'none'"),
+        ("--train_data_dir $NOT_SET_HERE/x", "[$]NOT_SET_HERE is not set; .*single quotes"),
+        ("--pruning_ratio 2", "--pruning_ratio is 2.0; it must lie between"),
+        ("--seed -1", "--seed is -1; it must not be negative"),
+        ("--validation_images 3", "--validation_images is now --validation_shown_samples"),
+        ("@nowhere.args", "@nowhere.args: there is no such recipe to read .No such file.* with two, @@"),
+        ("@{recipe}", "is a recipe that reads itself"),
+    ],
 )
-def test_a_misspelt_line(parse, tmp_path, line, message):
-    recipe = tmp_path / "my.args"
-    recipe.write_text(f"--use_ema\n{line}\n")
-    with pytest.raises(ValueError, match=message):
-        parse(f"@{recipe}")
+def test_an_error_names_file_and_line(parse, tmp_path, line, message):
+    recipe, outer = tmp_path / "my.args", tmp_path / "outer.args"
+    recipe.write_text(f"--use_ema\n\n{line.format(recipe=recipe)}\n")
+    outer.write_text(f"@{recipe}\n")
+    for name in (recipe, outer):
+        with pytest.raises(ValueError, match=rf"^@{recipe}, line 3: (@\S+ )?{message}"):
+            parse("--max_train_steps", "3", f"@{name}")
+
+
+def test_an_error_of_the_command_line_names_no_file(parse, tmp_path):
+    (tmp_path / "my.args").write_text("--seed 1\n--pruning_ratio 0.4\n")
+    for flags, message in ((["--seed", "x"], "argument --seed"), (["--pruning_ratio", "2"], "--pruning_ratio is 2")):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            parse(f"@{tmp_path / 'my.args'}", *flags)
+    (tmp_path / "bytes.args").write_bytes(b"--seed 1\n\n--caption_column \xe9\n")
+    with pytest.raises(ValueError, match="^@.*bytes.args cannot be read as a recipe: line 3: not in UTF-8"):
+        parse(f"@{tmp_path / 'bytes.args'}")
+    with pytest.raises(ValueError, match="there is no such recipe to read .Is a directory"):
+        parse(f"@{tmp_path}")
+
+
+def test_a_recipe_in_the_home_folder(parse, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my.args").write_text("--seed 7\n")
+    assert parse("@~/my.args").seed == 7
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
@@ -285,7 +396,10 @@ def test_an_empty_command_line_is_the_embedded_default(tmp_path, monkeypatch, ca
         ("--lambda_kd_output 0 --output_loss mse", "train_lift", "--lambda_kd_output above 0"),
         ("--output_loss mse --coarse_norm l2", "train_lift", "--output_loss lift"),
         ("--lambda_task 0 --snr_gamma 5", "train_place", "--lambda_task above 0"),
+        ("--lambda_task 0 --task_balance 1", "train_place", "--lambda_task above 0"),
+        ("--lambda_kd_output 0 --timestep_balance 1", "train_lift", "--lambda_kd_output above 0"),
         ("--validation_num_samples 5", "train_place", "--validation_feature_extractor"),
+        ("--student_init random --taylor_timesteps 50", "train_place", "--student_init taylor"),
         ("--allow_changed_arguments", "train_place", "--resume_from_checkpoint"),
     ],
 )
@@ -309,6 +423,12 @@ def test_flags_with_effect_are_not(parse, flags, script):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parse(*flags.split(), script=script)
+
+
+def test_a_box_that_is_no_square_may_be_cut_further_and_one_can_be_undone(parse):
+    assert parse(*"--crop 5 2 8 9 --center_crop".split()).crop == [5, 2, 8, 9]
+    assert parse(*"--crop 5 2 8 8 --center_crop --no-center_crop".split()).crop == [5, 2, 8, 8]
+    assert parse("--crop", "5", "2", "8", "8", "--crop", "").crop is None
 
 
 def test_student_init_goes_with_pruning(parse):

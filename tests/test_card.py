@@ -21,6 +21,7 @@ from PIL import Image
 import train_place
 import utils.publishing.card
 from utils.backbones.process import Diffusion
+from utils.distillation.equations import equations
 from utils.distillation.losses import place_loss
 from utils.publishing.card import card_for_hub, update_card, write_card
 from utils.publishing.model_index import without_paths
@@ -283,6 +284,16 @@ def test_the_equations_are_what_was_trained_with(run, flags):
     assert values["coarse"].item() == pytest.approx(expected.coarse.item(), rel=1e-6)
     assert values["fine"].item() == pytest.approx(expected.fine.item(), rel=1e-6)
     assert values["loss"].item() == pytest.approx(expected.loss.item(), rel=1e-6)
+
+
+def test_the_equations_say_what_is_balanced():
+    args = {"lambda_task": 1, "lambda_kd_output": 1, "lambda_kd_feat": 0, "output_loss": "l1", "task_balance": 1.0}
+    lines, total = equations({**args, "timestep_balance": 0.5})
+    assert [line[:19] for line in lines] == ["u      = (M / m)^1 ", "v      = (M / m)^0.", "output = mean v * |"]
+    assert total == "loss   = 1 * u * diffusion + 1 * output"
+    assert equations({**args, "lambda_kd_output": 0})[1] == "loss   = 1 * u * diffusion"
+    del args["task_balance"]  # of a student that was trained before there was one
+    assert equations(args) == (["output = mean |e_S - e_T|"], "loss   = 1 * diffusion + 1 * output")
 
 
 def test_baselines_are_called_what_they_are(run):

@@ -1,15 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: exact resume, faults, damage, refusals."""
 
+import errno
+import fcntl
 import functools
 import hashlib
 import json
+import os
+import re
 import shutil
 import signal
+import subprocess
+import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from conftest import build_unet, read_log, run_script, save_images
 from diffusers import DDPMPipeline, DDPMScheduler
 from forks import Process
@@ -17,13 +25,19 @@ from safetensors.torch import load_file, save_file
 
 import train_place
 import utils.data.rows
+import utils.distillation.balance
+from utils.flags import check_output_folder
+from utils.output_dir import check_output_dir, lock_output_dir, unlock_output_dir
+from utils.training import checkpoint, schedules
+from utils.training.log import RunLog
 
 ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = (
     "--max_train_steps 6 --train_batch_size 5 --gradient_accumulation_steps 2 --checkpointing_steps 2 --use_ema "
     "--checkpoints_total_limit 9 --logging_steps 4 --lambda_kd_feat 1 --random_flip --learning_rate 1e-3 "
-    "--lr_scheduler cosine --lr_warmup_steps 2 --weighting linear"
+    "--lr_scheduler cosine --lr_warmup_steps 2 --weighting linear --timestep_balance 0.5 --task_balance 1"
 ).split()
+RUN = "--pretrained_model_name_or_path teacher --dataset_name data --pruning_ratio 0.5 --output_dir none".split()
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +101,7 @@ def assert_same_run(ours: Path, theirs: Path, step: int = 6) -> None:
     ]
     for key in ("step", "lr_scheduler", "optimizer", "ema"):
         assert states[0][key] == states[1][key]
+    assert states[0]["states"]["balance"] == states[1]["states"]["balance"]
     assert (ours / "log.jsonl").read_text() == (theirs / "log.jsonl").read_text()
 
 
@@ -96,9 +111,12 @@ def wholes() -> dict[int, tuple[Path, list]]:
     return {}
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("stop_at", [2, 4])  # 20 rows: in epoch 1; 40 rows: in epoch 2 of 24
+@pytest.mark.parametrize(
+    ("stop_at", "workers"),  # 20 rows: in epoch 1; 40 rows: in epoch 2 of 24
+    [(2, 2), (4, 0), pytest.param(2, 0, marks=pytest.mark.slow), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_resume_is_exact(run, wholes, rows_seen, dropout_teacher, tmp_path, monkeypatch, workers, stop_at):
+    monkeypatch.setattr(utils.distillation.balance, "ENOUGH", 1)  # as if many more samples had been seen
     if workers:
         monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", 0)
     flags = ["--pretrained_model_name_or_path", dropout_teacher, *EVERYTHING, "--dataloader_num_workers", workers]
@@ -168,6 +186,7 @@ def test_a_signal_saves_and_says_how_to_go_on(script_process, dropout_teacher, d
     assert (tmp_path / "out" / "checkpoints" / "step-0000003").is_dir()
 
 
+@pytest.mark.slow
 def test_a_new_process_goes_on_exactly(run, script_process, dropout_teacher, data_dir, tmp_path):
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "stopped")
     stopped = script_process(*flags, seed=1, code=signal_in_a_window(signal.SIGTERM))
@@ -210,6 +229,7 @@ def test_after_the_loop_signals_do_what_they_did(run, monkeypatch):
     assert handlers == [before]
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(script_process, dropout_teacher, data_dir, tmp_path):
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "out")
     # room for everything up to step 2; then the limit falls below a checkpoint's files
@@ -308,6 +328,7 @@ def test_leftovers_of_a_killed_process_are_no_checkpoints(go_on, stopped):
         (["--group_size", "8"], "group_size was 16, is 8"),
         (["--lambda_task", "0.5"], "lambda_task was 1.0, is 0.5"),
         (["--learning_rate", "1e-3"], "learning_rate was"),
+        (["--timestep_balance", "1", "--task_balance", "1"], "task_balance was 0.0, is 1.0; timestep_balance was 0.0"),
         (["--max_train_samples", "20"], "max_train_samples was None, is 20"),
         (["--pruning_ratio", "0.3"], "pruning_ratio was 0.5, is 0.3"),
     ],
@@ -329,9 +350,53 @@ def test_changed_data_is_noticed(run, tmp_path, data_dir):
 
 
 def test_allow_changed_arguments(go_on, caplog):
-    folder = go_on("--allow_changed_arguments", "--max_train_steps", "5", "--learning_rate", "1e-5")
+    changed = ["--learning_rate", "1e-5", "--adam_weight_decay", "0.5", "--ema_decay", "0.5"]
+    folder = go_on("--allow_changed_arguments", "--max_train_steps", "5", *changed)
     assert "learning_rate was 0.0002, is 1e-05" in caplog.text
-    assert (folder / "checkpoints" / "step-0000005").is_dir()
+    assert read_log(folder)[-1]["learning_rate"] == 1e-5  # and not what the checkpoint has
+    state = json.loads((folder / "checkpoints" / "step-0000005" / "state.json").read_text())
+    group = state["optimizer"]["param_groups"][0]
+    assert group["lr"] == group["initial_lr"] == 1e-5 and group["weight_decay"] == state["ema"]["decay"] == 0.5
+
+
+CURVES = [
+    (
+        ["--lr_scheduler", "cosine", "--weighting", "linear"],
+        "max_train_steps was 4, is 8, which --lr_scheduler cosine follows .the learning rate after step 2 was to be "
+        "0.0001, is 0.000171; at the end it was to be 0, is 0.*max_train_steps was 4, is 8, which --weighting linear "
+        "follows .the weight of the fine term after step 2 was to be 0.5, is 0.25",
+    ),
+    (["--lr_scheduler", "polynomial"], "after step 2 was to be 0.0001, is 0.00015; at the end it was to be 1e-07, is"),
+    (["--lr_scheduler", "linear", "--lr_warmup_steps", "1"], "was to be 0.000133, is 0.000171"),
+    (["--lr_scheduler", "cosine_with_restarts"], "was to be 0.0001, is 0.000171"),
+    (["--weighting", "cosine"], "the weight of the fine term after step 2 was to be 0.5, is 0.146"),
+    (["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "3"], None),
+    (["--weighting", "constant"], None),
+    (["--weighting", "cosine", "--lambda_kd_output", "0"], None),
+]
+
+
+@pytest.mark.filterwarnings("ignore:--weighting has no effect here")
+@pytest.mark.parametrize(("flags", "said"), CURVES, ids=lambda value: " ".join(value or ()) * isinstance(value, list))
+def test_curves_that_follow_the_length_are_compared(flags, said):
+    then, now = (
+        vars(train_place.parse_args("", train_place.add_method_arguments, [*RUN, *flags, "--max_train_steps", steps]))
+        for steps in ("4", "8")
+    )
+    found = schedules.changed_curves(then, now, 2, peaks=(2e-4, 2e-4), rate_step=2)
+    assert re.search(said, "; ".join(found)) if said else not found
+    assert not schedules.changed_curves(then, then, 2, peaks=(2e-4, 2e-4), rate_step=2)
+
+
+def test_another_length_under_a_curve_is_another_run(run, caplog):
+    cosine = ["train_place", "--lr_scheduler", "cosine"]
+    run(*cosine, "--max_train_steps", "2")
+    longer = [*cosine, "--resume_from_checkpoint", "latest", "--max_train_steps", "4"]
+    with pytest.raises(ValueError, match="another run: max_train_steps was 2, is 4, .*--allow_changed_arguments"):
+        run(*longer)
+    folder = run(*longer, "--allow_changed_arguments")
+    assert "after step 2 was to be 0, is 0.0001; at the end it was to be 0, is 0" in caplog.text
+    assert [line["learning_rate"] for line in read_log(folder)[2:]] == pytest.approx([2.93e-5, 0], abs=1e-7)
 
 
 def test_latest_without_a_checkpoint_begins_anew_and_says_so(run, tmp_path, capsys):
@@ -416,3 +481,119 @@ def test_dry_run_leaves_nothing(run, ornaments, capsys):
     assert not folder.exists()
     printed = capsys.readouterr().out
     assert "memory       about" in printed and "parameters" in printed and "Saved" not in printed
+
+
+# What else lies in the folders, and who else writes to them
+
+
+def test_stray_files_break_neither_resume_nor_save(go_on, stopped):
+    """Of file managers and network drives, and copies that a user has made."""
+    folder, newest = stopped / "checkpoints", stopped / "checkpoints" / "step-0000004"
+    strays = [".DS_Store", "Thumbs.db", "._step-0000004", "step-0000005.zip", "step-0000006"]
+    files = [*(folder / name for name in strays), newest / ".DS_Store", newest / "._student.safetensors"]
+    for path in (*files, stopped / ".DS_Store"):
+        path.write_bytes(b"stray")
+    copies = [folder / name for name in ("step-0000004 copy", "step-old", "@eaDir", ".hidden")]
+    for path in (*copies, newest / "@eaDir"):
+        path.mkdir()
+    state = json.loads((newest / "state.json").read_text())
+    state["sha256"][".DS_Store"] = hashlib.sha256(b"stray").hexdigest()  # as an earlier version wrote it
+    (newest / "state.json").write_text(json.dumps(state))
+    go_on("--max_train_steps", "6", "--checkpoints_total_limit", "1")
+    assert all(path.exists() for path in copies)
+    assert json.loads((folder / "step-0000006" / "state.json").read_text())["step"] == 6  # a file had its name
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*strays, *(path.name for path in copies)])
+
+
+def test_a_folder_of_strays_is_an_empty_one(tmp_path):
+    for name in (".DS_Store", "._student", "Thumbs.db", ".nfs0001", ".lock"):
+        (tmp_path / name).touch()
+    check_output_folder(Namespace(output_dir=tmp_path), "is not empty", unless=False)
+    (tmp_path / "thesis.txt").touch()
+    with pytest.raises(ValueError, match="is not empty"):
+        check_output_folder(Namespace(output_dir=tmp_path), "is not empty", unless=False)
+
+
+def test_what_cannot_be_synced_is_warned_of_once(ornaments, tmp_path, monkeypatch, caplog):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState()  # which the logger asks for its rank
+    real, code = os.fsync, [errno.EINVAL]
+
+    def fsync(descriptor):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}") or code[0] != errno.EINVAL:
+            raise OSError(code[0], os.strerror(code[0]))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    (tmp_path / "file").write_text("content")
+    for path in (tmp_path, tmp_path / "file", tmp_path):
+        checkpoint._sync_to_disk(path)
+    assert caplog.text.count("cannot be asked for folders") == 1 and "files" not in caplog.text
+    code[0] = errno.ENOTSUP
+    checkpoint._sync_to_disk(tmp_path / "file")
+    assert caplog.text.count("cannot be asked for files") == 1
+    for full in (errno.ENOSPC, errno.EIO):
+        code[0] = full
+        with pytest.raises(OSError, match=os.strerror(full)):
+            checkpoint._sync_to_disk(tmp_path / "file")
+
+
+@pytest.fixture
+def other_run():
+    """`other_run(folder)`: another process has locked it, and lives until the test ends."""
+    code = "import sys; from utils.output_dir import lock_output_dir as f; f(sys.argv[1]); print(); sys.stdin.read()"
+    processes = []
+
+    def start(folder: Path) -> subprocess.Popen:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        processes.append(subprocess.Popen([sys.executable, "-c", code, folder], cwd=ROOT, **pipes))
+        processes[-1].stdout.readline()
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_a_second_run_in_a_folder_is_refused(run, other_run, tmp_path):
+    folder = tmp_path / "student"
+    other = other_run(folder)
+    message = (
+        rf"--output_dir .*student: another run is writing to it .process {other.pid} of .*, since .*another folder"
+    )
+    with pytest.raises(ValueError, match=message):  # before the teacher loads
+        run("train_place", "--pretrained_model_name_or_path", "none", "--overwrite_output_dir")
+    with pytest.raises(ValueError, match=message):  # where both began in the same moment
+        lock_output_dir(folder)
+    other.kill()
+    other.wait()
+    assert (folder / ".lock").exists()  # which means nothing without its process
+    check_output_dir(folder)
+    lock_output_dir(folder)
+    lock_output_dir(folder)  # ours already
+    check_output_dir(folder)
+    code = f"from utils.output_dir import check_output_dir as f; f({str(folder)!r})"
+    refused = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert f"process {os.getpid()} of" in refused.stderr
+    shutil.rmtree(folder)
+    lock_output_dir(folder)  # made anew
+    unlock_output_dir(folder)
+    assert not list(folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_locked_is_warned_of(tmp_path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with pytest.warns(UserWarning, match="cannot be locked .No locks available.*would not be noticed"):
+        lock_output_dir(tmp_path)
+    check_output_dir(tmp_path)
+
+
+def test_half_a_line_of_the_log_is_dropped(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n{"step": 3, "lo')
+    args = Namespace(output_dir=tmp_path, learning_rate=1)
+    RunLog(args, Namespace(is_main_process=True), 1000).drop_after(1)
+    assert read_log(tmp_path) == [{"step": 1, "loss": 2}]

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import save_images
 from PIL import Image
+from torchvision.transforms import InterpolationMode, functional
 
 import utils.data.rows
 from utils.data.rows import (
@@ -24,6 +25,8 @@ from utils.data.rows import (
     sample_batch,
     training_batches,
 )
+from utils.data.transforms import CaptionedTransform
+from utils.flags import INTERPOLATIONS
 from utils.randomness import StepRandom, counter_hash
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (12, 18, 4), dtype=np.uint8)  # (H, W, RGBA)
@@ -85,17 +88,17 @@ def accelerator():
 def test_decode_converts_the_mode(source, channels):
     image = Image.fromarray(PIXELS[:8, :8]).convert(source)
     found = transform(channels).decode(stored(image))
+    if source == "RGBA" and channels < 4:
+        image = Image.alpha_composite(Image.new("RGBA", (8, 8), "white"), image)
     expected = np.array(image.convert(MODES[channels])).reshape(8, 8, channels)
     assert found.dtype == torch.uint8 and found.shape == (channels, 8, 8) and found.is_contiguous()
     np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), expected)
 
 
-def test_decode_spreads_grey_over_rgb_and_drops_alpha():
+def test_decode_spreads_grey_over_rgb():
     grey = transform(3).decode(stored(Image.fromarray(PIXELS[:8, :8, 0])))
     assert torch.equal(grey[0], grey[1]) and torch.equal(grey[0], grey[2])
     np.testing.assert_array_equal(grey[0].numpy(), PIXELS[:8, :8, 0])
-    rgba = transform(3).decode(stored(Image.fromarray(PIXELS[:8, :8])))
-    np.testing.assert_array_equal(rgba.permute(1, 2, 0).numpy(), PIXELS[:8, :8, :3])
 
 
 @pytest.mark.parametrize("settings", [{}, {"transparency": 3}])
@@ -104,7 +107,10 @@ def test_decode_reads_palettes_as_colours_not_as_indices(channels, settings):
     palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8), "P")
     palette.putpalette([value for i in range(256) for value in (255 - i, (7 * i) % 256, 100)])
     found = transform(channels).decode(stored(palette, **settings))
-    red, green, blue = (np.array(band).astype(float) for band in palette.convert("RGB").split())
+    colours = np.array(palette.convert("RGB")).astype(float)
+    if settings and channels < 4:
+        colours[0, 3] = 255  # the transparent one, on white
+    red, green, blue = colours.transpose(2, 0, 1)
     if channels == 1:
         expected = [0.299 * red + 0.587 * green + 0.114 * blue]
     else:
@@ -144,6 +150,51 @@ def test_decode_resizes_the_shorter_side(resolution, turned):
     np.testing.assert_array_equal(found[0].numpy(), np.array(image.resize(size, Image.Resampling.BILINEAR)))
 
 
+@pytest.mark.parametrize("name", INTERPOLATIONS)
+def test_decode_resizes_as_told(name):
+    image = Image.fromarray(PIXELS[..., 0])
+    found = ImageTransform("image", 1, 4, False, False, interpolation=name).decode(stored(image))
+    expected = image.resize((found.shape[2], found.shape[1]), Image.Resampling[name.upper()])
+    np.testing.assert_array_equal(found[0].numpy(), np.array(expected))
+    assert InterpolationMode(name)  # whose names diffusers' flag has
+
+
+@pytest.mark.parametrize("box", [(0, 0, 12, 18), (1, 2, 8, 8), (4, 0, 8, 10), (0, 17, 12, 1)], ids=str)
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_box_is_the_picture(box, turned):
+    """As torchvision's crop, then its resize: what the box leaves out is seen by nothing."""
+    image, settings = Image.fromarray(PIXELS[..., :3]), ("image", 3, 8, False, False)
+    exif = Image.Exif()
+    exif[0x0112] = 6 if turned else 1
+    upright = image.transpose(Image.Transpose.ROTATE_270) if turned else image
+    box = (box[1], box[0], box[3], box[2]) if turned else box
+    row = stored(image, exif=exif.tobytes())
+    work = ImageTransform(*settings, crop=list(box))
+    expected = functional.resize(functional.crop(upright, *box), 8)
+    np.testing.assert_array_equal(work.decode(row).permute(1, 2, 0).numpy(), np.array(expected))
+    told = CaptionedTransform(*settings, crop=box, caption_column="text", tokenizers=[], micro_conditioning=True)
+    assert told._time_ids(work.decode(row), row["image"], np.uint64(0))[:2] == box[2:]
+
+
+@pytest.mark.parametrize("box", [(1, 0, 12, 18), (0, 1, 12, 18), (0, 0, 13, 4), (40, 40, 2, 2)], ids=str)
+def test_a_box_beyond_the_image_names_it(tmp_path, box):
+    save_rows(tmp_path / "d", image=[stored(Image.fromarray(PIXELS[..., :3]))["image"]])
+    rows = load_rows(flags(dataset_name=str(tmp_path / "d")))
+    work = ImageTransform("image", 3, 8, False, False, crop=box)
+    numbers = " ".join(map(str, box))
+    with pytest.raises(ValueError, match=rf"^row 0 .*--crop {numbers} goes beyond its 12 rows and 18 columns"):
+        ImageRows(rows, work, 0, quiet=True)
+
+
+def test_every_image_setting_is_a_field():
+    """The key of a cache is made of them."""
+    plain, *others = (
+        vars(ImageTransform("image", 3, 8, False, False, **changes))
+        for changes in ({}, {"crop": [0, 0, 8, 8]}, {"crop": [0, 1, 8, 8]}, {"interpolation": "bicubic"})
+    )
+    assert all(other != plain for other in others) and others[0] != others[1]
+
+
 @pytest.mark.parametrize("size", [(8, 8), (8, 11), (13, 8)])
 def test_decode_leaves_pixels_alone_at_the_right_size(size):
     image = Image.fromarray(PIXELS[: size[0], : size[1], 0])  # a part of the pixels where it would be larger
@@ -160,6 +211,11 @@ def test_decode_and_augment_end_at_the_resolution(size):
     assert min(decoded.shape[1:]) == 8
     for bits in (0, 2**64 - 1, 12345678901234567890):
         assert work.augment(decoded, bits).shape == (1, 8, 8)
+
+
+def test_a_line_of_pixels_is_not_blown_up():
+    with pytest.raises(ValueError, match="1x50000 pixels would become 64x3200000"):
+        transform(resolution=64).decode(stored(Image.new("L", (1, 50_000))))
 
 
 def test_decode_reads_a_path(tmp_path):
@@ -409,23 +465,40 @@ def test_a_column_that_holds_no_images(data_dir):
 # Images that cannot be decoded
 
 
-NO_IMAGE = {"garbage": {"bytes": b"not an image", "path": None}, "nothing": {"bytes": b"", "path": None}, "null": None}
+def with_exif(content: bytes) -> dict:
+    """A PNG whose pixels are whole, and whose tags are `content`."""
+    buffer = io.BytesIO()
+    Image.new("L", (8, 8)).save(buffer, "PNG", exif=content)
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
-def damaged(folder, **where):
-    """6 rows of 8x8 images, but for those named by what they hold instead."""
+NO_IMAGE = {
+    "garbage": {"bytes": b"not an image", "path": None},
+    "nothing": {"bytes": b"", "path": None},
+    "null": None,
+    "dead path": {"bytes": None, "path": "/nowhere/1.png"},
+    "a folder": {"bytes": None, "path": "/"},
+    "URL": {"bytes": None, "path": "https://example.com/1.png"},
+    "archive": {"bytes": None, "path": "zip://1.png::/nowhere/1.zip"},
+    "tags": with_exif(b"Exif\0\0broken tags"),  # a SyntaxError
+    "floats": stored(Image.fromarray(np.linspace(0, 1, 64, dtype=np.float32).reshape(8, 8)), "TIFF")["image"],
+}
+
+
+def damaged(folder, where):
+    """6 rows of 8x8 images, but for those that `where` lists by what they hold instead."""
     images = as_bytes(np.random.default_rng(3).integers(0, 256, (6, 8, 8), dtype=np.uint8))
     for kind, rows in where.items():
         for row in rows:
             images[row] = NO_IMAGE[kind]
-    return load_rows(flags(dataset_name=str(save_rows(folder, image=images))))
+    return load_rows(flags(dataset_name=str(save_rows(folder, {"image": None}, image=images))))
 
 
 @pytest.mark.parametrize("hold", [0, 2**20])
 @pytest.mark.parametrize("kind", NO_IMAGE)
 def test_a_damaged_image_is_named(tmp_path, monkeypatch, hold, kind):
     monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", hold)
-    rows = damaged(tmp_path / "data", **{kind: [4]})
+    rows = damaged(tmp_path / "data", {kind: [4]})
     with pytest.raises(ValueError, match="row 4 .*cannot be decoded.*--skip_bad_images"):
         ImageRows(rows, transform(), 0, quiet=True).__getitems__([(0, 1), (0, 4)])
     chosen = [5, 4, 1]
@@ -445,7 +518,7 @@ def test_a_damaged_file_is_named_by_its_path(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_next_good_row_stands_in(tmp_path, monkeypatch, accelerator, hold, workers):
     monkeypatch.setattr(utils.data.rows, "HOLD_IN_MEMORY_BYTES", hold)
-    rows = damaged(tmp_path / "data", garbage=[2, 3], null=[5])
+    rows = damaged(tmp_path / "data", {"garbage": [2], "tags": [3], "null": [5]})
     dataset = ImageRows(rows, transform(), 0, skip_bad_images=True, quiet=True)
     batch = dataset.__getitems__([(0, row) for row in range(6)])
     good = {row: transform().decode(rows[row]) for row in (0, 1, 4)}
@@ -462,8 +535,8 @@ def test_the_next_good_row_stands_in(tmp_path, monkeypatch, accelerator, hold, w
 
 
 def test_nothing_but_damaged_images(tmp_path):
-    with pytest.raises(ValueError, match="none of the 6 images"):
-        ImageRows(damaged(tmp_path / "data", garbage=range(6)), transform(), 0, skip_bad_images=True, quiet=True)
+    with pytest.raises(ValueError, match="none of the 6 images can be decoded; the last: it holds floats from 0 to 1"):
+        ImageRows(damaged(tmp_path / "data", {"floats": range(6)}), transform(), 0, skip_bad_images=True, quiet=True)
 
 
 # Fingerprint
@@ -517,5 +590,6 @@ def test_fingerprint_reads_any_other_column(tmp_path, other):
 
 
 def test_fingerprint_reads_rows_without_an_image(tmp_path):
-    one, other = (fingerprint(damaged(tmp_path / name, garbage=[1], null=[2])) for name in ("data", "copy"))
+    where = {kind: [row] for row, kind in enumerate(("garbage", "nothing", "null", "dead path", "a folder", "URL"))}
+    one, other = (fingerprint(damaged(tmp_path / name, where)) for name in ("data", "copy"))
     assert one == other

@@ -216,6 +216,10 @@ def test_models_that_are_told_a_class(load, save, changes):
     classes, plain = save(unet=build_unet(**changes)), save(name="plain")
     refused(load, f"--pretrained_model_name_or_path: .*{name} is", flag, plain, teacher=classes)
     refused(load, f"{flag}: .*{name} is", flag, classes)
+    for flags in (["--pruning_ratio", "0.5"], ["--student_config", classes / "unet" / "config.json"]):
+        refused(load, f"--pretrained_model_name_or_path: .*told a class .{name} is", *flags, teacher=classes)
+    config = ["--student_config", classes / "unet" / "config.json"]
+    refused(load, f"--student_config: .*told a class .{name} is", *config, teacher=None)
 
 
 @pytest.mark.parametrize(
@@ -458,6 +462,61 @@ def test_pruned_students(load, parse, init):
     teacher = backbone.teacher
     assert not teacher.training and all(p.grad is None and not p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(tensor, before[name]) for name, tensor in teacher.state_dict().items())
+
+
+def test_taylor_scores_over_all_timesteps_or_a_few(load, save):
+    short = save(DDPMScheduler(num_train_timesteps=24))
+    backbone, batch, seen = load(teacher=short), images(1), []
+    make = backbone.process.noised
+
+    @torch.no_grad()
+    def solved_from_12_on(clean, noise, place):
+        seen.append(place.item())
+        noised = make(clean, noise, place)
+        return noised if place < 12 else noised._replace(target=backbone.teacher(noised.x_t, place).sample)
+
+    backbone.process.noised = solved_from_12_on
+    losses = {count: [loss.item() for loss in backbone._diffusion_losses(batch, 0, count)] for count in (24, 6, None)}
+    assert seen[:24] == list(range(24)) and len(losses[24]) == 24  # no early end
+    assert len(losses[6]) == len(set(seen[24:30])) == 6 and seen[24:30:5] == [0, 23]
+    assert torch.equal(torch.linspace(0, 999, 1000).long(), torch.arange(1000))  # all of a long schedule, too
+    few = losses[None]
+    assert 1 <= len(few) < 12 and len(seen) == 30 + len(few) + 1  # the first that is under 5 % is seen, and left out
+    assert all(loss >= 0.05 * max(few[: i + 1]) for i, loss in enumerate(few))
+    with pytest.raises(ValueError, match="--taylor_timesteps is 25; the teacher's schedule has 24"):
+        load("--taylor_timesteps", "25", teacher=short)
+
+
+def rates(model) -> set[float]:
+    return {layer.p for layer in model.modules() if isinstance(layer, nn.Dropout)}
+
+
+@pytest.mark.parametrize("start", ["--pruning_ratio 0.5 --student_init magnitude", "--student_config", "own"])
+def test_the_students_dropout(load, parse, save, config, start, tmp_path):
+    """As diffusers builds it of the student's config; the teacher's stays, and stays off."""
+    teacher = save(unet=build_unet(dropout=0.2))
+    flags = {"--student_config": [start, config()], "own": ["--student_model_name_or_path", teacher]}.get(start)
+    flags = flags or start.split()
+    backbone, made = load(*flags, teacher=teacher), {}
+    for given in (None, 0.0, 0.3):
+        args = parse(*flags, *([] if given is None else ["--dropout", given]), teacher=teacher)
+        made[given] = student = backbone.make_student(args, images(2))[0]
+        assert student.config.dropout == (student.config.dropout if given is None else given)
+        student.save_pretrained(tmp_path / "saved")
+        built = UNet2DModel.from_pretrained(tmp_path / "saved")
+        kinds = [
+            {name: layer.p for name, layer in model.named_modules() if isinstance(layer, nn.Dropout)}
+            for model in (student, built)
+        ]
+        assert kinds[0] == kinds[1] and student.training
+    assert made[None].config.dropout == (0.0 if start == "--student_config" else 0.2)  # its own config's
+    assert rates(made[0.0]) == {0.0} and max(rates(made[0.3])) == 0.3
+    assert max(rates(backbone.teacher)) == 0.2 and not backbone.teacher.training
+    x_t, timestep = torch.randn(1, 1, 8, 8), torch.zeros(1)
+    with torch.no_grad():
+        drawn = [made[0.3](x_t, timestep).sample for _ in range(2)]
+        assert not torch.equal(*drawn)
+        assert torch.equal(*(made[0.3].eval()(x_t, timestep).sample for _ in range(2)))
 
 
 def test_taylor_students_depend_on_the_images_and_random_ones_on_the_seed(load, parse):

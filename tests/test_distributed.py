@@ -29,7 +29,8 @@ RECIPES = ROOT / "recipes" / "accelerate"
 STEPS, MICRO_STEPS, BATCH = 5, 2, 4  # of the one process; two have half the batch each
 COMMON = (
     f"--max_train_steps {STEPS} --gradient_accumulation_steps {MICRO_STEPS} --weighting constant --adam_epsilon 1e-3 "
-    "--lambda_kd_feat 1 --learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --max_grad_norm 1e6 "
+    "--timestep_balance 0.5 --task_balance 1 --lambda_kd_feat 1 "
+    "--learning_rate 1e-3 --lr_scheduler cosine --lr_warmup_steps 2 --max_grad_norm 1e6 "
     "--checkpointing_steps 1 --checkpoints_total_limit 9 --logging_steps 1 --validation_shown_samples 2 --use_ema "
     "--validation_num_inference_steps 2 --report_to none --num_cpu_threads 1"
 ).split()
@@ -117,6 +118,12 @@ def checkpoint(run: SimpleNamespace, step: int, name: str) -> dict[str, torch.Te
     return load_file(run.folder / "checkpoints" / f"step-{step:07d}" / f"{name}.safetensors")
 
 
+def balance(run: SimpleNamespace) -> dict[str, torch.Tensor]:
+    """Sums and counts that the run ended with."""
+    state = json.loads((run.folder / "checkpoints" / f"step-{STEPS:07d}" / "state.json").read_text())
+    return {name: torch.tensor(values) for name, values in state["states"]["balance"].items()}
+
+
 def relative_l2(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> float:
     assert ours.keys() == theirs.keys() and ours
     difference = sum((ours[name] - theirs[name]).square().sum() for name in ours)
@@ -149,6 +156,8 @@ def test_gradients_equal_those_of_one_process(runs):
 def test_weights_after_five_steps_equal_those_of_one_process(runs):
     for name in ("student", "ema"):
         assert relative_l2(checkpoint(runs.two, STEPS, name), checkpoint(runs.one, STEPS, name)) < 1e-5
+    ours, theirs = (balance(run) for run in (runs.two, runs.one))
+    assert relative_l2(ours, theirs) < 1e-5 and theirs["task"][1].sum() > 0.95 * STEPS * MICRO_STEPS * BATCH
     start, end = (checkpoint(runs.one, step, "student") for step in (1, STEPS))
     assert relative_l2(start, end) > 1e-3  # they moved
     assert any(name.startswith("projectors.") for name in end)
@@ -198,6 +207,7 @@ def test_a_signal_to_one_stops_all_and_the_run_goes_on_exactly(pixel):
         ours, theirs = (checkpoint(run, STEPS, name) for run in (pixel.resumed, pixel.two))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert read_log(pixel.resumed.folder) == read_log(pixel.two.folder)
+    assert relative_l2(balance(pixel.resumed), balance(pixel.two)) == 0
 
 
 def test_another_number_of_processes_is_another_run(pixel, run):

@@ -200,6 +200,7 @@ def test_blocks_and_images_do_not_depend_on_other_metrics_or_the_count(evaluate,
     assert sorted(moved) == [f"{index:06d}.png" for index in range(16, 20)]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_images_and_numbers(evaluate, flags, python, tmp_path):
     # 44 samples: three blocks of 16, 16 and 12, so that one process has two; a cache of their own
     common = ["--num_samples", 44, "--batch_size", 16, "--metrics", *LISTED, "--keep_images"]
@@ -286,19 +287,66 @@ def test_what_cannot_be_cached_is_measured_all_the_same(evaluate, tmp_path):
         assert evaluate("--reference_cache_dir", tmp_path / "file", output="again")["metrics"] == whole["metrics"]
 
 
-def test_images_are_read_as_clean_fid_reads_them(tmp_path):
-    """In order of their numbers, and not turned by a tag."""
+def test_images_are_read_as_training_reads_them(tmp_path):
+    """In order of their numbers, and upright."""
     exif = Image.Exif()
-    exif[0x0112] = 3
-    pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    exif[0x0112] = 6
+    pixels = np.arange(8 * 6 * 3, dtype=np.uint8).reshape(8, 6, 3)
     for name in ("10", "2", "1"):
         Image.fromarray(pixels + int(name)).save(tmp_path / f"{name}.png", exif=exif.tobytes())
     (tmp_path / "3.png").mkdir()
     paths = image_files(str(tmp_path), "--images")
-    assert [path.name for path in paths] == ["1.png", "2.png", "10.png"]
+    assert [Path(path).name for path in paths] == ["1.png", "2.png", "10.png"]
     read = ImageSet.from_files(paths, "--images")
-    read.keep_size(quiet=True)
-    assert torch.equal(read.__getitems__([1])[0].permute(1, 2, 0), torch.from_numpy(pixels + 2))
+    assert read.keep_size(quiet=True) == (6, 8)
+    upright = np.rot90(pixels + 2, -1).copy()
+    assert torch.equal(read.__getitems__([1])[0].permute(1, 2, 0), torch.from_numpy(upright))
+
+
+@pytest.mark.filterwarnings("ignore:.*no effect here", "ignore:there are transparent", "ignore:.*used alike")
+def test_a_folder_measured_against_itself(evaluate, tmp_path):
+    """Whatever its images are called and however they are stored, and by which flag it is named."""
+    folder = save_pngs(tmp_path / "a [b]*", 12)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for place, name in enumerate(("steam train.png", "test/eval.png", "train/10.png", "train/9.png", "x.jfif")):
+        pixels = np.random.default_rng(place).integers(0, 256, (8, 8, 4), dtype=np.uint8)
+        (folder / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / name, "PNG", exif=exif.tobytes())
+    for flag in ("--reference_images", "--train_data_dir"):
+        found = evaluate(*NO_PIPELINE, "--images", folder, *NO_DATA, flag, folder, "--metrics", "fid", output=flag)
+        assert found["protocol"]["samples"]["count"] == found["protocol"]["reference"]["count"] == 17
+        assert abs(found["metrics"]["frechet_distance"]) < 1e-6, flag
+
+
+@pytest.mark.filterwarnings("ignore:.*no effect here")
+def test_images_that_cannot_be_decoded_are_left_out_on_request(evaluate, tmp_path):
+    folder = save_pngs(tmp_path / "images", 12)
+    (folder / "001.png").write_bytes(b"")
+    given = [*NO_PIPELINE, "--images", folder, *NO_DATA, "--reference_images", folder, "--metrics", "fid"]
+    with pytest.warns(UserWarning, match=r"--images: 1 of 12 .*image 1 \(.*001.png\): .* They are left out"):
+        found = evaluate(*given, "--skip_bad_images")
+    assert found["protocol"]["samples"]["count"] == found["protocol"]["reference"]["count"] == 11
+    assert abs(found["metrics"]["frechet_distance"]) < 1e-6
+    images = ImageSet.from_files(sorted(folder.iterdir()), "--images")
+    with pytest.warns(UserWarning, match="left out"):
+        images.leave_out_unreadable(quiet=True)
+    assert images.numbers == [0, *range(2, 12)]  # of the prompts that they go with
+    for path in folder.iterdir():
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="--images: 11 of 11 images cannot be decoded.* image 11 .* at least 2"):
+        images.leave_out_unreadable(quiet=True)
+
+
+def test_captions_that_are_missing_are_empty_prompts():
+    import datasets
+
+    from utils.evaluation.sampler import read_prompts
+
+    args = type("Args", (), {"caption_column": "text", "prompts": None})
+    for captions in ([None, "", "a"], [[], [""], ["a", "b"]], [None, [], ["a"]], [[None], None, ["a"]]):
+        rows = datasets.Dataset.from_dict({"text": captions})
+        assert read_prompts(args, type("Reference", (), {"rows": rows})) == ["", "", "a"]
 
 
 def test_sizes_that_differ_are_said(evaluate, tmp_path):
@@ -322,6 +370,7 @@ def test_samples_of_another_size_than_told(evaluate, monkeypatch):
         ["--batch_size", 4],
         ["--num_inference_steps", 4],
         ["--scheduler", "DDIMScheduler"],
+        ["--clip_sample", "false"],
         ["--dtype", "bf16"],
         ["--pretrained_model_name_or_path", "other"],
     ],
@@ -342,6 +391,16 @@ def test_samples_of_another_protocol_are_not_mixed(evaluate, tmp_path, teacher_d
     assert (tmp_path / "evaluation" / "notes.txt").read_text() == "mine"  # only an evaluation's own files go
 
 
+OTHER_REFERENCES = [
+    ["--max_reference_samples", 20],
+    ["--resolution", 6],
+    ["--batch_size", 6],
+    ["--crop", 0, 0, 6, 6],
+    ["--resolution", 6, "--image_interpolation_mode", "bicubic"],
+]
+
+
+@pytest.mark.slow
 def test_the_reference_is_cached_by_content_and_protocol(evaluate, tmp_path, capsys):
     data, cache = save_images(tmp_path / "data"), tmp_path / "cache"
     common = ["--dataset_name", data, "--reference_cache_dir", cache]
@@ -353,7 +412,7 @@ def test_the_reference_is_cached_by_content_and_protocol(evaluate, tmp_path, cap
     shutil.copytree(data, moved)  # the same content elsewhere
     evaluate("--dataset_name", moved, "--reference_cache_dir", cache, output="3")
     assert "from the cache" in capsys.readouterr().out
-    for number, other in enumerate((["--max_reference_samples", 20], ["--resolution", 6], ["--batch_size", 6])):
+    for number, other in enumerate(OTHER_REFERENCES):
         evaluate(*common, *other, output=f"other-{number}")
         assert "from the cache" not in capsys.readouterr().out, other
     shutil.rmtree(data)
@@ -440,6 +499,18 @@ BAD = {
     "no prompt column": (["--caption_column", "caption"], "--caption_column caption: .*only image, label"),
     "guidance": (["--guidance_scale", 2], "--guidance_scale has no effect"),
     "eta": (["--eta", 0.5], "--eta has no effect"),
+    "no clipping": (
+        ["--clip_sample", "true", "--scheduler", "PNDMScheduler"],
+        "--clip_sample has no effect: a PNDMScheduler does not clip",
+    ),
+    "box of statistics": (
+        [*NO_DATA, "--reference_stats", "x.npz", "--crop", 0, 0, 4, 4],
+        "--crop cuts reference images, and statistics are of images as they were",
+    ),
+    "box of the reference": (
+        ["--crop", 0, 0, 4, 9],
+        "--dataset_name: image 0 .*--crop 0 0 4 9 goes beyond its 8 rows",
+    ),
     "eta range": (["--eta", 2], r"--eta is 2.0; it must lie in \[0, 1\]"),
     "too many steps": (["--num_inference_steps", 2000], "--num_inference_steps 2000"),
     "too few for pr": (["--num_samples", 5], "--metrics pr needs at least 6"),
@@ -457,7 +528,7 @@ BAD = {
     ),
     "foreign images": (["--output_dir", "mine", "--overwrite_output_dir"], "would delete mine/images, which no eval"),
     "bomb": ([*NO_PIPELINE, "--images", "bomb"], r"image 1 \(.*001.png\) cannot be decoded"),
-    "prompts that are none": (["--caption_column", "label"], "--caption_column label: row 0 holds 0, no prompt"),
+    "prompts that are none": (["--caption_column", "label"], "--caption_column label: found .*int64.* a caption is"),
     "prompt left out": (["--prompts", "gap.txt"], "--prompts gap.txt: line 2 is empty"),
     "random extractor": (["--feature_extractor", "masked"], "masked.* is a ViTMAEModel, whose features .* differ"),
     "video extractor": (["--feature_extractor", "video"], "video.* is a VideoMAEModel, which gives no features"),
@@ -558,6 +629,25 @@ def test_cleanfid_statistics_that_cannot_be_had(evaluate, monkeypatch):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="--cleanfid_stats cifar10 .*--reference_stats"):
         utils.evaluation.reference._cleanfid_statistics(args)
+
+
+def test_the_reference_is_cut_and_both_are_resized_as_told(evaluate, tmp_path):
+    """Measured against copies that Pillow cut and resized, nothing is left."""
+    whole = save_pngs(tmp_path / "whole", 20, side=(16, 24))
+    (tmp_path / "done").mkdir()
+    for path in whole.iterdir():
+        with Image.open(path) as image:
+            image.crop((3, 2, 15, 14)).resize((8, 8), Image.Resampling.BICUBIC).save(tmp_path / "done" / path.name)
+    given = [*NO_PIPELINE, *NO_DATA, "--metrics", "fid", "--kid_subset_size", None, "--images", tmp_path / "done"]
+    given += ["--reference_images", whole, "--crop", 2, 3, 12, 12]
+    bicubic = evaluate(*given, "--resolution", 8, "--image_interpolation_mode", "bicubic", output="bicubic")
+    assert bicubic["metrics"]["frechet_distance"] < 1e-6
+    assert bicubic["protocol"]["reference"]["crop"] == [2, 3, 12, 12]
+    assert "Pillow bicubic" in bicubic["protocol"]["reference"]["resize"]
+    assert bicubic["protocol"]["samples"]["interpolation"] == "bicubic"
+    assert evaluate(*given, "--resolution", 8, output="bilinear")["metrics"]["frechet_distance"] > 1e-3
+    with pytest.warns(UserWarning, match="--reference_images 12x12"):  # the box alone, unresized
+        assert evaluate(*given, output="unresized")["protocol"]["reference"]["resize"] == "none"
 
 
 def test_resolution_makes_mixed_sizes_one(evaluate, tmp_path):

@@ -79,7 +79,7 @@ def test_8_bit_adam_resumes_exactly(run):
 def test_8_bit_adam_is_refused_where_it_has_no_kernels():
     weights, args = torch.nn.Linear(2, 2).parameters(), parse_args("", lambda group: None, ["--use_8bit_adam"])
     with pytest.raises(ValueError, match="--use_8bit_adam: bitsandbytes has no optimizer for Apple's GPU"):
-        make_optimizer(args, weights, torch.device("mps"))
+        make_optimizer(args, weights, SimpleNamespace(device=torch.device("mps"), num_processes=1))
 
 
 @pytest.fixture

@@ -140,6 +140,30 @@ def test_push_of_a_latent_student(child, hub, home, tmp_path):
     assert int(count) == sum(map(len, tensors))
 
 
+@pytest.mark.slow
+def test_a_latent_teacher_is_fetched_and_judged_before_training(child, hub, home, tmp_path):
+    """Its parts are here after a dry run, without which they would be missed after the last step."""
+    whole = latent_pipelines.save_pipeline(tmp_path / "whole")
+    (whole / "README.md").write_text(TEACHER_CARD)
+    encoder = whole / "text_encoder" / "model.safetensors"
+    hub.publish("whole", whole)
+    index = json.loads((whole / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (whole / "model_index.json").write_text(json.dumps(index))
+    hub.publish("lacking", whole)
+    data = latent_pipelines.save_captioned(tmp_path / "captioned", count=4)
+    flags = (
+        f"--student_preset bk_small --train_batch_size 2 --report_to none --num_cpu_threads 1 --train_data_dir {data}"
+    )
+    for name, refusal in (("whole", None), ("lacking", "lists a safety_checker, a StableDiffusionSafetyChecker")):
+        teacher = ["--pretrained_model_name_or_path", f"{USER}/{name}", "--output_dir", tmp_path / name / "student"]
+        done = child("train_place.py", *flags.split(), *teacher)
+        assert done.returncode == (2 if refusal else 0), done.stderr[-3000:]
+        assert refusal is None or refusal in done.stderr
+    fetched = [path for path in home.rglob("text_encoder/model.safetensors") if "models--somebody--whole" in str(path)]
+    assert [path.read_bytes() for path in fetched] == [encoder.read_bytes()]
+
+
 def test_the_published_card(pushed):
     card = ModelCard(pushed.repository.files["README.md"][0].decode())
     assert card.data.base_model == f"{USER}/teacher" and card.data.base_model_relation == "finetune"

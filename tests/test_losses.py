@@ -83,7 +83,12 @@ def reference(student, teacher, lines, norm="l1", scale=1.0, weight=None, eps=1e
     values = [
         np.array([[[f[j] for f in fits][n] for n in range(L)]]).reshape(len(lines), len(lines[0]), -1) for j in (0, 1)
     ]
-    return KDLoss(scale * coarse + w * fine, coarse, fine, w, *values), gradient.reshape(student.shape)
+    slope, intercept = (np.repeat(value.ravel(), [len(line) for line in flat]) for value in values)
+    order = np.concatenate(flat)
+    squares = np.zeros_like(s)
+    squares[order] = (intercept + slope * s[order] - t[order]) ** 2
+    error = squares.reshape(len(student), -1).mean(1)
+    return KDLoss(scale * coarse + w * fine, coarse, fine, w, *values, error), gradient.reshape(student.shape)
 
 
 def assert_matches(result, student, expected, gradient):
@@ -148,7 +153,7 @@ def test_hand_computed():
     teacher = torch.tensor([[[3.0, 5.0, 4.0]]], dtype=torch.float64)
     result = lift_loss(student, teacher, eps=0.0, weight=0.5)
     numbers = [float(value.detach()) for value in result]
-    assert numbers == pytest.approx([4.0 + 0.5 * 0.5, 4.0, 0.5, 0.5, 0.5, 3.5])
+    assert numbers == pytest.approx([4.0 + 0.5 * 0.5, 4.0, 0.5, 0.5, 0.5, 3.5, 0.5])
     assert float(lift_loss(student, teacher, eps=0.0).weight) == 0.0  # the coarse part is past 1
 
 
@@ -305,8 +310,9 @@ def test_output_loss():
         student_far = student * 2  # errors on both sides of huber's delta
         result = output_loss(student_far, teacher, kind=kind)
         assert torch.equal(result.loss, wanted(student_far, teacher))
-        assert [float(x) for x in result[1:]] == [0.0, float(result.loss.detach()), 1.0, 1.0, 0.0]
-        assert all(x.shape == () and x.dtype == torch.float64 for x in result)
+        assert [float(x) for x in result[1:-1]] == [0.0, float(result.loss.detach()), 1.0, 1.0, 0.0]
+        assert all(x.shape == () and x.dtype == torch.float64 for x in result[:-1])
+        torch.testing.assert_close(result.error, wanted(student_far, teacher, reduction="none").flatten(1).mean(1))
     assert torch.equal(output_loss(student, teacher).loss, F.mse_loss(student, teacher))
     identity = (0.0 + 1.0 * student - teacher).square().mean()
     torch.testing.assert_close(output_loss(student, teacher).loss, identity)
@@ -320,6 +326,44 @@ def test_output_loss():
     for name in KDLoss._fields:
         found, wanted = getattr(lift, name), getattr(mse, name)
         torch.testing.assert_close(found, wanted.expand_as(found), rtol=1e-12, atol=1e-12)
+
+
+def test_log_divides_the_gradient_of_a_sample_by_its_error():
+    student, teacher = predictions(3, 2, 4, 4)
+    result = output_loss(student, teacher, kind="log")
+    torch.testing.assert_close(result.error, output_loss(student, teacher).error.log(), rtol=1e-6, atol=0)
+    assert float(result.loss.detach()) == float(result.fine) == pytest.approx(float(result.error.mean()))
+    (found,) = torch.autograd.grad(result.loss, student)
+    error = (student - teacher).detach()
+    wanted = 2 * error / 32 / error.square().flatten(1).mean(1).view(3, 1, 1, 1) / 3
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    same = output_loss(teacher.clone().requires_grad_(), teacher, kind="log")
+    same.loss.backward()
+    assert same.loss.isfinite()
+
+
+@pytest.mark.parametrize("loss", [*LINE_LOSSES, output_loss, lambda s, t, **k: output_loss(s, t, kind="l1", **k)])
+def test_sample_weights_weigh_the_fine_part_alone(loss):
+    student, teacher = predictions(3, 2, 4, 4, gap=0.1)
+    weights = torch.tensor([0.05, 1.0, 3.0], dtype=torch.float64)
+    plain, weighed = loss(student, teacher), loss(student, teacher, sample_weight=weights)
+    for name in STATISTICS:  # also w and fine: what is logged and what decides do not see the weights
+        assert torch.equal(getattr(plain, name), getattr(weighed, name)), name
+    alone = [loss(student[b : b + 1], teacher[b : b + 1]) for b in range(3)]
+    torch.testing.assert_close(plain.error, torch.stack([each.fine for each in alone]))
+    more = plain.weight * ((weights - 1) * plain.error).mean()
+    torch.testing.assert_close(weighed.loss.detach(), plain.loss.detach() + more)
+    # the gradient of a sample's fine part is that of the sample alone: lines are fitted within samples
+    given = {} if loss not in LINE_LOSSES else {"weight": 1.0}
+    nothing = {} if loss not in LINE_LOSSES else {"weight": 0.0}
+    wanted = torch.autograd.grad(plain.loss, student)[0]
+    for b, weight in enumerate(weights.tolist()):
+        part = student[b : b + 1].detach().requires_grad_()
+        fine = loss(part, teacher[b : b + 1], **given).loss
+        fine = fine - (loss(part, teacher[b : b + 1], **nothing).loss if nothing else 0)
+        wanted[b] += (weight - 1) * float(plain.weight) * torch.autograd.grad(fine, part)[0][0] / 3
+    torch.testing.assert_close(torch.autograd.grad(weighed.loss, student)[0], wanted)
+    torch.testing.assert_close(loss(student, teacher, sample_weight=torch.ones(3)).loss, plain.loss)
 
 
 def test_sort_is_stable_and_by_error():
@@ -428,6 +472,7 @@ def errors():
         yield f"{name} integer student", lambda loss=loss: loss(x.long(), x), "student_pred.*int64.*floating"
         yield f"{name} integer teacher", lambda loss=loss: loss(x, x.int()), "teacher_pred.*int32.*floating"
         yield f"{name} complex", lambda loss=loss: loss(x.cfloat(), x), "student_pred.*complex"
+        yield f"{name} samples", lambda loss=loss: loss(x, x, sample_weight=torch.ones(3)), r"sample_weight.*\(3,\).*2"
         yield f"{name} empty", lambda loss=loss: loss(x[:0], x[:0]), r"student_pred.*\(0, 3, 4, 4\)"
     for name, loss in both[:2]:
         yield f"{name} dims", lambda loss=loss: loss(x[0, 0], x[0, 0]), r"student_pred.*\(4, 4\).*3"
@@ -438,7 +483,7 @@ def errors():
     yield "fit_line integer", lambda: fit_line(x.long(), x), "student_pred.*int64"
     yield "lift point", lambda: lift_loss(x[:, :, :1, :1], x[:, :, :1, :1]), "student_pred.*found 1 element"
     yield "coefficients", lambda: lift_loss(x, x, coefficients="pixel"), "coefficients.*'pixel'.*channel, sample"
-    yield "kind", lambda: output_loss(x, x, kind="l2"), "kind.*'l2'.*mse, l1, huber"
+    yield "kind", lambda: output_loss(x, x, kind="l2"), "kind.*'l2'.*mse, l1, huber, log"
     yield "grouping", lambda: place_loss(x, x, grouping="sign"), "grouping.*'sign'.*error, signed, patch"
     for size in (-1, 0, 1, 17, 4.0, None):
         yield f"group_size {size}", lambda size=size: place_loss(x, x, group_size=size), f"group_size.*{size}.*2 to 16"
@@ -465,6 +510,8 @@ def test_no_host_sync(loss, weight):
     """Meta tensors have no values: .item(), float() and a branch on a value raise."""
     student = torch.randn(2, 3, 4, 4, device="meta", requires_grad=True)
     teacher = torch.randn(2, 3, 4, 4, device="meta")
-    for result in (loss(student, teacher, weight=weight), output_loss(student, teacher)):
+    balance = torch.ones(2, device="meta")
+    results = loss(student, teacher, weight=weight, sample_weight=balance), output_loss(student, teacher, kind="log")
+    for result in results:
         result.loss.backward()
         assert all(x.device.type == "meta" for x in result)

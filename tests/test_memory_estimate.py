@@ -85,9 +85,8 @@ def measured(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(
-    "shape", [shape if shape == "default" else pytest.param(shape, marks=pytest.mark.slow) for shape in SHAPES]
-)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.slow
 def test_the_estimate_is_within_15_percent_of_the_real_peak(ornaments, run, tmp_path, monkeypatch, measured, shape):
     monkeypatch.setattr(memory, "_gib", lambda count: f"{count} bytes")
     told = []

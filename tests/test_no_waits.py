@@ -82,9 +82,7 @@ def waits(run, monkeypatch):
         monkeypatch.setattr(train_place, "training_batches", batches)
         monkeypatch.setattr(utils.data.rows, "StepRandom", Shapes)
         monkeypatch.setattr(RunLog, "end_step", end_step)
-        monkeypatch.setattr(
-            train_place, "make_optimizer", lambda args, weights, device: torch.optim.SGD(weights, lr=1e-3)
-        )
+        monkeypatch.setattr(train_place, "make_optimizer", lambda args, weights, _: torch.optim.SGD(weights, lr=1e-3))
         steps = ["--max_train_steps", 9, "--logging_steps", 9, "--validation_shown_samples", 0]
         with pytest.raises(EnoughSteps):
             run("train_place", *flags, *steps, output="on_meta")
@@ -95,7 +93,7 @@ def waits(run, monkeypatch):
 
 
 EVERYTHING = ["--lambda_kd_feat", 1, "--use_ema", "--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine"]
-EVERYTHING += ["--student_init", "magnitude", "--snr_gamma", 5]
+EVERYTHING += ["--student_init", "magnitude", "--snr_gamma", 5, "--timestep_balance", 0.5, "--task_balance", 1]
 
 
 def test_no_step_of_a_pixel_student_waits(waits):

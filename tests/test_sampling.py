@@ -133,7 +133,8 @@ def same_but_rounding(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_it_is_ddim_as_validation_samples_it():
     pipeline, seeds = tiny_ddpm(DDIMScheduler()), [seed_from(7, STREAM, index) for index in range(5)]
-    flags = argparse.Namespace(antithetic_timesteps=False, snr_gamma=None, noise_offset=0.0)
+    flags = argparse.Namespace(antithetic_timesteps=False, snr_gamma=None, noise_offset=0.0, input_perturbation=0.0)
+    flags.taylor_timesteps = None
     process = Diffusion(flags, DDPMScheduler(), bounded=True)
     backbone = DDPM(flags, None, process, Configs(None, dict(pipeline.unet.config), 8, None))
     expected = backbone.sample(pipeline.unet, seeds, 4)
@@ -184,7 +185,7 @@ def test_a_pipeline_that_draws_ambient_noise_is_left_to_one_thread():
     class Ambient(DDPMPipeline):
         def __call__(self, batch_size=1, generator=None, num_inference_steps=2, output_type="pt"):
             found = super().__call__(batch_size, generator, num_inference_steps, output_type)
-            found.images = found.images * 0 + torch.rand(batch_size, 1, 1, 1)
+            found.images = torch.rand(found.images.shape)
             return found
 
     unet, scheduler = tiny_ddpm().unet, DDPMScheduler()

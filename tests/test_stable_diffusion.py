@@ -14,7 +14,6 @@ from accelerate.state import AcceleratorState
 from conftest import read_log, run_script
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     DDPMScheduler,
     DiffusionPipeline,
     StableDiffusionPipeline,
@@ -30,8 +29,9 @@ import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.encoders import Frozen
 from utils.backbones.stable_diffusion import StableDiffusion
-from utils.data.cache import FORMAT, CachedRows
-from utils.data.rows import ImageRows, StreamSampler, load_rows
+from utils.data.cache import CachedRows, encoded_once, open_dataset
+from utils.data.cache_key import FORMAT
+from utils.data.rows import ImageRows, StreamSampler, load_rows, training_batches
 from utils.randomness import StepRandom
 from utils.training.arguments import parse_args
 from utils.training.validation import Validation
@@ -40,6 +40,7 @@ KINDS = {"sd1": StableDiffusionPipeline, "sd2": StableDiffusionPipeline, "xl": S
 BRIEFLY = (
     "--train_batch_size 4 --logging_steps 1 --validation_shown_samples 0 --report_to none --num_cpu_threads 1".split()
 )
+SLOWLY_SD1 = pytest.param("sd1", "bk_base", marks=pytest.mark.slow)
 SLOWLY_XL = pytest.param("xl", "bk_base", marks=pytest.mark.slow)
 SD1_AND_SLOWLY_XL = ["sd1", pytest.param("xl", marks=pytest.mark.slow)]
 
@@ -95,7 +96,7 @@ def unet_tensors(folder: Path) -> dict[str, torch.Tensor]:
 # The student
 
 
-@pytest.mark.parametrize("kind, preset", [("sd1", "bk_base"), ("sd1", "bk_tiny"), SLOWLY_XL])
+@pytest.mark.parametrize("kind, preset", [SLOWLY_SD1, ("sd1", "bk_tiny"), SLOWLY_XL])
 def test_presets_train_with_feature_distillation(train, kind, preset):
     flags = ["--student_preset", preset, "--lambda_kd_feat", "1", "--gradient_checkpointing"]
     folder = train(kind, *flags, "--max_train_steps", "1")
@@ -103,6 +104,7 @@ def test_presets_train_with_feature_distillation(train, kind, preset):
     DiffusionPipeline.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_a_config_of_another_size_takes_what_fits(train, teachers, tmp_path):
     config = json.loads((teachers["sd1"] / "unet" / "config.json").read_text())
     config |= {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1}
@@ -246,7 +248,37 @@ def test_one_of_several_captions_is_drawn(teachers, tmp_path):
     assert len(counts) == 3 and counts.min() > 5
 
 
+def test_captions_that_are_missing_count_the_same_in_every_row(teachers, tmp_path):
+    backbone = load(teachers["sd1"])
+    for place, captions in enumerate(([None, "a", ""], ["", None, "a"], [[], ["a"], None], [[None], [""], ["a"]])):
+        batch, dataset = row_batch(backbone, save_captioned(tmp_path / str(place), 3, captions), (0, 1, 2))
+        empty = [not caption or not caption[0] for caption in captions]
+        assert [not text for text in dataset.captions(3)] == empty
+        lengths = (batch["input_ids_0"] != backbone.conditions.tokenizers[0].pad_token_id).sum(dim=1)
+        assert (lengths == lengths.min()).tolist() == empty
+    with pytest.raises(ValueError, match="--caption_column text: found .*int64.* a caption is a string or a list"):
+        row_batch(backbone, save_captioned(tmp_path / "numbers", 3, [1, 2, 3]))
+
+
 # Cache
+
+
+def test_a_cache_knows_which_rows_were_replaced(teachers, tmp_path):
+    folder = save_captioned(tmp_path / "images", 6)
+    (folder / "01.png").write_bytes(b"no image")
+    (folder / "04.png").unlink()
+    given = ["--latent_cache_dir", tmp_path / "cache", "--skip_bad_images", "--train_batch_size", "3", "--center_crop"]
+    backbone, accelerator = load(teachers["sd1"], *given), Accelerator(cpu=True)
+    backbone.args.train_data_dir = str(folder)
+    dataset = open_dataset(backbone.args, accelerator, backbone)
+    expected = dataset.__getitems__([(0, row) for row in range(6)])
+    cached = encoded_once(backbone.args, accelerator, dataset, backbone)
+    found = cached.__getitems__([(0, row) for row in range(6)])
+    assert found["replaced"].tolist() == expected["replaced"].tolist() == [False, True, False, False, True, False]
+    assert torch.equal(found["latent_mean"][1], found["latent_mean"][2])
+    for _ in training_batches(cached, backbone.args, accelerator, first=0, last=3):
+        pass
+    assert cached.bad_rows == {1, 4}
 
 
 @pytest.fixture
@@ -284,6 +316,7 @@ def test_cached_rows_are_the_bits_that_training_computes(train, teachers, pictur
     assert differing == 3  # the second epoch
 
 
+@pytest.mark.slow
 def test_the_encoders_are_freed(train, tmp_path, monkeypatch):
     freed = []
     original = Frozen.free
@@ -319,30 +352,16 @@ def test_a_stopped_cache_goes_on(train, tmp_path, monkeypatch):
     assert kept.stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        (["--random_flip"], "random_flip was False, is True"),
-        (["--seed", "5"], "seed was 0, is 5"),
-        (["--cache_variants", "3"], "variants was 1, is 3"),
-        (["--teacher_dtype", "bf16"], "dtype was no, is bf16"),
-        (["--max_train_samples", "5"], "data was .*rows was 12, is 5"),
-    ],
-)
-def test_a_cache_of_other_settings_is_refused(train, cache, changes, named):
-    with pytest.raises(ValueError, match=f"--latent_cache_dir .* other settings: .*{named}"):
-        train("sd1", "--latent_cache_dir", cache, *changes)
-
-
-def test_a_cache_of_another_teacher_is_refused(train, cache):
-    with pytest.raises(ValueError, match="--latent_cache_dir .* other settings: encoders was"):
-        train("xl", "--latent_cache_dir", cache)
+def test_a_cache_of_other_settings_is_refused(train, cache):
+    with pytest.raises(ValueError, match="--latent_cache_dir .* other settings: .*random_flip was False, is True"):
+        train("sd1", "--latent_cache_dir", cache, "--random_flip")
 
 
 # LoRA
 
 
 @pytest.mark.parametrize("kind", SD1_AND_SLOWLY_XL)
+@pytest.mark.slow
 def test_lora_trains_adapters_alone(train, teachers, kind):
     def named_student(folder) -> dict[str, torch.Tensor]:
         flags = ["--pretrained_model_name_or_path", teachers[kind], "--train_data_dir", "unused"]
@@ -364,7 +383,7 @@ def test_lora_trains_adapters_alone(train, teachers, kind):
     pipeline = DiffusionPipeline.from_pretrained(folder)
     plain = image(pipeline)
     torch.testing.assert_close(named_student(folder), unet_tensors(fused), atol=1e-5, rtol=0)
-    pipeline.load_lora_weights(folder)
+    pipeline.load_lora_weights(folder, weight_name="pytorch_lora_weights.safetensors")  # which some guess online alone
     adapted = image(pipeline)
     assert abs(adapted - plain).max() > 1e-3
     assert abs(adapted - image(DiffusionPipeline.from_pretrained(fused))).max() < 1e-3
@@ -399,24 +418,11 @@ def test_a_latent_student_is_measured_to_the_end(train):
     assert "| noise |" in card and "| teacher |" in card and "DDIM, eta 0, 1 steps" in card
 
 
-def test_samples_equal_the_stock_pipeline(teachers):
-    backbone = load(teachers["sd1"], "--validation_guidance_scale", "3", "--validation_prompts", "a b", "c d")
-    images = backbone.sample(backbone.teacher, [7, 8], 3, backbone.conditions.of_samples(None, 0, 2))
-    pipeline = StableDiffusionPipeline.from_pretrained(teachers["sd1"])
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False)
-    generators = [torch.Generator().manual_seed(seed) for seed in (7, 8)]
-    expected = pipeline(
-        ["a b", "c d"], num_inference_steps=3, guidance_scale=3, generator=generators, output_type="np"
-    ).images
-    expected = torch.from_numpy((expected * 255).round()).permute(0, 3, 1, 2)
-    assert (images.float() - expected).abs().max() <= 1
-    assert [*backbone.conditions.of_samples(None, 1, 3)] == ["c d", "a b", "c d"]
-
-
 @pytest.mark.parametrize("kind", ["sd1", "xl"])
 def test_a_validation_runs_the_denoiser_alone_under_autocast(teachers, tmp_path, monkeypatch, kind):
     """And decodes in float32, one image after the other: 16 at once of 1024 pixels a side take 24 GiB."""
-    backbone = load(teachers[kind], "--mixed_precision", "bf16", "--validation_prompts", "a b")
+    flags = ["--mixed_precision", "bf16", "--validation_prompts", "a b", "--validation_num_inference_steps", "1"]
+    backbone = load(teachers[kind], *flags)
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(mixed_precision="bf16", cpu=True)
     validation = Validation(backbone.args, accelerator, backbone, backbone.teacher, dataset=None)
@@ -457,6 +463,7 @@ def test_bad_input(train, kind, flags, message):
         train(kind, *flags, data="nowhere" not in flags or "--latent_cache_dir" not in flags)
 
 
+@pytest.mark.slow
 def test_a_cache_of_an_earlier_version(train, tmp_path):
     """Its cache.json has no format."""
     folder = tmp_path / "cache"
@@ -464,7 +471,7 @@ def test_a_cache_of_an_earlier_version(train, tmp_path):
     made = json.loads((folder / "cache.json").read_text())
     assert made.pop("format") == FORMAT
     (folder / "cache.json").write_text(json.dumps(made))
-    with pytest.raises(ValueError, match="--latent_cache_dir .* another version .*format 1, now 2.*another folder"):
+    with pytest.raises(ValueError, match="--latent_cache_dir .* another version .*format 1, now 3.*another folder"):
         train("sd1", "--latent_cache_dir", folder, output="second")
 
 
@@ -495,6 +502,7 @@ def test_pixel_teachers_know_no_text(run, tmp_path, teacher_dir, data_dir):
         run("train_place", "--caption_column", "text", "--max_train_steps", "1")
 
 
+@pytest.mark.slow
 def test_cached_rows_are_read_by_data_workers(train, teachers, cache):
     args = [
         train("sd1", "--latent_cache_dir", cache, *workers, data=False, output=f"out-{len(workers)}")
@@ -509,6 +517,7 @@ def test_cached_rows_are_read_by_data_workers(train, teachers, cache):
 # The other scripts
 
 
+@pytest.mark.slow
 def test_analyze_error(train, teachers, pictures, tmp_path, monkeypatch):
     student = train("xl", "--student_preset", "bk_base", "--learning_rate", "1e-2")
     argv = ["--pretrained_model_name_or_path", teachers["xl"], "--student_model_name_or_path", student]
@@ -522,7 +531,7 @@ def test_analyze_error(train, teachers, pictures, tmp_path, monkeypatch):
     analysis = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
     captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     assert sum(drawn[::3], []) == [*captions, *captions[:2]]
-    assert analysis["samples"]["num_prompts"] == 12 and analysis["protocol"]["sampler"]["guidance_scale"] == 7.5
+    assert analysis["samples"]["num_prompts"] == 12 and analysis["protocol"]["sampler"]["guidance_scale"] == 5
     with np.load(tmp_path / "analysis" / "error_maps.npz") as maps:
         assert maps["image"].shape == maps["image_error"].shape == (3, 4, 16, 16)
     mean = analysis["mean"]

@@ -27,6 +27,7 @@ BASELINES = {
     "OutKD": ["--output_loss", "mse"],
     "OutKD l1": ["--output_loss", "l1"],
     "OutKD huber": ["--output_loss", "huber"],
+    "OutKD log": ["--output_loss", "log"],
     "FeatKD": ["--lambda_kd_output", "0", "--lambda_kd_feat", "1"],
     "OutKD + FeatKD": ["--output_loss", "mse", "--lambda_kd_feat", "1"],
     "LIFT": [],
@@ -57,7 +58,8 @@ def test_the_scripts_differ_in_their_method_alone():
     start = "from utils.distillation.losses import"
     allowed = re.compile(
         rf"{start}|output = (place|lift|output)_loss\(|if args.output_loss|else:|\)|student_pred.output,|teacher_pred."
-        r"output,|(group_size|grouping|coefficients|coarse_norm|coarse_scale)=args\.|weight=fine_weight\("
+        r"output,|(group_size|grouping|coefficients|coarse_norm|coarse_scale|kind)=args\.|weight=fine_weight\(|"
+        r"sample_weight=balance"
     )
     assert [line for line in changed if not allowed.match(line)] == []
 
@@ -145,6 +147,17 @@ def test_a_ddim_teacher_gives_a_ddim_student(run, tmp_path, teacher_dir):
     DDIMPipeline.from_pretrained(teacher_dir).save_pretrained(tmp_path / "ddim")
     folder = run("train_place", "--pretrained_model_name_or_path", tmp_path / "ddim", "--max_train_steps", "1")
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "DDIMPipeline"
+
+
+@pytest.mark.slow
+def test_a_norm_of_0_clips_nothing(run):
+    """Adam does not see the gradient's scale, but with a large epsilon."""
+    flags = ("--learning_rate", "1e-2", "--adam_epsilon", "1")
+    plain, wide, narrow = (
+        weights(run("train_place", *flags, "--max_grad_norm", norm, output=norm)) for norm in ("0", "1e9", "1e-3")
+    )
+    assert all(torch.equal(plain[name], wide[name]) for name in wide)
+    assert not all(torch.equal(plain[name], narrow[name]) for name in narrow)
 
 
 def test_projectors_are_trained_and_clipped_with_the_student(run):

@@ -2,23 +2,27 @@
 """What the command lines of all scripts share: the parser, recipe files, and how a user's error is told."""
 
 import argparse
+import contextlib
 import difflib
+import itertools
 import os
 import re
-import shlex
 import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from utils.recipe_files import read_lines, split_line
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = 5  # seconds: a launcher that has seen the main process fail ends the others in less
 
 KINDS = {int: "N", float: "X", Path: "PATH"}  # what --help writes behind a flag; `bundled` joins below
 EPILOG = """\
-@file.args   a recipe: one flag with its values a line, # starts a comment
+@file.args   a recipe: one flag with its values a line; # before a word starts a comment, ~ and $NAME are expanded
+@@name       a value that begins with @
 later flags win: --no-FLAG undoes a switch, FLAG "" any other, as if it had never been given
 assets/... and recipes/... that are not in the current folder are those of this repository"""
 
@@ -77,18 +81,36 @@ class ArgumentParser(argparse.ArgumentParser):
         super().__init__(
             **{"usage": "%(prog)s [@recipe.args] [flags]", **kwargs},
             epilog="\n\n".join(filter(None, (EPILOG, epilog))),
-            fromfile_prefix_chars="@",
             allow_abbrev=False,
             formatter_class=HelpFormatter,
         )
         self.renamed = renamed or {}
+        self.words: list[tuple[str, str]] = []  # of the command line, and where in a recipe each stands
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
-        """As argparse's; recipes of this repository are found from any folder."""
-        return super().parse_known_args(_find_recipes(sys.argv[1:] if args is None else args), namespace)
+        """As argparse's, with the words of recipes; those of this repository are found from any folder."""
+        self.words = list(_with_recipes(sys.argv[1:] if args is None else args))
+        return super().parse_known_args([word for word, _ in self.words], namespace)
 
-    def convert_arg_line_to_args(self, line: str) -> list[str]:
-        return _find_recipes(shlex.split(line, comments=True))
+    @contextlib.contextmanager
+    def placed_errors(self) -> Iterator[None]:
+        """Inside, a UsageError that begins with a flag says where in a recipe that stands."""
+        try:
+            yield
+        except UsageError as error:
+            flag = re.match(r"--[\w-]+", str(error))
+            raise UsageError(f"{self._place(flag[0]) if flag else ''}{error}") from error
+
+    def _place(self, name: str, value: str | None = None) -> str:
+        """Where a flag, or a word that is none, stands in a recipe, to begin an error with: the last time or, if one
+        is given, the last time with that value. Empty on the command line itself."""
+        found = ""
+        for i, (word, place) in enumerate(self.words):
+            flag, _, joined = word.partition("=")
+            values = itertools.takewhile(lambda other: not other.startswith("--"), (w for w, _ in self.words[i + 1 :]))
+            if name in (word, flag) and value in (None, joined, *values):
+                found = f"{place}: " if place else ""
+        return found
 
     def _get_values(self, action: argparse.Action, arg_strings: list[str]):
         if arg_strings == [""] and action.option_strings and action.default is not argparse.SUPPRESS:
@@ -102,15 +124,41 @@ class ArgumentParser(argparse.ArgumentParser):
         words = message.split() if message.startswith("unrecognized") else []
         unknown = [word for word in words if word.startswith("--") and word not in flags]
         names = [word.partition("=")[0] for word in unknown]
+        if about := re.match(r"argument (--[\w-]+)(?:[^']*'([^']*)')?", message):
+            place = self._place(*about.groups())
+        else:
+            place = self._place((unknown or words[2:] or [""])[0])
         if renamed := [f"{name} is now {self.renamed[name]}." for name in names if name in self.renamed]:
-            raise UsageError(f"{' '.join(renamed)} See --help.")
+            raise UsageError(f"{place}{' '.join(renamed)} See --help.")
         close = [match for word in unknown for match in difflib.get_close_matches(word, flags, n=1)]
         meant = f" (did you mean {' and '.join(close)}?)" if close else ""
-        raise UsageError(f"{message}{meant}. See --help.")
+        raise UsageError(f"{place}{message}{meant}. See --help.")
 
 
-def _find_recipes(words: Sequence[str]) -> list[str]:
-    return [f"@{bundled(word[1:])}" if word.startswith("@") else word for word in words]
+def _with_recipes(words: Sequence[str], place: str = "", within: Sequence[Path] = ()) -> Iterator[tuple[str, str]]:
+    """Each word and its place, those of `@recipes` in their stead. `place`: where the words stand; `within`: the
+    recipes that lead there. Raises UsageError where one cannot be read; names file and line."""
+    for word in words:
+        if not word.startswith("@") or word.startswith("@@"):
+            yield word.removeprefix("@"), place
+            continue
+        path = bundled(os.path.expanduser(word[1:]))
+        before, hint = f"{place}: " if place else "", "A value that begins with @ is written with two, @@."
+        if (resolved := Path(path).resolve()) in within:
+            raise UsageError(f"{before}{word} is a recipe that reads itself.")
+        try:
+            lines = read_lines(path)
+        except OSError as error:
+            raise UsageError(f"{before}{word}: there is no such recipe to read ({error.strerror}). {hint}") from error
+        except ValueError as error:
+            raise UsageError(f"{before}{word} cannot be read as a recipe: {error}. {hint}") from error
+        for number, line in enumerate(lines, start=1):
+            here = f"{word}, line {number}"
+            try:
+                inner = split_line(line)
+            except ValueError as error:
+                raise UsageError(f"{here}: {error}.") from error
+            yield from _with_recipes(inner, here, (*within, resolved))
 
 
 def warn_of_idle_flags(

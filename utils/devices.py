@@ -2,21 +2,41 @@
 """Where models run, in which dtype, on how many threads."""
 
 import os
+import sys
 from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
+from packaging.version import Version
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows
+    import psutil
+
+    resource = None
 
 logger = get_logger(__name__)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "no": torch.float32}
+# of diffusers' `from_pretrained`, which warns of the older name where it knows the newer one
+DTYPE_KEYWORD = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
 
 def cpu_share(accelerator: Accelerator) -> int:
     """Cores of the machine for each process."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, cores // accelerator.num_processes)
+
+
+def peak_process_memory() -> int:
+    """Bytes of memory that this process has taken at most."""
+    if resource is None:
+        return psutil.Process().memory_info().peak_wset
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def use_cpu_threads(args, accelerator: Accelerator) -> None:

@@ -5,13 +5,21 @@ import hashlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 # what the numbers of a run may depend on
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "datasets", "safetensors")
+# what file managers and network drives leave in any folder
+STRAY_NAMES = frozenset((".DS_Store", "Thumbs.db", "desktop.ini", ".directory", "@eaDir", "lost+found"))
+STRAY_BEGINNINGS = ("._", ".nfs", ".fuse_hidden", ".Trash")
+
+
+def is_stray(path: Path) -> bool:
+    """Whether a file manager or a network drive has left it there, and no program of ours or of the user's."""
+    return path.name in STRAY_NAMES or path.name.startswith(STRAY_BEGINNINGS)
 
 
 @contextmanager
@@ -51,6 +59,18 @@ def sha256(path: Path) -> str:
     """Of a file's content, 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def loaded_files(present: Iterable[Path], variant: str | None) -> list[Path]:
+    """Of the files in a component's folder those that it is loaded from, in order of their names: configs,
+    vocabularies, and one set of weights, that of `variant` where there is one, safetensors before pickles."""
+    files = sorted(path for path in present if path.is_file() and path.name[0] != ".")
+    plain = [path for path in files if "." not in path.stem]
+    chosen: list[Path] = []
+    for candidates in ([path for path in files if variant and f".{variant}" in path.name], plain):
+        for suffix in (".safetensors", ".bin"):
+            chosen = chosen or [path for path in candidates if path.suffix == suffix]
+    return [path for path in files if path in chosen or path.suffix in (".json", ".txt", ".model")]
 
 
 def versions(*packages: str) -> dict[str, str]:

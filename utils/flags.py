@@ -4,8 +4,14 @@
 import argparse
 from pathlib import Path
 
-from utils.command_line import HideToken, Switch, UsageError, bundled
+from PIL import ImageColor
 
+from utils.command_line import HideToken, Switch, UsageError, bundled
+from utils.files import is_stray
+from utils.output_dir import LOCK
+
+# Pillow's filters, by the names of diffusers' flag
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 SHARED = {
     # the model on the Hub
     "pretrained_model_name_or_path": {
@@ -35,8 +41,23 @@ SHARED = {
     "caption_column": {
         "help": "column of the captions, a string or a list of which one is drawn (default: text)",
     },
-    "split": {"default": "train", "help": "of the dataset (default: train)"},
+    "split": {"help": "of the dataset (default: train), or a subfolder of the folder of images (default: all of it)"},
+    "background": {
+        "help": "colour behind transparent pixels, a name or #rrggbb (default: white); images of 4 channels keep them",
+    },
     "resolution": {"type": int, "help": "pixels a side; default: the teacher's sample_size"},
+    "crop": {
+        "type": int,
+        "nargs": "+",
+        "metavar": "N",
+        "help": "top, left, height and width, in pixels of the stored image turned upright: this box alone is the "
+        "picture, cut before anything is resized (57 25 128 128 are CelebA's faces); default: the whole image",
+    },
+    "image_interpolation_mode": {
+        "choices": INTERPOLATIONS,
+        "default": "bilinear",
+        "help": "how images are resized: Pillow's filters, of which all but nearest antialias (default: bilinear)",
+    },
     "skip_bad_images": {
         "action": Switch,
         "help": "where an image cannot be decoded, take the next good row and count it; default: stop and name it",
@@ -124,6 +145,20 @@ def check_group_size(args: argparse.Namespace) -> None:
         raise UsageError(f"--group_size is {args.group_size}; a line needs at least 2 elements, the paper has 16.")
 
 
+def check_crop(args: argparse.Namespace) -> None:
+    """Raises UsageError for a `--crop` that is no box, or leaves `--center_crop` nothing to cut."""
+    if args.crop is None:
+        return
+    found = f"--crop {' '.join(map(str, args.crop))}"
+    if len(args.crop) != 4 or min(args.crop[:2]) < 0 or min(args.crop[2:]) < 1:
+        raise UsageError(f"{found}: give four numbers, top and left from 0 on, then height and width above 0.")
+    if getattr(args, "center_crop", False) and args.crop[2] == args.crop[3]:
+        raise UsageError(
+            f"{found} is a square already, of which --center_crop cuts nothing: give one of the two "
+            "(--no-center_crop undoes a recipe's)."
+        )
+
+
 def check_data(args: argparse.Namespace, *, or_none: bool = False) -> None:
     """Raises UsageError unless one of `--dataset_name` and `--train_data_dir` is given; or neither, if `or_none`."""
     given = [name for name in ("dataset_name", "train_data_dir") if getattr(args, name)]
@@ -132,12 +167,24 @@ def check_data(args: argparse.Namespace, *, or_none: bool = False) -> None:
         raise UsageError(f"Give one of --dataset_name and --train_data_dir; found {found}.")
 
 
+def check_background(args: argparse.Namespace) -> None:
+    """Raises UsageError where `--background` is no colour, or none that hides what is behind it."""
+    if not args.background:
+        return
+    try:
+        *_, last = colour = ImageColor.getrgb(args.background)
+    except ValueError as error:
+        raise UsageError(f"--background: {error}. Give a colour's name, such as white, or #rrggbb.") from error
+    if len(colour) == 4 and last < 255:
+        raise UsageError(f"--background {args.background} is transparent itself. Give an opaque colour.")
+
+
 def check_output_folder(args: argparse.Namespace, refusal: str, *, unless: bool) -> None:
     """Raises UsageError where `--output_dir` is a file, and, with `refusal`, where it is not empty `unless` it may."""
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"--output_dir {folder} is a file.")
-    if folder.is_dir() and any(folder.iterdir()) and not unless:
+    if folder.is_dir() and any(path.name != LOCK and not is_stray(path) for path in folder.iterdir()) and not unless:
         raise UsageError(f"--output_dir {folder} {refusal}")
 
 

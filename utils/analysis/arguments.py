@@ -4,11 +4,14 @@
 import argparse
 from collections.abc import Sequence
 
+from utils.analysis.corrected import PROBES
 from utils.backbones.base import FAMILY_FLAGS
 from utils.command_line import ArgumentParser, UsageError, bundled, warn_of_idle_flags
 from utils.download_cache import use_download_cache
 from utils.flags import (
     add_shared,
+    check_background,
+    check_crop,
     check_data,
     check_group_size,
     check_not_negative,
@@ -33,9 +36,9 @@ How to read it
                 removes 2 / K on average: the last row, chance.
   slope         above 1 the student's predictions are too weak, below 1 too strong; intercept: their mean is off, in
                 units of the prediction (noise has a standard deviation of 1). line.png shows the spread over images.
-  corrected     the student sampled with every prediction moved along its line to the teacher's. A probe, no sampler:
+  corrected     the student sampled with every prediction moved along a line to the teacher's. A probe, no sampler:
                 it runs the teacher at every step. The gap that it closes between student and teacher is what the
-                coarse part cost; what still differs is the fine part."""
+                coarse part cost; what still differs is the fine part. Its lines are those of --probe."""
 
 
 def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -54,7 +57,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     group = parser.add_argument_group("data")
     add_shared(
         group,
-        "dataset_name dataset_config_name train_data_dir split image_column caption_column resolution skip_bad_images",
+        "dataset_name dataset_config_name train_data_dir split image_column caption_column resolution crop "
+        "image_interpolation_mode background skip_bad_images",
     )
 
     group = parser.add_argument_group("error")
@@ -71,7 +75,18 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
 
     group = parser.add_argument_group("sampling")
     group.add_argument("--num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
-    group.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: 7.5)")
+    group.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="classifier-free guidance, 0 for none (default: the stock pipeline's own; none for turbo teachers)",
+    )
+    group.add_argument(
+        "--probe",
+        choices=PROBES,
+        default="student_input",
+        help="the lines of the corrected student: student_input (default), fitted in every step at its own input; or "
+        "teacher_trajectory, fitted along the teacher's trajectory from the same noise, as the authors' DDPM code",
+    )
     add_shared(
         group,
         "prompts feature_extractor inception_path",
@@ -104,7 +119,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
         num_cpu_threads={"help": "threads on the CPU; default: one for each core"},
     )
     args = parser.parse_args(argv)
-    _check(args)
+    with parser.placed_errors():
+        _check(args)
     use_download_cache(args.cache_dir)
     idle = [
         ("inception_path", args.feature_extractor != "inception", "--feature_extractor inception"),
@@ -117,7 +133,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
 
 def for_backbone(args: argparse.Namespace) -> argparse.Namespace:
     """The training scripts' flags that a backbone reads: off, but for what this script has, under its names."""
-    off = {"student_config": None, "random_flip": False, "snr_gamma": None, "antithetic_timesteps": False}
+    off = dict.fromkeys(("student_config", "dropout", "taylor_timesteps", "snr_gamma"))
+    off |= {"random_flip": False, "antithetic_timesteps": False, "input_perturbation": 0.0}
     own = {
         "validation_prompts": read_prompts_file(args.prompts) if args.prompts else None,
         "validation_guidance_scale": args.guidance_scale,
@@ -133,12 +150,15 @@ def _check(args: argparse.Namespace) -> None:
         if not getattr(args, flag):
             raise UsageError(f"--{flag} is missing: name the {what}'s folder. The error is between the two.")
     check_data(args)
+    check_background(args)
+    check_crop(args)
+    if args.dataset_name:
+        args.split = args.split or "train"
     check_positive(
         args,
-        "resolution num_timesteps num_images num_inference_steps guidance_scale shown_samples num_samples batch_size "
-        "num_cpu_threads",
+        "resolution num_timesteps num_images num_inference_steps shown_samples num_samples batch_size num_cpu_threads",
     )
-    check_not_negative(args, "seed")
+    check_not_negative(args, "seed guidance_scale")
     check_group_size(args)
     if args.feature_extractor and args.num_samples < max(2, args.shown_samples):
         raise UsageError(

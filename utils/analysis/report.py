@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.analysis.corrected import PROBES
 from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure, samples_figure
 from utils.files import sha256, write_file
 
@@ -67,6 +68,7 @@ def error_table(analysis: dict) -> str:
         f"{samples['num_samples']:,} samples each, from the same noise",
         f"{'':12}{'pixels from the teacher (of 255)':>36}" + ("Frechet distance".rjust(20) if distances else ""),
     ]
+    lines.append(f"corrected by lines {PROBES[samples['probe']]} (--probe {samples['probe']})")
     for who, gap in samples["pixel_difference_to_teacher"].items():
         lines.append(f"{who:<12}{gap:36.2f}" + (f"{distances[who]:20.2f}" if distances else ""))
     if samples.get("warning"):

@@ -67,6 +67,7 @@ class Backbone:
     process_class: ClassVar[type[Diffusion]] = Diffusion
     bounded: ClassVar[bool] = True  # clean data lie in [-1, 1]
     must_match: ClassVar[Sequence[str]] = ("in_channels", "out_channels")  # config keys, in teacher and student
+    told: ClassVar[str] = "teachers and students here are unconditional"
     flags: ClassVar[frozenset[str]] = frozenset()  # those of FAMILY_FLAGS that it reads
     instead: ClassVar[dict[str, str]] = {}  # a decisive flag that it does not read -> what to do here
 
@@ -81,7 +82,7 @@ class Backbone:
 
     @classmethod
     def load(cls, args) -> "Backbone":
-        """The teacher in float32 on the CPU, eval mode, no gradients; none where none is named.
+        """The teacher on the CPU, in `teacher_dtype`, eval mode, no gradients; none where none is named.
 
         Raises:
             UsageError: see `check` and `Diffusion.load`.
@@ -97,9 +98,16 @@ class Backbone:
                 revision=args.revision,
                 variant=args.variant,
                 allow_pickle=args.allow_pickle_weights,
+                dtype=cls.teacher_dtype(args),
             )
             teacher.eval().requires_grad_(False)
         return cls(args, teacher, process, configs)
+
+    @classmethod
+    def teacher_dtype(cls, args) -> torch.dtype:
+        """What the teacher loads in, before its student is made of it; `apply_speed_flags` casts it to the one that
+        it then runs in."""
+        return torch.float32
 
     @classmethod
     def check(cls, args) -> Configs:
@@ -109,13 +117,20 @@ class Backbone:
             UsageError: naming the flag, what was found and what to do.
         """
         cls.check_flags(args)
+        cls.process_class.load(args, bounded=cls.bounded)  # another process is refused first
         teacher, vae = None, cls.vae_config(args)
         if args.pretrained_model_name_or_path:
             source = args.pretrained_model_name_or_path
             teacher = component_config(cls.model_class, cls.component, source, TEACHER, args.revision)
+            if (found := teacher.get("_class_name", cls.model_class.__name__)) != cls.model_class.__name__:
+                raise UsageError(
+                    f"{TEACHER} {source}: its {cls.component} is a {found}, not a {cls.model_class.__name__}."
+                )
+            cls.check_denoiser(full_config(teacher, cls.model_class), TEACHER)
         flag, student = cls.student_config(args, teacher)
         if (found := student.get("_class_name", cls.model_class.__name__)) != cls.model_class.__name__:
             raise UsageError(f"{flag}: the student is a {found}; this teacher needs a {cls.model_class.__name__}.")
+        cls.check_denoiser(full_config(student, cls.model_class), flag)
         owners = {"teacher": teacher, "student": student}
         full = {owner: full_config(config, cls.model_class) for owner, config in owners.items() if config}
         for key in cls.must_match if teacher else ():
@@ -176,6 +191,17 @@ class Backbone:
         return flag, component_config(cls.model_class, cls.component, args.student_model_name_or_path, flag)
 
     @classmethod
+    def check_denoiser(cls, config: dict, flag: str) -> None:
+        """Refuse a teacher or student that is told what nobody tells it here; `config` is whole, defaults filled "
+        "in."""
+        for key in ("num_class_embeds", "class_embed_type"):
+            if config.get(key) is not None:
+                raise UsageError(
+                    f"{flag}: the {cls.component} is told a class ({key} is {config[key]}); {cls.told}. Choose one "
+                    "without classes."
+                )
+
+    @classmethod
     def check_more(cls, args, teacher: dict | None, student: dict, flag: str) -> None:
         """What else a family refuses; the configs are whole, defaults filled in."""
 
@@ -213,7 +239,14 @@ class Backbone:
     def transform(self, args) -> ImageTransform:
         """A picklable row -> tensors of a batch."""
         return self.conditions.transform(
-            args.image_column, self.image_channels, self.resolution, args.center_crop, args.random_flip
+            args.image_column,
+            self.image_channels,
+            self.resolution,
+            args.center_crop,
+            args.random_flip,
+            crop=args.crop,
+            interpolation=args.image_interpolation_mode,
+            background=args.background,
         )
 
     def encode(self, batch: dict[str, Tensor], rng: StepRandom) -> tuple[Tensor, dict[str, Any]]:

@@ -23,9 +23,9 @@ class Nothing:
     share_dropped = 0.0  # of a batch, by `drop`
     components: Sequence[str] = ()  # folders of the teacher's pipeline whose weights decide what a cache holds
 
-    def transform(self, *image_settings) -> ImageTransform:
-        """A picklable row -> tensors of a batch; `image_settings` as `ImageTransform` takes them."""
-        return ImageTransform(*image_settings)
+    def transform(self, *image_settings, **more_settings) -> ImageTransform:
+        """A picklable row -> tensors of a batch; all settings as `ImageTransform` takes them."""
+        return ImageTransform(*image_settings, **more_settings)
 
     def settings(self) -> dict[str, Any]:
         """Flags that decide what a cache holds, by name."""
@@ -71,6 +71,7 @@ class Prompts(Nothing):
     """Text, by frozen encoders. A family says in `embed_tokens` and `keywords` what its denoiser reads of them."""
 
     micro_conditioning = False  # whether the denoiser is told the image's size and crop too
+    zeros_when_empty = False  # whether no prompt is told as zeros, and not as the embeddings of ""
 
     def __init__(self, args, tokenizers: Sequence, encoders: Sequence[Frozen]):
         self.tokenizers, self.encoders = tokenizers, encoders
@@ -89,18 +90,19 @@ class Prompts(Nothing):
         """The denoiser's keywords for embeddings `text`; `rows` hold what `kept` kept."""
         raise NotImplementedError
 
-    def transform(self, *image_settings) -> CaptionedTransform:
+    def transform(self, *image_settings, **more_settings) -> CaptionedTransform:
         """Pixels, tokens, and with `micro_conditioning` time ids."""
         return CaptionedTransform(
             *image_settings,
             caption_column=self.caption_column,
             tokenizers=self.tokenizers,
             micro_conditioning=self.micro_conditioning,
+            **more_settings,
         )
 
     def settings(self) -> dict[str, Any]:
-        """The column that the prompts are in."""
-        return {"caption_column": self.caption_column}
+        """The column that the prompts are in, and what stands for no prompt where that is not the embeddings of ""."""
+        return {"caption_column": self.caption_column} | ({"empty_prompt": "zeros"} if self.zeros_when_empty else {})
 
     def embed(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """From `input_ids_0`, `input_ids_1` ... (B, T)."""
@@ -122,9 +124,11 @@ class Prompts(Nothing):
         return {name: torch.stack([each[name] for each in found]).to(device) for name in found[0]}
 
     def empty(self) -> dict[str, Tensor]:
-        """Embeddings of the empty prompt."""
+        """What the stock pipeline tells the denoiser where there is no prompt: the embeddings of "", or zeros."""
         if self.known_empty is None:
             self.known_empty = self.prompts([""])
+            if self.zeros_when_empty:
+                self.known_empty = {name: torch.zeros_like(value) for name, value in self.known_empty.items()}
         device = self.encoders[0].place()[0]
         self.known_empty = {name: value.to(device) for name, value in self.known_empty.items()}  # a cache's moves once
         return self.known_empty

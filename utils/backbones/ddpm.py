@@ -15,10 +15,10 @@ from utils.backbones.process import Diffusion
 from utils.backbones.saving import save_pipeline
 from utils.command_line import UsageError
 from utils.randomness import StepRandom
-from utils.students.sizes import model_size, model_table
+from utils.students.sizes import model_size, model_table, set_dropout
 from utils.students.width import prune_width, taylor_scores, width_config
 
-TAYLOR_TIMESTEPS = 20  # spread evenly over the schedule; each costs a forward and backward of the teacher
+TAYLOR_TIMESTEPS = 20  # by default; each costs a forward and backward of the teacher
 TAYLOR_PART = 16  # images at once: the teacher's backward would otherwise be the run's peak of memory
 
 
@@ -40,6 +40,10 @@ class DDPM(Backbone):
             source = args.pretrained_model_name_or_path
             self.pipeline_class = getattr(diffusers, pipeline_class_name(source, args.revision, TEACHER))
             teacher.register_to_config(sample_size=self.resolution)  # what the stock pipelines sample at
+        if (args.taylor_timesteps or 0) > process.num_places:
+            raise UsageError(
+                f"--taylor_timesteps is {args.taylor_timesteps}; the teacher's schedule has {process.num_places}."
+            )
 
     @classmethod
     def student_config(cls, args, teacher: dict | None) -> tuple[str, dict]:
@@ -50,14 +54,7 @@ class DDPM(Backbone):
 
     @classmethod
     def check_more(cls, args, teacher: dict | None, student: dict, flag: str) -> None:
-        """Classes, learned variances, and what is no image."""
-        for config, source in ((teacher, TEACHER), (student, flag)):
-            for key in ("num_class_embeds", "class_embed_type") if config else ():
-                if config[key] is not None:
-                    raise UsageError(
-                        f"{source}: the U-Net is told a class ({key} is {config[key]}); pixel teachers and students "
-                        "here are unconditional. Choose one without classes."
-                    )
+        """Learned variances, and what is no image."""
         if student["in_channels"] not in (1, 3, 4):
             raise UsageError(f"{flag}: in_channels is {student['in_channels']}; images have 1, 3 or 4.")
         if student["out_channels"] != student["in_channels"]:
@@ -72,7 +69,8 @@ class DDPM(Backbone):
             scores = None
             if args.student_init == "taylor":
                 self.teacher.to(batch["pixels"].device)
-                scores = taylor_scores(self.teacher, self._diffusion_losses(batch, args.seed))
+                losses = self._diffusion_losses(batch, args.seed, args.taylor_timesteps)
+                scores = taylor_scores(self.teacher, losses)
             student, report = prune_width(
                 self.teacher, args.pruning_ratio, init=args.student_init, scores=scores, seed=args.seed
             )
@@ -88,24 +86,27 @@ class DDPM(Backbone):
                 student = load_component(self.model_class, self.component, source, flag, allow_pickle=pickled)
             table = model_table(self.teacher and model_size(self.teacher.config), model_size(student.config))
         student.register_to_config(sample_size=self.resolution)
+        set_dropout(student, args.dropout)
         return student.train(), table
 
-    def _diffusion_losses(self, batch: dict[str, torch.Tensor], seed: int) -> Iterator[torch.Tensor]:
-        """The teacher's diffusion loss on one real batch at timesteps across the schedule, from the smallest on, until
-        it falls under 5 % of its maximum (Fang et al. 2023: later timesteps add noise to the scores, not signal).
-        Each timestep's loss comes in parts that add up to it; the first decides."""
+    def _diffusion_losses(
+        self, batch: dict[str, torch.Tensor], seed: int, timesteps: int | None
+    ) -> Iterator[torch.Tensor]:
+        """The teacher's diffusion loss on one real batch at so many `timesteps` across the schedule, from the smallest
+        on. None is a few, until the loss falls under 5 % of its maximum (Fang et al. 2023: later timesteps add noise
+        to the scores, not signal). Each timestep's loss comes in parts that add up to it; the first decides."""
         rng = StepRandom(seed, 0, device=batch["pixels"].device)
         clean, _ = self.encode(batch, rng)
         last = self.process.num_places - 1
         largest = 0.0
-        for t in torch.linspace(0, last, TAYLOR_TIMESTEPS).long().tolist():
+        for t in torch.linspace(0, last, timesteps or TAYLOR_TIMESTEPS).long().tolist():
             timestep = torch.full((clean.shape[0],), t, device=clean.device)
             noised = self.process.noised(clean, rng.normal(clean.shape), timestep)
             for first in range(0, clean.shape[0], TAYLOR_PART):
                 part = slice(first, first + TAYLOR_PART)
                 output = self.teacher(noised.x_t[part], timestep[part], return_dict=False)[0]
                 loss = (output - noised.target[part]).square().sum() / noised.target.numel()
-                if first == 0:
+                if first == 0 and timesteps is None:
                     largest = max(largest, loss.item())
                     if loss.item() < 0.05 * largest:
                         return
@@ -142,4 +143,4 @@ class DDPM(Backbone):
 
     def save(self, denoiser: UNet2DModel, folder: Path) -> None:
         """Write `pipeline` to `folder`."""
-        save_pipeline(self.pipeline(denoiser), folder)
+        save_pipeline(self.pipeline(denoiser), self.component, folder)

@@ -5,8 +5,12 @@ import gc
 from collections.abc import Callable
 
 import torch
+from diffusers import ModelMixin
 
+from utils.backbones.folder import fetched
+from utils.backbones.weights import find_weights
 from utils.command_line import UsageError
+from utils.devices import DTYPE_KEYWORD
 
 
 class Frozen:
@@ -42,11 +46,16 @@ class Frozen:
 
     def _loaded(self, dtype: torch.dtype) -> torch.nn.Module:
         source, options = getattr(self.args, self.argument), {}
-        if self.argument == "pretrained_model_name_or_path":
-            options = {"subfolder": self.subfolder, "revision": self.args.revision, "variant": self.args.variant}
+        if self.argument == "pretrained_model_name_or_path":  # as it was found whole, see `folder.parts_to_copy`
+            folder = fetched(source, self.args.revision, self.args.variant)
+            weights = find_weights(
+                folder / self.subfolder, self.kind, self.args.variant, pickled=self.args.allow_pickle_weights
+            )
+            source, options = folder / self.subfolder, {"variant": weights.variant}
         safe = None if self.args.allow_pickle_weights else True
+        options[DTYPE_KEYWORD if issubclass(self.kind, ModelMixin) else "dtype"] = dtype
         try:
-            return self.kind.from_pretrained(source, use_safetensors=safe, dtype=dtype, **options)
+            return self.kind.from_pretrained(source, use_safetensors=safe, **options)
         except (OSError, ValueError) as error:
             raise UsageError(f"--{self.argument} {source}: its {self.kind.__name__} does not load: {error}") from error
 

@@ -4,19 +4,24 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor, nn
 
 from utils.backbones.base import Backbone, Configs, vae_factor
 from utils.backbones.encoders import Frozen
-from utils.backbones.loading import TEACHER, component_config
+from utils.backbones.folder import VAE, Part, fetched, parts_to_copy
+from utils.backbones.loading import TEACHER, component_config, pipeline_class_name
 from utils.backbones.process import Diffusion
 from utils.backbones.saving import save_student
+from utils.backbones.weights import find_weights, stored_dtype
+from utils.command_line import UsageError
 from utils.randomness import StepRandom
 from utils.students.lora import save_lora, without_lora
+from utils.students.sizes import full_config
 
 
 class Latent(Backbone):
@@ -25,6 +30,10 @@ class Latent(Backbone):
     bounded = False
     image_channels = 3
     vae_dtype: torch.dtype | None = None  # where it may not be the teacher's
+    vae_unread: ClassVar[Sequence[str]] = (
+        "latents_mean",
+        "latents_std",
+    )  # of its config: would be left out in silence
     flags = frozenset(
         "caption_column proportion_empty_prompts noise_offset pretrained_vae_model_name_or_path validation_prompts "
         "validation_guidance_scale latent_cache_dir cache_variants lora_rank fuse_lora".split()
@@ -44,6 +53,73 @@ class Latent(Backbone):
             argument="pretrained_vae_model_name_or_path" if other else "pretrained_model_name_or_path",
             dtype=None if other else self.vae_dtype,
         )
+
+    @classmethod
+    def check(cls, args) -> Configs:
+        """As `Backbone.check`; then the parts of the teacher that training loads and the export copies, each alone and
+        beside its neighbours. They are fetched from the Hub here, where all that the configs say is found good.
+
+        Raises:
+            UsageError: naming the flag, what was found and what to do.
+        """
+        if not args.pretrained_model_name_or_path:
+            raise UsageError(
+                f"{TEACHER} is missing: VAE and text encoders of a {cls.model_class.__name__} come from it. A "
+                "student that is trained on without a teacher may name its own folder there, with --lambda_kd_output "
+                "0."
+            )
+        configs = super().check(args)
+        cls.check_vae(args, configs)
+        cls.check_parts(args, configs, cls.parts(args))
+        return configs
+
+    @classmethod
+    def teacher_dtype(cls, args) -> torch.dtype:
+        """That of its files: they stay mapped, once for all processes of a host (in another dtype each would hold a
+        copy), and nothing is lost of what a student starts from."""
+        folder = fetched(args.pretrained_model_name_or_path, args.revision, args.variant) / cls.component
+        try:
+            weights = find_weights(folder, cls.model_class, args.variant, pickled=args.allow_pickle_weights)
+        except ValueError:  # said when they are loaded
+            return torch.float32
+        return stored_dtype(weights)
+
+    @classmethod
+    def parts(cls, args) -> dict[str, Part]:
+        """What the export copies: all of the teacher's parts but the denoiser."""
+        name = pipeline_class_name(args.pretrained_model_name_or_path, args.revision, TEACHER)
+        return parts_to_copy(args, getattr(diffusers, name), cls.component, cls.parts_loaded(name))
+
+    @classmethod
+    def parts_loaded(cls, pipeline_name: str) -> str:
+        """The names of those that training loads."""
+        return "vae"
+
+    @classmethod
+    def check_parts(cls, args, configs: Configs, parts: dict[str, Part]) -> None:
+        """Refuse parts that do not fit each other."""
+
+    @classmethod
+    def check_vae(cls, args, configs: Configs) -> None:
+        """Refuse a VAE of another kind, and one whose latents the denoiser does not know."""
+        other = args.pretrained_vae_model_name_or_path
+        said = f"{VAE} {other}" if other else f"{TEACHER} {args.pretrained_model_name_or_path}"
+        vae, teacher = full_config(configs.vae, AutoencoderKL), full_config(configs.teacher, cls.model_class)
+        if (found := configs.vae.get("_class_name", "AutoencoderKL")) != "AutoencoderKL":
+            raise UsageError(f"{said}: the VAE is a {found}; latents here are an AutoencoderKL's.")
+        if unread := [key for key in cls.vae_unread if vae.get(key)]:
+            raise UsageError(
+                f"{said}: the VAE's latents have {unread[0]} {vae[unread[0]]}, which is not scaling_factor alone, as "
+                "the teachers here are trained on. Choose a teacher and VAE without it."
+            )
+        if (colours := (vae["in_channels"], vae["out_channels"])) != (3, 3):
+            raise UsageError(f"{said}: the VAE has {colours[0]} channels in and {colours[1]} out; images here have 3.")
+        if vae["latent_channels"] != teacher["in_channels"]:
+            raise UsageError(
+                f"{said}: the VAE gives {vae['latent_channels']} latent_channels, the {cls.component} of {TEACHER} "
+                f"takes in_channels {teacher['in_channels']}: it is for inpainting or editing, or of another VAE. "
+                "Choose a text-to-image teacher, with its own VAE."
+            )
 
     @classmethod
     def vae_config(cls, args) -> dict:
@@ -113,6 +189,8 @@ class Latent(Backbone):
     def save(self, denoiser: ModelMixin, folder: Path) -> None:
         """The stock pipeline in `folder`: the denoiser's own files, everything else the teacher's, byte for byte."""
         plain = without_lora(denoiser, self.args.fuse_lora) if self.args.lora_rank else denoiser
-        save_student(self.args, plain, self.component, folder)
+        args = self.args
+        teacher = fetched(args.pretrained_model_name_or_path, args.revision, args.variant)
+        save_student(plain, self.component, self.pipeline_class, self.parts(args), teacher, folder)
         if self.args.lora_rank and not self.args.fuse_lora:
             save_lora(denoiser, self.pipeline_class, self.component, folder)

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
+from utils.backbones.weights import find_weights
 from utils.command_line import UsageError
+from utils.devices import DTYPE_KEYWORD
 
 TEACHER = "--pretrained_model_name_or_path"
 
@@ -29,6 +31,10 @@ def pipeline_class_name(name_or_path: str, revision: str | None, flag: str) -> s
         return DiffusionPipeline.load_config(name_or_path, revision=revision)["_class_name"]
     except (OSError, ValueError, KeyError) as error:
         where = "that folder has no model_index.json" if Path(name_or_path).is_dir() else "no such folder here"
+        if Path(name_or_path).is_file():
+            where = (
+                "that is one file, not a pipeline's folder (diffusers' from_single_file and save_pretrained make one)"
+            )
         raise UsageError(
             f"{flag} {name_or_path}: {where}, and no diffusers pipeline of that name was "
             f"found on the Hub. Paths are relative to the current folder. ({type(error).__name__}: {error})"
@@ -58,13 +64,15 @@ def load_component(
     revision: str | None = None,
     variant: str | None = None,
     allow_pickle: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> ModelMixin:
-    """The float32 model whose config `component_config` finds. Raises UsageError naming `flag`."""
+    """The model whose config `component_config` finds. Raises UsageError naming `flag`."""
     for subfolder in (folder, None):
         try:
             model_class.load_config(name_or_path, subfolder=subfolder, revision=revision)
         except (OSError, ValueError):
             continue
+        _check_weights(Path(name_or_path) / (subfolder or ""), model_class, flag, variant, allow_pickle)
         try:
             model, info = model_class.from_pretrained(
                 name_or_path,
@@ -72,8 +80,8 @@ def load_component(
                 revision=revision,
                 variant=variant,
                 use_safetensors=None if allow_pickle else True,  # diffusers unpickles with weights_only=True
-                dtype=torch.float32,
                 output_loading_info=True,
+                **{DTYPE_KEYWORD: dtype},
             )
         except (OSError, ValueError) as error:
             raise UsageError(
@@ -87,3 +95,18 @@ def load_component(
             )
         return model
     raise UsageError(f"{flag} {name_or_path} holds no {model_class.__name__}.")
+
+
+def _check_weights(folder: Path, kind: type, flag: str, variant: str | None, pickled: bool) -> None:
+    """Raises UsageError where a folder here holds no such weights, with what it holds and the flag that takes it."""
+    if not folder.is_dir():
+        return  # of the Hub
+    try:
+        found = find_weights(folder, kind, variant, pickled=pickled)
+    except ValueError as error:
+        hint = "" if flag == TEACHER else " (--variant is the teacher's: save a student without one)"
+        raise UsageError(f"{flag} {folder} does not load: {error}{hint}") from error
+    if found.variant != variant:
+        raise UsageError(
+            f"--variant {variant}: {folder} has no weights of it. Leave the flag out to load its plain ones."
+        )

@@ -1,17 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The student as a plain diffusers pipeline, and every argument it was made with."""
+"""The student as a plain diffusers pipeline, that loads with `from_pretrained` and nothing said."""
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import PreTrainedModel
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".msgpack", ".h5", ".onnx", ".pb")
+from utils.backbones.folder import MODELS, Part, index_of, load_whole, parts_of, quietly
+from utils.backbones.weights import copy_component
+from utils.command_line import UsageError
 
 
-def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, component: str, folder: Path) -> None:
     """Write the pipeline to a hidden folder in `folder`, the same file system, and then move its parts into place."""
     beside = folder / ".pipeline.partial"
     shutil.rmtree(beside, ignore_errors=True)
@@ -22,42 +27,60 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
             del config["_name_or_path"]
             config_file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     move_into(beside, folder)
+    load_back(folder, type(pipeline), component, getattr(pipeline, component))
 
 
-def save_student(args, denoiser: ModelMixin, component: str, folder: Path) -> None:
-    """Write `denoiser` in the pipeline of its teacher, whose other components are copied as files, byte for byte: what
+def save_student(
+    denoiser: ModelMixin, component: str, pipeline_class: type, parts: Mapping[str, Part], teacher: Path, folder: Path
+) -> None:
+    """Write `denoiser` in the pipeline of its `teacher`, whose other `parts` are copied as files, byte for byte: what
     transformers would write anew, other versions of it may not read."""
-    source = args.pretrained_model_name_or_path
-    if not Path(source).is_dir():
-        source = DiffusionPipeline.download(source, revision=args.revision, variant=args.variant)
     beside = folder / ".pipeline.partial"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    index = json.loads((Path(source) / "model_index.json").read_text())
-    for name, kind in index.items():
-        if isinstance(kind, list) and kind[0] is not None and name != component:
-            other = args.pretrained_vae_model_name_or_path if name == "vae" else None
-            if other and not Path(other).is_dir():
-                other = snapshot_download(other)
-            copy_component(Path(other or Path(source) / name), beside / name, None if other else args.variant)
-    shutil.copyfile(Path(source) / "model_index.json", beside / "model_index.json")
+    index = index_of(json.loads((teacher / "model_index.json").read_text()))
+    for name, part in parts.items():
+        copy_component(part.folder, beside / name, part.weights)
+        if issubclass(part.kind, PreTrainedModel):
+            _load_in_float32(beside / name / "config.json", part)
+        index[name] = [index[name][0] if isinstance(index.get(name), list) else None, part.kind.__name__]
+        if issubclass(part.kind, ModelMixin):
+            index[name][0] = "diffusers"  # another VAE may stand in for one that is listed otherwise
+    (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     denoiser.save_pretrained(beside / component, safe_serialization=True)
     move_into(beside, folder)
+    load_back(folder, pipeline_class, component, denoiser)
 
 
-def copy_component(source: Path, target: Path, variant: str | None) -> None:
-    """Copy a component's files; of its weights only the safetensors of `variant`, without that in their names, or
-    where there are none, the pickled ones."""
-    target.mkdir()
-    weights = {path for path in source.iterdir() if path.suffix in WEIGHT_SUFFIXES}
-    wanted = [path for path in weights if len(path.name.split(".")) == (3 if variant else 2)]
-    wanted = [path for path in wanted if variant is None or path.name.split(".")[1].split("-")[0] == variant]
-    for suffix in (".safetensors", ".bin"):
-        if chosen := [path for path in wanted if path.suffix == suffix]:
-            break
-    for path in source.iterdir():
-        if path.is_file() and (path not in weights or path in chosen):
-            shutil.copyfile(path, target / (path.name.replace(f".{variant}", "") if variant else path.name))
+def load_back(folder: Path, pipeline_class: type, component: str, denoiser: ModelMixin) -> None:
+    """Load each part of an export as a plain `from_pretrained` does, one at a time; compare the denoiser's tensors.
+
+    Raises:
+        RuntimeError: a part does not load, or the parts do not go together; says where the student's weights are.
+    """
+    try:
+        for name, kind in parts_of(folder, pipeline_class, f"--output_dir {folder}", needed=component).items():
+            if not issubclass(kind, MODELS):
+                kind.from_pretrained(folder / name)
+                continue
+            with quietly():
+                model = load_whole(kind, folder / name, f"--output_dir {folder}", pickled=None)
+            others = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32}
+            if others:
+                raise UsageError(f"its {name} loads in {others.pop()}, the {component} in float32")
+            if name == component:
+                ours, theirs = denoiser.state_dict(), model.state_dict()
+                if ours.keys() != theirs.keys() or not all(_equal(ours[key].cpu(), theirs[key]) for key in ours):
+                    raise UsageError(f"the tensors of its {component} are others than those that were saved")
+    except (OSError, ValueError) as error:
+        raise RuntimeError(
+            f"The student is written to {folder}, its own weights to {folder / component}, but it does not load back "
+            f"as a pipeline: {error}"
+        ) from error
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
 
 
 def move_into(source: Path, target: Path) -> None:
@@ -69,3 +92,25 @@ def move_into(source: Path, target: Path) -> None:
             shutil.rmtree(existing)
         entry.replace(existing)
     source.rmdir()
+
+
+def _load_in_float32(config_file: Path, part: Part) -> None:
+    """Say in a copied text encoder's config that it loads in float32, as diffusers loads the other parts whatever
+    their files are in; transformers alone would take the files' dtype, and the pipeline would hold two."""
+    config = json.loads(config_file.read_text())
+    said = config.get("dtype", config.get("torch_dtype"))
+    if said == "float32" or (said is None and not _half(part)):
+        return
+    config |= {"dtype": "float32", "torch_dtype": "float32"}  # the second is read by transformers 4
+    config_file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _half(part: Part) -> bool:
+    """Whether any of a part's tensors is of half precision, as far as can be read without loading."""
+    if part.weights.pickled:
+        return True
+    for path in part.weights.files:
+        with safe_open(path, framework="pt") as file:
+            if any(file.get_slice(name).get_dtype() in ("F16", "BF16") for name in file.keys()):
+                return True
+    return False

@@ -4,81 +4,34 @@
 Rombach et al. 2022; XL: Podell et al. 2023.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import inspect
+import logging
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from utils.backbones.base import Configs
-from utils.backbones.conditions import Prompts
-from utils.backbones.encoders import Frozen
+from utils.backbones.clip_prompts import ClipPrompts, check_text
+from utils.backbones.folder import Part
 from utils.backbones.latent import Latent
-from utils.backbones.loading import load_component, read_json_config
+from utils.backbones.loading import TEACHER, load_component, pipeline_class_name, read_json_config
 from utils.backbones.process import Diffusion
+from utils.command_line import UsageError
 from utils.students import blocks
 from utils.students.lora import add_lora, fuse_saved_lora
-from utils.students.sizes import model_size, model_table
+from utils.students.sizes import full_config, model_size, model_table, set_dropout
 
+logger = logging.getLogger(__name__)
 
-class ClipPrompts(Prompts):
-    """Prompts as Stable Diffusion's U-Net reads them: of one CLIP text encoder, or XL's two."""
-
-    def __init__(self, args, config, place):
-        """`config` is the U-Net's; `place` says on which device and in which dtype the encoders run."""
-        self.config, self.xl = config, config.addition_embed_type == "text_time"
-        self.micro_conditioning = self.xl
-        kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-        names = list(kinds)[: 1 + self.xl]
-        tokenizers = [
-            CLIPTokenizer.from_pretrained(
-                args.pretrained_model_name_or_path,
-                subfolder=name.replace("text_encoder", "tokenizer"),
-                revision=args.revision,
-            )
-            for name in names
-        ]
-        super().__init__(args, tokenizers, [Frozen(kinds[name], args, place, subfolder=name) for name in names])
-
-    def kept(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """XL's time ids (B, 6)."""
-        return {"time_ids": batch["time_ids"]} if self.xl else {}
-
-    def embed_tokens(self, input_ids: list[Tensor]) -> dict[str, Tensor]:
-        """`prompt_embeds` (B, T, D) and, for XL, `pooled` (B, P)."""
-        pairs = zip(self.encoders, input_ids, strict=True)
-        outputs = [encoder()(ids, output_hidden_states=self.xl) for encoder, ids in pairs]
-        if not self.xl:
-            return {"prompt_embeds": outputs[0][0]}
-        # XL reads the layer before the last of both, and the second encoder's pooled projection (Podell et al. 2023)
-        embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
-        return {"prompt_embeds": embeds, "pooled": outputs[-1][0]}
-
-    def keywords(self, text: dict[str, Tensor], rows: dict[str, Tensor]) -> dict[str, Any]:
-        """The U-Net's."""
-        condition = {"encoder_hidden_states": text["prompt_embeds"].float()}
-        if self.xl:
-            condition["added_cond_kwargs"] = {"text_embeds": text["pooled"].float(), "time_ids": rows["time_ids"]}
-        return condition
-
-    def pipeline_arguments(self, conditions: Sequence[str]) -> dict[str, Any]:
-        """Embeddings of the prompts and of as many empty ones, float32."""
-        text, empty = self.prompts(list(conditions)), self.prompts([""] * len(conditions))
-        arguments = {"prompt_embeds": text["prompt_embeds"], "negative_prompt_embeds": empty["prompt_embeds"]}
-        if self.xl:
-            arguments |= {"pooled_prompt_embeds": text["pooled"], "negative_pooled_prompt_embeds": empty["pooled"]}
-        return {name: value.float() for name, value in arguments.items()}
-
-    def example(self) -> dict[str, Any]:
-        """The U-Net's keywords for one sample."""
-        text = {"prompt_embeds": torch.zeros(1, self.tokenizers[0].model_max_length, self.config.cross_attention_dim)}
-        if self.xl:
-            pooled = self.config.projection_class_embeddings_input_dim - 6 * self.config.addition_time_embed_dim
-            text["pooled"] = torch.zeros(1, pooled)
-        return self.keywords(text, {"time_ids": torch.zeros(1, 6)})
+XL = "StableDiffusionXLPipeline"
+# a U-Net's config key -> what the pipelines here can honour, and what it is told otherwise
+TOLD_BY_OTHERS = {
+    "time_cond_proj_dim": ((None,), "the guidance scale, as distilled consistency models are"),
+    "encoder_hid_dim_type": ((None, "text_proj"), "an image"),
+    "addition_embed_type": ((None, "text_time"), "more of a text or image"),
+}
 
 
 class StableDiffusion(Latent):
@@ -89,6 +42,8 @@ class StableDiffusion(Latent):
         "in_channels out_channels cross_attention_dim addition_embed_type projection_class_embeddings_input_dim"
     ).split()
     flags = Latent.flags | {"student_preset"}
+    told = "teachers and students here are told a prompt alone"
+    vae_unread = (*Latent.vae_unread, "shift_factor")
     instead = {
         "pruning_ratio": "a Stable Diffusion U-Net is shortened, not narrowed. Give --student_preset "
         f"({', '.join(blocks.PRESETS)}) or --student_config"
@@ -100,9 +55,59 @@ class StableDiffusion(Latent):
         self.pipeline_class = diffusers.StableDiffusionXLPipeline if self.xl else diffusers.StableDiffusionPipeline
         super().__init__(args, teacher, process, configs)
         self.conditions = ClipPrompts(args, teacher.config, self.place)
-        scale = args.validation_guidance_scale
         side = configs.resolution
-        self.sampling_options = {"guidance_scale": 7.5 if scale is None else scale, "height": side, "width": side}
+        self.sampling_options = {"guidance_scale": self.guidance_scale(), "height": side, "width": side}
+
+    def guidance_scale(self) -> float:
+        """Of samples: what the flag says, else the stock pipeline's own; none for a teacher as the turbo models."""
+        if (given := self.args.validation_guidance_scale) is not None:
+            return given
+        if self.process.looks_guided_already():
+            flag = getattr(self.args, "called", {}).get("validation_guidance_scale", "validation_guidance_scale")
+            logger.warning(
+                f"The teacher predicts the noise, and its scheduler spaces timesteps from the last one on, as turbo "
+                f"models' do: samples are drawn without guidance. --{flag} gives them some."
+            )
+            return 0.0
+        return inspect.signature(self.pipeline_class.__call__).parameters["guidance_scale"].default
+
+    @classmethod
+    def parts_loaded(cls, pipeline_name: str) -> str:
+        """The names of the parts that training loads."""
+        second = " text_encoder_2 tokenizer_2" if pipeline_name == XL else ""
+        return f"vae text_encoder tokenizer{second}"
+
+    @classmethod
+    def check_denoiser(cls, config: dict, flag: str) -> None:
+        """Classes, and what else only other pipelines tell a U-Net."""
+        super().check_denoiser(config, flag)
+        for key, (known, what) in TOLD_BY_OTHERS.items():
+            if config[key] not in known:
+                raise UsageError(
+                    f"{flag}: the U-Net is told {what} ({key} is {config[key]}); {cls.told}. Choose another one."
+                )
+        if config["in_channels"] != config["out_channels"]:
+            raise UsageError(
+                f"{flag}: the U-Net has in_channels {config['in_channels']} and out_channels "
+                f"{config['out_channels']}; here it sees noisy latents alone (no inpainting, no editing) and "
+                "predicts no variance. Choose another one."
+            )
+
+    @classmethod
+    def check_more(cls, args, teacher: dict, student: dict, flag: str) -> None:
+        """A U-Net that is not its pipeline's."""
+        name = pipeline_class_name(args.pretrained_model_name_or_path, args.revision, TEACHER)
+        if (name == XL) != (teacher["addition_embed_type"] == "text_time"):
+            raise UsageError(
+                f"{TEACHER} {args.pretrained_model_name_or_path} is a {name}, but the addition_embed_type of its "
+                f"U-Net is {teacher['addition_embed_type']}: XL's is text_time, that of the others None."
+            )
+
+    @classmethod
+    def check_parts(cls, args, configs: Configs, parts: dict[str, Part]) -> None:
+        """The text encoders beside their tokenizers, and both beside the U-Net."""
+        unet = full_config(configs.teacher, UNet2DConditionModel)
+        check_text(unet, parts, f"{TEACHER} {args.pretrained_model_name_or_path}")
 
     @classmethod
     def student_config(cls, args, teacher: dict) -> tuple[str, dict]:
@@ -123,6 +128,7 @@ class StableDiffusion(Latent):
             config = args.student_preset or read_json_config(args.student_config, "--student_config")
             student, report = blocks.make_block_student(self.teacher, config, args.seed)
             table = report.table()
+        set_dropout(student, args.dropout)
         if args.lora_rank:
             count = add_lora(student, args.lora_rank, args.seed)
             table += f"\ntrainable: {count:,} parameters of LoRA adapters of rank {args.lora_rank}"

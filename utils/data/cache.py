@@ -2,7 +2,7 @@
 """Latents and prompt embeddings on disk: encoded once, read by every later epoch, run and process.
 
     cache.json                                   what it was made of, and whether it is complete
-    latents-<variant>-<block>.safetensors        latent_mean, latent_std, tokens ... of BLOCK rows, cropped one way
+    latents-<variant>-<block>.safetensors        latent_mean, tokens, replaced ... of BLOCK rows, cropped one way
     text-<block>.safetensors                     prompt_embeds ... of BLOCK different captions
     empty.safetensors                            the same of the empty prompt
 
@@ -15,19 +15,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from utils.command_line import UsageError
+from utils.data.cache_key import FORMAT, cache_settings
 from utils.data.rows import ImageRows, as_is, load_rows
-from utils.distributed import wait_for_everyone
-from utils.files import read_json, sha256, write_json, written_beside
+from utils.distributed import on_main_process, wait_for_everyone
+from utils.files import read_json, write_json, written_beside
 
 BLOCK = 256  # rows, or captions, a file
-FORMAT = 2  # of cache.json and the files beside it: counted up when one of them means something else
 
 
 def open_dataset(args, accelerator: Accelerator, backbone) -> Dataset:
@@ -37,10 +36,10 @@ def open_dataset(args, accelerator: Accelerator, backbone) -> Dataset:
         UsageError: as `load_rows`, `ImageRows` and `check_cache`.
     """
     if not (args.dataset_name or args.train_data_dir):
-        check_cache(args, accelerator, None, backbone)
+        on_main_process(accelerator, check_cache, args, accelerator, None, backbone)
         return CachedRows(Path(args.latent_cache_dir), backbone)
     dataset = ImageRows(
-        load_rows(args),
+        load_rows(args, args.train_split, split_flag="--train_split"),
         backbone.transform(args),
         args.seed,
         skip_bad_images=args.skip_bad_images,
@@ -48,7 +47,7 @@ def open_dataset(args, accelerator: Accelerator, backbone) -> Dataset:
         quiet=not accelerator.is_local_main_process,
     )
     if args.latent_cache_dir:
-        check_cache(args, accelerator, dataset, backbone)
+        on_main_process(accelerator, check_cache, args, accelerator, dataset, backbone)
     return dataset
 
 
@@ -58,10 +57,7 @@ def encoded_once(args, accelerator: Accelerator, dataset: Dataset, backbone) -> 
     if not args.latent_cache_dir or isinstance(dataset, CachedRows):
         return dataset
     folder = Path(args.latent_cache_dir)
-    if accelerator.is_main_process and not (folder / "cache.json").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "cache.json", {**cache_settings(args, accelerator, dataset, backbone), "complete": False})
-    wait_for_everyone(accelerator)
+    on_main_process(accelerator, _begin, args, accelerator, dataset, backbone)
     _encode_images(args, accelerator, dataset, backbone)
     wait_for_everyone(accelerator)
     _encode_captions(args, accelerator, backbone)
@@ -71,23 +67,6 @@ def encoded_once(args, accelerator: Accelerator, dataset: Dataset, backbone) -> 
     wait_for_everyone(accelerator)
     backbone.free_encoders()
     return CachedRows(folder, backbone)
-
-
-def cache_settings(args, accelerator: Accelerator, dataset: Dataset | None, backbone) -> dict:
-    """Everything that the content of a cache depends on; without the dataset, what is not the dataset's."""
-    data = {} if dataset is None else {"data": dataset.fingerprint(), "rows": len(dataset)}
-    return {
-        **data,
-        "format": FORMAT,
-        "encoders": _encoder_hash(args, ["vae", *backbone.conditions.components]),
-        "dtype": args.teacher_dtype or accelerator.mixed_precision,
-        "resolution": backbone.resolution,
-        "center_crop": args.center_crop,
-        "random_flip": args.random_flip,
-        **backbone.conditions.settings(),
-        "seed": args.seed,
-        "variants": args.cache_variants or 1,
-    }
 
 
 def check_cache(args, accelerator: Accelerator, dataset: Dataset | None, backbone) -> None:
@@ -154,7 +133,7 @@ class CachedRows(Dataset):
         captions = batch.pop("caption").tolist()
         text = self._text(captions) if self.tokenizers else {}
         numbers = torch.tensor([row for _, row in positions])
-        return {**batch, **text, "row": numbers, "replaced": torch.zeros_like(numbers, dtype=torch.bool)}
+        return {**batch, **text, "row": numbers}
 
     def _open(self, name: str) -> safe_open:
         if name not in self.handles:
@@ -177,6 +156,16 @@ def caption_key(tokens: list[torch.Tensor]) -> int:
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little") >> 1
 
 
+def _begin(args, accelerator: Accelerator, dataset: Dataset, backbone) -> None:
+    """Write down what the cache will be of; or check again what another run may have begun since it was checked."""
+    path = Path(args.latent_cache_dir) / "cache.json"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**cache_settings(args, accelerator, dataset, backbone), "complete": False})
+    elif not (read_json(path) or {}).get("complete"):
+        check_cache(args, accelerator, dataset, backbone)
+
+
 def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -> None:
     folder, variants = Path(args.latent_cache_dir), args.cache_variants or 1
     blocks = [(variant, block) for variant in range(variants) for block in range(-(-len(dataset) // BLOCK))]
@@ -194,11 +183,11 @@ def _encode_images(args, accelerator: Accelerator, dataset: Dataset, backbone) -
     )
     for positions, batch in zip(batches, loader, strict=True):
         batch.pop("row")
-        dataset.bad_rows.update(row for (_, row), bad in zip(positions, batch.pop("replaced"), strict=True) if bad)
+        replaced = batch.pop("replaced")
         tokens = {name: value for name, value in batch.items() if name.startswith("input_ids")}
         keys = [caption_key([ids[i] for ids in tokens.values()]) for i in range(len(positions))]
         encoded = _encoded(backbone, batch, "latents", args.train_batch_size)
-        pieces.append({**encoded, **tokens, "caption": torch.tensor(keys)})
+        pieces.append({**encoded, **tokens, "caption": torch.tensor(keys), "replaced": replaced})
         progress.update(len(positions))
         variant, last = positions[-1]
         if last + 1 == min((last // BLOCK + 1) * BLOCK, len(dataset)):
@@ -239,18 +228,6 @@ def _encoded(backbone, batch: dict[str, torch.Tensor], part: str, batch_size: in
     count = len(next(iter(batch.values())))
     filled = {name: value[torch.arange(batch_size) % count] for name, value in batch.items()}
     return {name: value[:count] for name, value in backbone.cache_rows(filled, (part,)).items()}
-
-
-def _encoder_hash(args, components: list[str]) -> str:
-    """Of the weight files of VAE and text encoders."""
-    digest = hashlib.sha256()
-    source = args.pretrained_model_name_or_path
-    if not Path(source).is_dir():
-        source = DiffusionPipeline.download(source, revision=args.revision, variant=args.variant)
-    for part in components:
-        for path in sorted((Path(source) / part).glob("*.safetensors")):
-            digest.update(bytes.fromhex(sha256(path)))
-    return f"{digest.hexdigest()[:16]} {args.pretrained_vae_model_name_or_path or ''}".strip()
 
 
 def _write(path: Path, pieces: list[dict[str, torch.Tensor]]) -> None:

@@ -7,6 +7,7 @@ batch_size on. Nothing else decides the order, so resuming is starting at anothe
 """
 
 import hashlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,6 +19,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from utils.command_line import UsageError
+from utils.data.columns import undecoded
+from utils.data.folders import BUILDER, folder_rows, is_image_folder
+from utils.data.images import UnreadableImage, file_content
 from utils.data.transforms import ImageTransform
 from utils.randomness import StepRandom, counter_hash, shuffled
 
@@ -27,59 +31,72 @@ if TYPE_CHECKING:
 HOLD_IN_MEMORY_BYTES = 256 * 2**20  # decoded sets up to this size are held as uint8; larger ones are decoded as read
 
 
-def load_rows(args, split: str = "train", *, split_flag: str | None = None) -> "datasets.Dataset":
-    """The dataset that the flags name, image column undecoded, cut to `--max_train_samples` for the train split.
-    `split_flag` is the flag that names the split, where there is one.
+def load_rows(args, split: str | None = None, *, split_flag: str | None = None) -> "datasets.Dataset":
+    """The dataset that the flags name, images undecoded, cut to `--max_train_samples` for the split that is trained
+    on. Without `split` a dataset's `train`, and of a folder of images all. `split_flag` is the flag that names the
+    split, where there is one.
 
     Raises:
         UsageError: none named, nothing there, no such split, or no such image column (named with those there are).
     """
-    import datasets
-
     name = args.dataset_name or args.train_data_dir
     if not name:
         raise UsageError("Give --dataset_name or --train_data_dir: images are needed here, a cache is not enough.")
     flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
-    if args.train_data_dir and not Path(name).is_dir():
-        raise UsageError(f"{flag} {name}: no such folder. Give a folder of images.")
-    if Path(name).is_dir() and not any(path.is_file() for path in Path(name).rglob("*")):
-        raise UsageError(f"{flag} {name}: the folder is empty.")
-    try:
-        if args.dataset_name:
-            splits = datasets.load_dataset(args.dataset_name, args.dataset_config_name)
-        else:
-            splits = datasets.load_dataset("imagefolder", data_dir=args.train_data_dir, drop_labels=True)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        kind = "a dataset" if args.dataset_name else "a folder of images (are there any?)"
-        raise UsageError(f"{flag} {name} cannot be loaded as {kind}: {error}") from error
-    if split not in splits:
-        raise UsageError(f"{split_flag or flag}: {name} has no split '{split}', only {', '.join(splits)}.")
-    rows = splits[split]
+    if args.train_data_dir:
+        rows = folder_rows(name, flag, split, split_flag)
+    elif not args.dataset_config_name and is_image_folder(name):
+        rows = folder_rows(name, flag, split or "train", split_flag)
+    else:
+        rows = _dataset_rows(args, split or "train", split_flag)
     if args.image_column not in rows.column_names:
         raise UsageError(
             f"--image_column {args.image_column}: {name} has no such column, only {', '.join(rows.column_names)}."
         )
     if len(rows) == 0:
-        raise UsageError(f"{flag} {name}: split '{split}' has no rows.")
+        raise UsageError(f"{flag} {name}: split '{split or 'train'}' has no rows.")
     limit = getattr(args, "max_train_samples", None)  # a flag of the training scripts alone
-    if split == "train" and limit:
+    if limit and (split or "train") == (getattr(args, "train_split", None) or "train"):
         rows = rows.select(range(min(limit, len(rows))))
-    for column, feature in rows.features.items():
-        if column == args.image_column or isinstance(feature, datasets.Image):
-            try:
-                rows = rows.cast_column(column, datasets.Image(decode=False))
-            except (ValueError, TypeError, NotImplementedError) as error:  # pyarrow's are among these
-                raise UsageError(f"--image_column {column}: {name} holds {feature} there, no images.") from error
-    return rows
+    return undecoded(rows, args.image_column, name)
+
+
+def _dataset_rows(args, split: str, split_flag: str | None) -> "datasets.Dataset":
+    """Of a dataset on the Hub, or of a local folder in its layout."""
+    import datasets
+
+    name, flag = args.dataset_name, "--dataset_name"
+    if Path(name).is_dir():
+        if not any(path.is_file() for path in Path(name).rglob("*")):
+            raise UsageError(f"{flag} {name}: the folder is empty.")
+        if not {*"*?[]"}.isdisjoint(str(Path(name).resolve())):
+            raise UsageError(
+                f"{flag} {name}: the datasets library takes * ? [ ] in a path for a pattern, and would read the files "
+                "of other folders. Rename the folder."
+            )
+    elif Path(name).is_file():
+        raise UsageError(f"{flag} {name} is a file. Give the folder it lies in.")
+    try:
+        splits = datasets.load_dataset(name, args.dataset_config_name)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise UsageError(f"{flag} {name} cannot be loaded as a dataset: {error}") from error
+    if split not in splits:
+        how = "" if split_flag else " Name one with --train_split."
+        raise UsageError(f"{split_flag or flag}: {name} has no split '{split}', only {', '.join(splits)}.{how}")
+    return splits[split]
 
 
 def fingerprint(rows: "datasets.Dataset") -> str:
-    """A short hash of a dataset's size, columns and 32 of its rows: the same for the same data wherever it lies."""
-    digest = hashlib.sha256(f"{len(rows)} {sorted(rows.column_names)}".encode())
+    """A short hash of a dataset's size, columns and 32 of its rows: the same for the same data wherever it lies, and
+    an unreadable image like an empty one. The classes that image files have by their folders are no part of it."""
+    named_by_folder = {"label"} if rows.info.builder_name == BUILDER else set()
+    columns = sorted(set(rows.column_names) - named_by_folder)
+    digest = hashlib.sha256(f"{len(rows)} {columns}".encode())
     for row in np.linspace(0, len(rows) - 1, num=min(32, len(rows)), dtype=int):
-        for column, value in sorted(rows[int(row)].items()):
-            is_file = isinstance(value, dict) and set(value) == {"bytes", "path"}
-            content = (value["bytes"] or Path(value["path"]).read_bytes()) if is_file else value
+        values = rows[int(row)]
+        for column in columns:
+            is_file = isinstance(values[column], dict) and set(values[column]) == {"bytes", "path"}
+            content = file_content(values[column]) if is_file else values[column]
             digest.update(f"{column}={content!r}".encode())
     return digest.hexdigest()[:16]
 
@@ -126,11 +143,11 @@ class ImageRows(Dataset):
         Raises:
             UsageError: the row is not an image that Pillow reads; named by row and, where it has one, path.
         """
-        for candidate in (*range(row, len(self)), *range(row)):
+        for candidate in itertools.chain(range(row, len(self)), range(row)):
             stored = self.rows[candidate]
             try:
                 return self.transform.decode(stored)
-            except (OSError, TypeError, AttributeError, ValueError) as error:  # a damaged file, or no image at all
+            except UnreadableImage as error:
                 self.bad_rows.add(candidate)
                 self.stand_ins[row] = (candidate + 1) % len(self)
                 if not self.skip_bad_images:
@@ -139,7 +156,8 @@ class ImageRows(Dataset):
                         f"row {self.numbers[candidate]} ({path}) cannot be decoded as an image: {error}. Mend or "
                         "remove it, or put the next good one in its place with --skip_bad_images."
                     ) from error
-        raise UsageError(f"none of the {len(self)} images can be decoded.")
+                last = error
+        raise UsageError(f"none of the {len(self)} images can be decoded; the last: {last}.")
 
     def __getitems__(self, positions: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """A batch: `pixels` uint8 (B, C, R, R), `row` int64 (B,), `replaced` bool (B,) where another row stands in."""

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """A row to tensors: the image decoded, resized, cropped and flipped; the caption of this epoch, tokenised."""
 
-import io
+import json
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from utils.command_line import UsageError
+from utils.data.images import BACKGROUND, UnreadableImage, read_image, upright_size
 
 if TYPE_CHECKING:
     import datasets
@@ -21,31 +23,56 @@ class ImageTransform:
 
     columns: tuple[str, ...] = ()  # what `batch` needs of a row besides the decoded image
 
-    def __init__(self, image_column: str, channels: int, resolution: int, center_crop: bool, random_flip: bool):
-        self.image_column = image_column
+    def __init__(
+        self,
+        image_column: str,
+        channels: int,
+        resolution: int,
+        center_crop: bool,
+        random_flip: bool,
+        *,
+        crop: Sequence[int] | None = None,
+        interpolation: str = "bilinear",
+        background: str | None = None,
+    ):
+        """`crop`: top, left, height and width of the box that stands for the whole picture, in pixels before it is
+        resized; `interpolation`: one of `utils.flags.INTERPOLATIONS`; `background`: the colour behind transparent
+        pixels."""
+        self.image_column, self.background = image_column, background or BACKGROUND
         self.mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
         self.resolution, self.center_crop, self.random_flip = resolution, center_crop, random_flip
-        self.turn_upright = True  # by a photo's EXIF tag, as viewers do
+        self.crop, self.interpolation = crop, interpolation
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what is made of a row, by name, of JSON's types: every field of this object, so that one
+        that is added later counts too. For the keys of caches."""
+        return json.loads(json.dumps(vars(self), default=str))
 
     def decode(self, row: dict) -> torch.Tensor:
         """Uint8 (C, H, W) with the shorter side at `resolution`.
 
         Raises:
-            OSError: the bytes are not an image.
+            UnreadableImage: there is no image, one whose values cannot be kept, or `crop` goes beyond it.
         """
-        stored = row[self.image_column]
-        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as image:
-            if self.turn_upright:
-                image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            image = image.convert(self.mode)
+        image = read_image(row[self.image_column], self.mode, self.background)
+        if self.crop:
+            image = self._cropped(image)
         if min(image.size) != self.resolution:
             scale = self.resolution / min(image.size)
             size = tuple(max(self.resolution, round(side * scale)) for side in image.size)
-            image = image.resize(size, Image.Resampling.BILINEAR)  # Pillow's bilinear filter antialiases
+            if size[0] * size[1] > (Image.MAX_IMAGE_PIXELS or math.inf):  # a line of pixels, or a damaged header
+                raise UnreadableImage(f"{image.width}x{image.height} pixels would become {size[0]}x{size[1]}")
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         array = np.array(image, dtype=np.uint8)
         return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+    def _cropped(self, image: Image.Image) -> Image.Image:
+        top, left, height, width = self.crop
+        if top + height > image.height or left + width > image.width:  # where Pillow would add black
+            raise UnreadableImage(
+                f"--crop {top} {left} {height} {width} goes beyond its {image.height} rows and {image.width} columns"
+            )
+        return image.crop((left, top, left + width, top + height))
 
     def augment(self, image: torch.Tensor, bits: int) -> torch.Tensor:
         """Crop (C, H, W) to a square and perhaps flip it. `bits` are 64 random ones: the lowest decides the flip, two
@@ -83,11 +110,17 @@ class CaptionedTransform(ImageTransform):
     """Adds `input_ids_0`, `input_ids_1` ... (B, T), one for each tokenizer, and with `micro_conditioning` SDXL's
     `time_ids` (B, 6): original height and width, top and left of the crop, height and width of the result."""
 
-    def __init__(self, *image_settings, caption_column: str, tokenizers: Sequence, micro_conditioning: bool):
-        super().__init__(*image_settings)
+    def __init__(
+        self, *image_settings, caption_column: str, tokenizers: Sequence, micro_conditioning: bool, **more_settings
+    ):
+        super().__init__(*image_settings, **more_settings)
         self.caption_column, self.tokenizers = caption_column, tokenizers
         self.micro_conditioning = micro_conditioning
         self.columns = (caption_column, self.image_column) if micro_conditioning else (caption_column,)
+
+    def settings(self) -> dict[str, Any]:
+        """As ImageTransform.settings, without the tokenizers: their files say what they are."""
+        return {name: value for name, value in super().settings().items() if name != "tokenizers"}
 
     def check(self, rows: "datasets.Dataset") -> None:
         """Raises UsageError where there are no captions."""
@@ -96,13 +129,7 @@ class CaptionedTransform(ImageTransform):
                 f"--caption_column {self.caption_column}: the dataset has no such column, only "
                 f"{', '.join(rows.column_names)}. A folder of images needs a metadata.jsonl with file_name and text."
             )
-        caption = rows.select_columns([self.caption_column])[0][self.caption_column]
-        one_of_them = caption[0] if isinstance(caption, list) and caption else caption
-        if not isinstance(one_of_them, str):
-            raise UsageError(
-                f"--caption_column {self.caption_column}: found {one_of_them!r} in the first row; a caption is a "
-                "string or a list of strings."
-            )
+        check_captions(rows.features[self.caption_column], self.caption_column)
 
     def batch(self, images, columns: dict[str, list], bits: np.ndarray) -> dict[str, torch.Tensor]:
         """As ImageTransform.batch, with tokens and time ids."""
@@ -122,13 +149,23 @@ class CaptionedTransform(ImageTransform):
 
     def _time_ids(self, image: torch.Tensor, stored: dict, bits: np.uint64) -> tuple[int, ...]:
         """Podell et al. 2023, section 2.2."""
-        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] else stored["path"]) as original:  # header only
-            turned = original.getexif().get(0x0112, 1) > 4  # an orientation that swaps the sides
-            width, height = original.size[::-1] if turned else original.size
+        width, height = upright_size(stored)
+        if self.crop:  # the box is the picture
+            height, width = self.crop[2:]
         top, left = self.crop_at(image, int(bits))
         if self.random_flip and int(bits) & 1:  # where the crop lies in the flipped image
             left = image.shape[-1] - self.resolution - left
         return height, width, top, left, self.resolution, self.resolution
+
+
+def check_captions(feature, column: str) -> None:
+    """Raises UsageError unless a column of this feature holds strings or lists of them. Of any row the caption may be
+    missing: None, an empty string or an empty list, which are all the empty prompt."""
+    kind = str(getattr(getattr(feature, "feature", feature), "dtype", feature))
+    if kind not in ("string", "large_string", "string_view"):
+        raise UsageError(
+            f"--caption_column {column}: found {feature} there; a caption is a string or a list of strings."
+        )
 
 
 def choose_caption(given: str | list[str] | None, bits: int) -> str:

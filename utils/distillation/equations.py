@@ -8,7 +8,13 @@ FINE_WEIGHT = {
     "linear": "step / steps",
     "cosine": "(1 - cos(pi * step / steps)) / 2",
 }
-CONVENTIONAL = {"mse": "mean (e_S - e_T)^2", "l1": "mean |e_S - e_T|", "huber": "mean huber(e_S - e_T)"}
+CONVENTIONAL = {
+    "mse": "mean (e_S - e_T)^2",
+    "l1": "mean |e_S - e_T|",
+    "huber": "mean huber(e_S - e_T)",
+    "log": "mean over samples of log(mean (e_S - e_T)^2)",
+}
+BALANCE = "(M / m)^{:g} in [1/20, 20]; m, M: running means of what it weighs, in the sample's 20th of time and in all"
 LINES = {  # elements that share a line b0 + b1 * e_S
     "error": "every {group_size} elements of a channel with similar |e_S - e_T|",
     "signed": "every {group_size} elements of a channel with similar e_S - e_T",
@@ -20,19 +26,26 @@ LINES = {  # elements that share a line b0 + b1 * e_S
 
 def equations(args: dict) -> tuple[list[str], str]:
     """The output loss line by line, none without one, and the weighted sum; `args` are the flags of either script."""
-    weights = {"diffusion": "lambda_task", "output": "lambda_kd_output", "feature": "lambda_kd_feat"}
+    task, output = args.get("task_balance", 0), args.get("timestep_balance", 0)
+    weights = {"u * diffusion" if task else "diffusion": "lambda_task"}
+    weights |= {"output": "lambda_kd_output", "feature": "lambda_kd_feat"}
     total = "loss   = " + " + ".join(f"{args[flag]:g} * {term}" for term, flag in weights.items() if args[flag])
+    balance = [f"u      = {BALANCE.format(task)}"] if task and args["lambda_task"] else []
     if not args["lambda_kd_output"]:
-        return [], total
+        return balance, total
+    balance += [f"v      = {BALANCE.format(output)}"] if output else []
+    mean = "mean v * " if output else "mean "
     if args.get("output_loss", "lift") != "lift":
-        return [f"output = {CONVENTIONAL[args['output_loss']]}"], total
+        distance = CONVENTIONAL[args["output_loss"]]
+        return [*balance, f"output = {distance.replace('mean ', mean, 1)}"], total
     elements = LINES[args.get("grouping") or args["coefficients"]].format(**args)
     scale = "" if args["coarse_scale"] == 1 else f"{args['coarse_scale']:g} * "
     lines = [
         f"e_T ~ b0 + b1 * e_S by least squares, one line for {elements}",
         "b1     = cov(e_S, e_T) / var(e_S),  b0 = mean(e_T) - b1 * mean(e_S)",
         f"coarse = {COARSE[args['coarse_norm']]}  (gradient through b0 and b1)",
-        "fine   = mean (b0 + b1 * e_S - e_T)^2  (b0 and b1 detached)",
+        *balance,
+        f"fine   = {mean}(b0 + b1 * e_S - e_T)^2  (b0 and b1 detached)",
         f"w      = {FINE_WEIGHT[args['weighting']]}",
         f"output = {scale}coarse + w * fine",
     ]

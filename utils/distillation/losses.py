@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Output distillation losses: LIFT, PLACE, and the conventional mse, l1 and huber.
+"""Output distillation losses: LIFT, PLACE, and the conventional mse, l1, huber and log.
 
 H. Han, S. Yeo, J. Yoo, "LIFT and PLACE", CVPR 2026, arXiv 2605.19729. e_S and e_T are what student and teacher
 predict for the same noisy input. A least-squares line e_T ~ b0 + b1 * e_S splits their difference into a coarse
@@ -12,7 +12,8 @@ part, which the line removes, and a fine part, which it leaves (var and cov are 
     L = L_coarse + w * L_fine
 
 LIFT fits one line per channel or sample, PLACE one per group of elements whose errors are alike. Means are per
-line and per element, so the loss keeps its scale when resolution or batch size change. The teacher gets no
+line and per element, so the loss keeps its scale when resolution or batch size change. With a `sample_weight` v (B,)
+the fine part is mean_b v_b * L_fine_b; coarse and w do not see it (`utils.distillation.balance`). The teacher gets no
 gradient. Low precision inputs are computed in float32, float64 stays float64, and nothing here waits for the device.
 
 Shape suffixes: B batch, C channel, N elements of a channel, G groups, K elements of one line, X one entry per
@@ -27,17 +28,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 OUTPUT_LOSSES = {"mse": F.mse_loss, "l1": F.l1_loss, "huber": F.huber_loss}
+OUTPUT_KINDS = (*OUTPUT_LOSSES, "log")
 
 
 class KDLoss(NamedTuple):
     """A scalar `loss` to call backward on, and detached statistics, all tensors on the device of the predictions."""
 
-    loss: Tensor  # () coarse_scale * coarse + weight * fine
+    loss: Tensor  # () coarse_scale * coarse + weight * fine, the fine part of every sample with its sample_weight
     coarse: Tensor  # () before coarse_scale
-    fine: Tensor  # () before weight
+    fine: Tensor  # () before weight and sample_weight
     weight: Tensor  # ()
     slope: Tensor  # b1: (B, C) or (B, 1) in LIFT, (B, C, G) in PLACE, () in output_loss
     intercept: Tensor  # b0: as slope
+    error: Tensor  # (B,) the fine part of each sample; its mean is `fine`
 
     def terms(self) -> dict[str, Tensor]:
         """The scalars worth logging, by name; slope and intercept as means over the lines."""
@@ -69,21 +72,23 @@ def lift_loss(
     coarse_norm: str = "l1",
     coarse_scale: float = 1.0,
     weight: float | Tensor | None = None,
+    sample_weight: Tensor | None = None,
     eps: float = 1e-8,
 ) -> KDLoss:
     """LIFT (arXiv 2605.19729): the equations above with one line per (sample, channel), or per sample.
 
     student_pred, teacher_pred (B, C, *S), any trailing shape S. `coefficients`: channel | sample. `coarse_norm`: l1,
     or l2 for mean (b1 - 1)^2 + mean b0^2; w keeps the l1 form and never sees `coarse_scale`. `weight`: None for the
-    adaptive w, otherwise the w to use; a tensor that requires grad is learned.
+    adaptive w, otherwise the w to use; a tensor that requires grad is learned. `sample_weight` (B,): see above.
     ValueError: shapes that differ, are empty or have fewer than 3 dimensions, dtypes that are not floating point,
-    fewer than 2 elements in a line, unknown options, a weight of more than one element.
+    fewer than 2 elements in a line, unknown options, a weight of more than one element, a sample_weight not (B,).
     """
     _check_choice("coefficients", coefficients, ("channel", "sample"))
     student, teacher = _checked(student_pred, teacher_pred.detach(), min_dims=3)
     if coefficients == "sample":  # one channel of C * N elements
         student, teacher = student.flatten(1).unsqueeze(1), teacher.flatten(1).unsqueeze(1)
-    return _line_loss([(student.flatten(2), teacher.flatten(2))], coarse_norm, coarse_scale, weight, eps)
+    pieces = [(student.flatten(2), teacher.flatten(2))]
+    return _line_loss(pieces, coarse_norm, coarse_scale, weight, sample_weight, eps)
 
 
 def place_loss(
@@ -95,6 +100,7 @@ def place_loss(
     coarse_norm: str = "l1",
     coarse_scale: float = 1.0,
     weight: float | Tensor | None = None,
+    sample_weight: Tensor | None = None,
     eps: float = 1e-8,
 ) -> KDLoss:
     """PLACE (arXiv 2605.19729): LIFT's equations with one line per group of `group_size` elements of a channel.
@@ -114,7 +120,7 @@ def place_loss(
         order_BCN = group_order(student_BCN, teacher_BCN, grouping)
         student_BCN, teacher_BCN = student_BCN.gather(-1, order_BCN), teacher_BCN.gather(-1, order_BCN)
     pieces = zip(in_groups(student_BCN, group_size), in_groups(teacher_BCN, group_size), strict=True)
-    return _line_loss(list(pieces), coarse_norm, coarse_scale, weight, eps)
+    return _line_loss(list(pieces), coarse_norm, coarse_scale, weight, sample_weight, eps)
 
 
 def group_sizes(elements: int, group_size: int) -> list[int]:
@@ -147,17 +153,26 @@ def in_groups(ordered_BCN: Tensor, group_size: int) -> list[Tensor]:
     return [*equal, last_BCK.unsqueeze(-2)]
 
 
-def output_loss(student_pred: Tensor, teacher_pred: Tensor, *, kind: str = "mse") -> KDLoss:
+def output_loss(
+    student_pred: Tensor, teacher_pred: Tensor, *, kind: str = "mse", sample_weight: Tensor | None = None
+) -> KDLoss:
     """Conventional output distillation, the mean of a distance per element: LIFT with the line fixed at (0, 1).
 
-    student_pred, teacher_pred of one shape, any. `kind`: mse | l1 | huber (delta 1).
-    ValueError: shapes that differ or are empty, dtypes that are not floating point, an unknown kind.
+    student_pred, teacher_pred (B, ...) of one shape. `kind`: mse | l1 | huber (delta 1) | log, the mean over samples
+    of log(mean squared error + 1e-8): each sample's gradient over its own error. `sample_weight` (B,): see above.
+    ValueError: shapes that differ or are empty, dtypes that are not floating point, an unknown kind, a sample_weight
+    not (B,).
     """
-    _check_choice("kind", kind, tuple(OUTPUT_LOSSES))
-    student, teacher = _checked(student_pred, teacher_pred.detach(), min_dims=0)
-    loss = OUTPUT_LOSSES[kind](student, teacher)
+    _check_choice("kind", kind, OUTPUT_KINDS)
+    student, teacher = _checked(student_pred, teacher_pred.detach(), min_dims=1)
+    distance = OUTPUT_LOSSES["mse" if kind == "log" else kind]
+    error_B = distance(student, teacher, reduction="none").reshape(len(student), -1).mean(1)
+    if kind == "log":
+        error_B = (error_B + 1e-8).log()
+    fine = error_B.mean() if kind == "log" else distance(student, teacher)
+    loss = _weighted(fine, error_B, sample_weight)
     zero, one = loss.new_zeros(()), loss.new_ones(())
-    return KDLoss(loss, coarse=zero, fine=loss.detach(), weight=one, slope=one, intercept=zero)
+    return KDLoss(loss, zero, fine.detach(), weight=one, slope=one, intercept=zero, error=error_B.detach())
 
 
 def _fit(student_XK: Tensor, teacher_XK: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -184,6 +199,7 @@ def _line_loss(
     coarse_norm: str,
     coarse_scale: float,
     weight: float | Tensor | None,
+    sample_weight: Tensor | None,
     eps: float,
 ) -> KDLoss:
     """L = L_coarse + w * L_fine over all lines; a piece is a pair (B, C, K) or (B, C, G, K), K its own."""
@@ -193,7 +209,9 @@ def _line_loss(
     tilt_X = slope_X - 1
     absolute = tilt_X.abs().mean() + intercept_X.abs().mean()
     coarse = absolute if coarse_norm == "l1" else tilt_X.square().mean() + intercept_X.square().mean()
-    fine = sum(r.square().sum() for r in residuals) / sum(r.numel() for r in residuals)
+    squares, elements = [r.square() for r in residuals], sum(r.numel() for r in residuals)
+    fine = sum(square.sum() for square in squares) / elements
+    error_B = sum(square.flatten(1).sum(1) for square in squares) / (elements // len(squares[0]))
 
     if weight is None:
         w = 1 - absolute.detach().clamp(max=1)
@@ -203,8 +221,19 @@ def _line_loss(
         w = weight.to(fine).reshape(())
     else:
         raise ValueError(f"weight: found shape {tuple(weight.shape)}; give a number or a tensor of one element")
-    loss = coarse_scale * coarse + w * fine
-    return KDLoss(loss, coarse.detach(), fine.detach(), w.detach(), slope_X.detach(), intercept_X.detach())
+    loss = coarse_scale * coarse + w * _weighted(fine, error_B, sample_weight)
+    statistics = (coarse, fine, w, slope_X, intercept_X, error_B)
+    return KDLoss(loss, *(value.detach() for value in statistics))
+
+
+def _weighted(mean: Tensor, error_B: Tensor, sample_weight: Tensor | None) -> Tensor:
+    """() `mean` itself without weights: a mean over samples of means rounds otherwise."""
+    if sample_weight is None:
+        return mean
+    if sample_weight.shape != error_B.shape:
+        found = f"found shape {tuple(sample_weight.shape)}"
+        raise ValueError(f"sample_weight: {found}; give one number a sample, {tuple(error_B.shape)}")
+    return (sample_weight * error_B).mean()
 
 
 def _patch_order(pred: Tensor, group_size: int) -> Tensor:

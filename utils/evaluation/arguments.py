@@ -8,7 +8,14 @@ from pathlib import Path
 
 from utils.command_line import ArgumentParser, Switch, UsageError, bundled, warn_of_idle_flags
 from utils.download_cache import use_download_cache
-from utils.flags import add_shared, check_not_negative, check_output_folder, check_positive
+from utils.flags import (
+    add_shared,
+    check_background,
+    check_crop,
+    check_not_negative,
+    check_output_folder,
+    check_positive,
+)
 
 PR_NEIGHBOURS = 5  # k of precision and recall, the paper's
 METRICS = {"fid": 2, "kid": 2, "pr": PR_NEIGHBOURS + 1, "is": 10, "clip": 2}  # -> the least samples; IS has 10 splits
@@ -26,7 +33,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     for add_group in (_samples, _sampling, _reference, _metrics, _cost, _output, _speed):
         add_group(parser)
     args = parser.parse_args(argv)
-    _check(args)
+    with parser.placed_errors():
+        _check(args)
     use_download_cache(args.cache_dir)
     warn_of_idle_flags(args, parser, _idle_flags(args))
     return args
@@ -40,7 +48,9 @@ def _samples(parser: argparse.ArgumentParser) -> None:
         pretrained_model_name_or_path={"help": "any diffusers pipeline, folder or Hub id; samples are drawn from it"},
     )
     group.add_argument(
-        "--images", type=bundled, help="or: a folder of images that exist, read with its subfolders in order of path"
+        "--images",
+        type=bundled,
+        help="or: a folder of images that exist, read with its subfolders in order of path, as --train_data_dir is",
     )
     group.add_argument(
         "--dtype",
@@ -72,6 +82,12 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--eta", type=float, help="noise of DDIM's steps: 0 none, 1 that of DDPM (default: the scheduler's, 0)"
     )
+    group.add_argument(
+        "--clip_sample",
+        choices=["true", "false"],
+        help="whether the scheduler clips its estimate of the clean image to [-1, 1] in every step (default: as its "
+        "config says, for the Hub's DDPMs true; false in the paper's pixel tables)",
+    )
     group.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: the pipeline's own)")
     group.add_argument("--height", type=int, help="pixels of a sample, where the pipeline takes it")
     group.add_argument("--width", type=int, help="pixels of a sample, where the pipeline takes it")
@@ -91,7 +107,7 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
 def _reference(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("reference: one of these five")
     add_shared(group, "dataset_name train_data_dir")
-    group.add_argument("--reference_images", type=bundled, help="or: a folder of images, read as they are")
+    group.add_argument("--reference_images", type=bundled, help="or: a folder of images, in their own size")
     group.add_argument(
         "--reference_stats", type=bundled, help="or: an .npz file of --save_stats, clean-fid or pytorch-fid"
     )
@@ -99,10 +115,22 @@ def _reference(parser: argparse.ArgumentParser) -> None:
     details = parser.add_argument_group("reference, details")
     add_shared(
         details,
-        "dataset_config_name split image_column resolution",
+        "dataset_config_name split image_column resolution crop image_interpolation_mode background skip_bad_images",
         resolution={
             "help": "bring samples and reference to this many pixels a side: shorter side resized, centre cut "
             "(default: images of a dataset to the size of the samples, files of a folder not at all)"
+        },
+        skip_bad_images={
+            "help": "leave out images that cannot be decoded, of --images and of the reference, and say how many; "
+            "default: stop and name the first"
+        },
+        crop={
+            "help": "top, left, height and width in pixels: the box of every reference image that stands for it, cut "
+            "before anything is resized, as in training (57 25 128 128 are CelebA's faces); samples are not cut"
+        },
+        image_interpolation_mode={
+            "help": "Pillow's filter for both, of which all but nearest antialias (default: bilinear; MS-COCO tables "
+            "of Stable Diffusion have bicubic)"
         },
     )
     details.add_argument("--max_reference_samples", type=int, help="use the first this many images")
@@ -213,6 +241,9 @@ def _check(args: argparse.Namespace) -> None:
     )
     check_positive(args, positive)
     check_not_negative(args, "dataloader_num_workers")
+    check_background(args)
+    if args.dataset_name:
+        args.split = args.split or "train"
     if not 0 <= args.seed < 2**32:
         raise UsageError(f"--seed is {args.seed}; it must lie from 0 to 2**32 - 1.")
     if args.eta is not None and not 0 <= args.eta <= 1:
@@ -237,6 +268,12 @@ def _check(args: argparse.Namespace) -> None:
             f"{', '.join(f'--{name}' for name in REFERENCES)}."
         )
     _check_metrics(args)
+    check_crop(args)
+    if args.crop and (args.reference_stats or args.cleanfid_stats):
+        raise UsageError(
+            "--crop cuts reference images, and statistics are of images as they were: give the images, or leave it "
+            "out."
+        )
     if args.cleanfid_stats and args.feature_extractor != "inception":
         raise UsageError(
             f"--cleanfid_stats are of inception's features, not of --feature_extractor {args.feature_extractor}."
@@ -297,7 +334,7 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
     """The table of `warn_of_idle_flags`."""
     samples_flags = (
         "revision variant dtype allow_pickle_weights num_inference_steps scheduler eta guidance_scale height width "
-        "class_labels keep_images compare_to"
+        "class_labels keep_images compare_to clip_sample"
     )
     return [
         (samples_flags, bool(args.images), "--pretrained_model_name_or_path"),
@@ -307,6 +344,11 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("max_reference_samples", bool(args.reference_stats or args.cleanfid_stats), "images as the reference"),
         ("cleanfid_res cleanfid_split", not args.cleanfid_stats, "--cleanfid_stats"),
         ("fid_mode inception_path", args.feature_extractor != "inception", "--feature_extractor inception"),
+        (
+            "image_interpolation_mode",
+            not args.resolution and bool(args.reference_images or args.reference_stats or args.cleanfid_stats),
+            "--resolution, or a dataset as the reference",
+        ),
         ("clip_model", "clip" not in args.metrics, "--metrics clip"),
         ("kid_subsets kid_subset_size", "kid" not in args.metrics, "--metrics kid"),
         ("compare_num_samples", not args.compare_to, "--compare_to"),

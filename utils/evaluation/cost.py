@@ -4,8 +4,6 @@
 import functools
 import gc
 import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tqdm.auto import tqdm
 
+from utils.devices import peak_process_memory
 from utils.evaluation.parallel import blocks, mapping
 from utils.evaluation.pipelines import denoiser_of
 from utils.evaluation.sampler import Sampler
@@ -148,5 +147,4 @@ def peak_memory(device: torch.device) -> int:
     mark = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
     if mark:
         return int(mark[1]) * 1024
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_process_memory()

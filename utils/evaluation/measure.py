@@ -52,7 +52,7 @@ def measure_images(
         else:
             features = extractor(batch)
         if clip is not None:
-            cosines = clip(batch, [prompts[index % len(prompts)] for index in indices])
+            cosines = clip(batch, [prompts[images.numbers[index] % len(prompts)] for index in indices])
         return [None if found is None else found.cpu().numpy() for found in (features, classes, cosines)]
 
     statistics, kept = FeatureStatistics(), ([], [], [])

@@ -11,6 +11,8 @@ from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from utils.command_line import UsageError
+from utils.devices import DTYPE_KEYWORD
+from utils.files import loaded_files
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -50,14 +52,16 @@ def load_pipeline(
         parts = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name, part in parts.items() if part == [None, None]}  # such as T5, left out of an SD3
         pipeline = DiffusionPipeline.from_pretrained(
-            folder, variant=variant, dtype=dtype, use_safetensors=None if pickled else True, **absent
+            folder, variant=variant, use_safetensors=None if pickled else True, **{DTYPE_KEYWORD: dtype}, **absent
         )
         if (folder / LORA).is_file():  # of a student whose adapters were not fused
             pipeline.load_lora_weights(folder, weight_name=LORA)
     except (OSError, ValueError, AttributeError, TypeError, RuntimeError, KeyError, SafetensorError) as error:
         hint = ""
+        if not variant and any(folder.rglob("*.fp16*.safetensors")):
+            hint = " If its weights are a variant alone, name it: --variant fp16."
         if not pickled and any(folder.rglob("*.bin")):
-            hint = " If its weights are pickled (.bin), --allow_pickle_weights loads them, weights only."
+            hint += " If its weights are pickled (.bin), --allow_pickle_weights loads them, weights only."
         raise UsageError(f"{flag} {folder} does not load: {error}{hint}") from error
     for name in ("safety_checker", "watermark"):
         if getattr(pipeline, name, None) is not None:
@@ -103,18 +107,35 @@ def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     pipeline.scheduler = scheduler
 
 
+def clips(scheduler) -> bool:
+    """Whether `clip_sample` is a setting of its class; in its config it may be a leftover of another's."""
+    return "clip_sample" in inspect.signature(type(scheduler).__init__).parameters
+
+
+def use_clip_sample(pipeline: DiffusionPipeline, clip: bool) -> None:
+    """Have the pipeline's scheduler clip its estimates of the clean image, or not.
+
+    Raises:
+        UsageError: the scheduler has no such setting.
+    """
+    scheduler = pipeline.scheduler
+    if not clips(scheduler):
+        raise UsageError(
+            f"--clip_sample has no effect: a {type(scheduler).__name__} does not clip. Leave it out, or add "
+            "--scheduler DDIMScheduler."
+        )
+    pipeline.scheduler = type(scheduler).from_config(scheduler.config, clip_sample=clip)
+
+
 def pipeline_files(folder: Path, pipeline: DiffusionPipeline, variant: str | None) -> list[Path]:
     """The files that `pipeline` was loaded from: configs, tokenizers, and one set of weights of each component."""
     files = [path for path in (folder / "model_index.json", folder / LORA) if path.is_file()]
     for name, part in pipeline.components.items():
         if part is None:
             continue
-        present = [path for path in (folder / name).glob("*") if path.is_file()]
+        present = loaded_files((folder / name).glob("*"), variant)
         if not present:  # the Hub's oldest pipelines have their model in the root
-            present = [*folder.glob("*config.json"), *folder.glob("diffusion_pytorch_model*")]
-        weights = [path for path in present if path.suffix == ".safetensors"]
-        weights = weights or [path for path in present if path.suffix == ".bin"]
-        plain = [path for path in weights if "." not in path.stem]
-        chosen = [path for path in weights if variant and f".{variant}" in path.name] or plain
-        files += [path for path in present if path in chosen or path.suffix in (".json", ".txt", ".model")]
+            root = (*folder.glob("*config.json"), *folder.glob("diffusion_pytorch_model*"))
+            present = loaded_files(root, variant)
+        files += present
     return sorted(set(files))

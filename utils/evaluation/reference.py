@@ -20,6 +20,8 @@ from utils.files import versions, written_beside
 from utils.metrics.extractors import extractor_identity
 from utils.metrics.statistics import FeatureStatistics
 
+FORMAT = 2  # of the cache: counted up when the same images and settings come to other numbers
+
 
 def open_reference(args, extractor) -> ImageSet | FeatureStatistics:
     """The images, or the statistics, that the flags name; nothing is computed yet.
@@ -43,15 +45,16 @@ def open_reference(args, extractor) -> ImageSet | FeatureStatistics:
         return statistics
     if args.cleanfid_stats:
         return _cleanfid_statistics(args)
+    settings = {"crop": args.crop, "interpolation": args.image_interpolation_mode, "background": args.background}
     if args.reference_images:
         paths = image_files(args.reference_images, "--reference_images", args.max_reference_samples)
-        return ImageSet.from_files(paths, "--reference_images")
+        return ImageSet.from_files(paths, "--reference_images", **settings)
     rows = load_rows(args, args.split, split_flag="--split")
     rows = rows.select(range(min(len(rows), args.max_reference_samples or len(rows))))
     if len(rows) < 2:
         raise UsageError(f"the reference has {len(rows)} image; a distance needs at least 2.")
     flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
-    return ImageSet(rows, flag, image_column=args.image_column)
+    return ImageSet(rows, flag, image_column=args.image_column, **settings)
 
 
 def _check_extractor(statistics: FeatureStatistics, extractor, args) -> None:
@@ -112,30 +115,24 @@ def measure_reference(reference, extractor, accelerator: Accelerator, args) -> t
         if args.cleanfid_stats:
             kind |= {"resolution": args.cleanfid_res, "split": args.cleanfid_split}
         return Measured(reference), {**kind, "count": reference.count, "made_with": reference.protocol}
-    quiet = not accelerator.is_local_main_process
+    quiet, transform = not accelerator.is_local_main_process, reference.transform
     content = reference.content_hash(quiet=quiet) if accelerator.is_main_process else None
-    resize = "shorter side, Pillow bilinear with antialiasing, then centre crop" if reference.cut else "none"
+    filtered = "bilinear with antialiasing" if transform.interpolation == "bilinear" else transform.interpolation
+    resize = f"shorter side, Pillow {filtered}, then centre crop" if reference.cut else "none"
     names = ("reference_images",)
     if not args.reference_images:
         names = ("dataset_name", "dataset_config_name", "train_data_dir", "split", "image_column")
     protocol = {
         **{name: getattr(args, name) for name in names if getattr(args, name)},
         "count": len(reference),
-        "resolution": reference.transform.resolution if reference.cut else None,
+        **({"crop": transform.crop} if transform.crop else {}),
+        "resolution": transform.resolution if reference.cut else None,
         "resize": resize,
         "sha256": content,
     }
     if not args.reference_images:
         protocol["fingerprint"] = fingerprint(reference.rows)
-    key = {
-        "content": content,
-        "resolution": protocol["resolution"],
-        "extractor": extractor.protocol,
-        "batch_size": args.batch_size,  # decides the last bits
-        "device": accelerator.device.type,
-        "versions": versions("torch", "pillow", "numpy"),
-    }
-    cached = _Cache(args.reference_cache_dir, key)
+    cached = _Cache(args.reference_cache_dir, cache_key(args, reference, content, extractor, accelerator.device.type))
     measured = cached.load(keeps_features(args)) if accelerator.is_main_process else None
     found = [measured is not None]
     broadcast_object_list(found)
@@ -146,6 +143,21 @@ def measure_reference(reference, extractor, accelerator: Accelerator, args) -> t
     if accelerator.is_main_process:
         measured.statistics.protocol = {"extractor": extractor.protocol, "reference": protocol}
     return measured, protocol
+
+
+def cache_key(args, reference: ImageSet, content: str | None, extractor, device: str) -> dict:
+    """All that the measured numbers depend on: `content`, the hash of the images' bytes; how they are read, by every
+    field of the transform; what measures them."""
+    read = {name: value for name, value in reference.transform.settings().items() if name != "image_column"}
+    return {
+        "format": FORMAT,
+        "content": content,
+        "read": {**read, "cut": reference.cut},
+        "extractor": extractor.protocol,
+        "batch_size": args.batch_size,  # decides the last bits
+        "device": device,
+        "versions": versions("torch", "pillow", "numpy"),
+    }
 
 
 class _Cache:

@@ -22,7 +22,9 @@ LABELS = {  # key in metrics.json -> (with Inception features, with others), eac
     "clip_score": ("CLIP score, higher is better",) * 2,
 }
 # what of a sampler's protocol another model must share for its numbers to compare
-SAMPLING = "num_inference_steps scheduler eta guidance_scale height width class_labels prompts dtype seed".split()
+SAMPLING = (
+    "num_inference_steps scheduler clip_sample eta guidance_scale height width class_labels prompts dtype seed".split()
+)
 COSTS = {  # key in metrics.json -> (label, factor, unit)
     "parameters": ("parameters of the denoiser", 1, ""),
     "parameters_of_pipeline": ("parameters of the pipeline", 1, ""),
@@ -124,7 +126,9 @@ def _conditions(protocol: dict) -> dict:
         **{key: samples.get(key) for key in SAMPLING},
         "num_reference_images": reference["count"],
         "reference_resolution": reference.get("resolution"),
+        "reference_crop": reference.get("crop"),
         "resolution": samples.get("resolution"),
+        "interpolation": samples.get("interpolation"),
         "feature_extractor": f"{extractor['name']}, {extractor['kind']}, {extractor['resize']}",
     }
     return {key: value for key, value in conditions.items() if value is not None}

@@ -17,7 +17,8 @@ import torch
 from diffusers import DiffusionPipeline
 
 from utils.command_line import UsageError
-from utils.evaluation.pipelines import denoiser_of
+from utils.data.transforms import check_captions, choose_caption
+from utils.evaluation.pipelines import clips, denoiser_of
 from utils.flags import read_prompts_file
 from utils.randomness import VALIDATION_STREAM, seed_from
 
@@ -121,6 +122,7 @@ class Sampler:
         return {
             "pipeline": self.name,
             "scheduler": type(scheduler).__name__,
+            "clip_sample": scheduler.config.clip_sample if clips(scheduler) else None,
             "scheduler_config": {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")},
             **{name: self._default(name) for name in ("num_inference_steps", "guidance_scale", "height", "width")},
             "eta": step_takes["eta"].default if self.eta is None and "eta" in step_takes else self.eta,
@@ -229,13 +231,9 @@ def read_prompts(args, reference) -> list[str] | None:
                 f"--caption_column {args.caption_column}: the dataset has no such column, only "
                 f"{', '.join(reference.rows.column_names)}."
             )
-        prompts = []
-        for row, value in enumerate(reference.rows.select_columns(args.caption_column)):
-            value = value[args.caption_column]
-            value = value[0] if isinstance(value, list) and value else value  # of several captions, the first
-            if not isinstance(value, str):
-                raise UsageError(f"--caption_column {args.caption_column}: row {row} holds {value!r}, no prompt.")
-            prompts.append(value)
+        check_captions(reference.rows.features[args.caption_column], args.caption_column)
+        captions = reference.rows.select_columns(args.caption_column)
+        prompts = [choose_caption(row[args.caption_column], 0) for row in captions]  # of several, the first
     elif args.prompts:
         return read_prompts_file(args.prompts)
     else:

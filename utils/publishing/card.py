@@ -69,7 +69,7 @@ def card_for_hub(folder: Path, repo_id: str) -> str | None:
     facts = _facts(folder)
     if facts and not _edited(folder, facts):
         return render(folder, facts, repo_id)
-    return (folder / "README.md").read_text() if (folder / "README.md").exists() else None
+    return (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").exists() else None
 
 
 def render(folder: Path, facts: dict, name: str) -> str:
@@ -188,5 +188,10 @@ def _recipe(args: dict) -> str:
             lines.append(f"# --{name}")
         else:
             words = [] if value is True else value if isinstance(value, list) else [value]
-            lines.append(" ".join([f"--{name}", *(shlex.quote(str(word)) for word in words)]))
+            lines.append(" ".join([f"--{name}", *(_quoted(str(word)) for word in words)]))
     return "\n".join(lines)
+
+
+def _quoted(word: str) -> str:
+    """As a recipe reads it: a value that begins with @ has two."""
+    return shlex.quote(f"@{word}" if word.startswith("@") and shlex.quote(word) == word else word)

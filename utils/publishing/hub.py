@@ -20,6 +20,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
 from utils.command_line import ArgumentParser, UsageError, run
+from utils.files import is_stray
 from utils.flags import add_hub_arguments
 from utils.publishing.card import card_for_hub
 from utils.publishing.model_index import without_paths
@@ -143,7 +144,7 @@ def operations(folder: Path, repo_id: str) -> list[CommitOperationAdd]:
     components = [name for name, entry in index.items() if isinstance(entry, list)]
     paths = [folder / name for name in FILES]
     paths += sorted(path for name in components for path in (folder / name).rglob("*"))
-    added = {str(path.relative_to(folder)): path for path in paths if path.is_file()}
+    added = {path.relative_to(folder).as_posix(): path for path in paths if path.is_file() and not is_stray(path)}
     for name in RECORDS:
         if (folder / name).exists():
             record = without_paths(json.loads((folder / name).read_text()))

@@ -63,7 +63,10 @@ def student_config(teacher_config: Mapping[str, Any], preset: str) -> dict[str, 
         reason = _misfit(teacher_config, PRESETS[preset])
     if reason:
         fitting = ", ".join(presets_for(teacher_config)) or "none"
-        raise UsageError(f"--student_preset {preset} does not fit this teacher: {reason}. Those that fit: {fitting}.")
+        raise UsageError(
+            f"--student_preset {preset} does not fit this teacher: {reason}. Those that fit: {fitting}; any other "
+            "smaller UNet2DConditionModel is given by its config.json with --student_config."
+        )
     return {"_class_name": "UNet2DConditionModel", **_shortened(teacher_config, PRESETS[preset])}
 
 
@@ -82,7 +85,8 @@ def _misfit(config: Mapping[str, Any], preset: Preset) -> str:
         return f"the preset drops the innermost stage, and there is only {len(widths)}"
     if not preset.innermost_stage and widths[-1] != widths[-2]:  # the first up block's input changes its width
         return f"the preset drops the innermost stage, whose width {widths[-1]} is not {widths[-2]}, the next one's"
-    deepest, most = _deepest(config["transformer_layers_per_block"]), preset.max_transformer_layers
+    deepest = max(_deepest(config[f"{way}transformer_layers_per_block"] or 0) for way in ("", "reverse_"))  # down, up
+    most = preset.max_transformer_layers
     if deepest <= most < math.inf:
         return f"the preset leaves {most} transformer layers of an attention, which has at most {deepest}"
     drops_mid = not preset.mid_block and config["mid_block_type"] is not None

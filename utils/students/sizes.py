@@ -150,6 +150,18 @@ def model_table(teacher: ModelSize | None, student: ModelSize) -> str:
     return "\n".join(f"{label:<16}" + "".join(f"{cell:>28}" for cell in cells) for label, cells in rows.items())
 
 
+def set_dropout(model: ModelMixin, dropout: float | None) -> None:
+    """Give `model` the dropout that its class gives a model whose config says `dropout`; None leaves it as it is."""
+    if dropout is None:
+        return
+    with torch.device("meta"):  # which of its layers a config's dropout is of, diffusers alone knows
+        twin = type(model)(**{**full_config(model.config, type(model)), "dropout": dropout})
+    for name, layer in twin.named_modules():
+        if isinstance(layer, torch.nn.Dropout):
+            model.get_submodule(name).p = layer.p
+    model.register_to_config(dropout=dropout)
+
+
 @dataclass(frozen=True)
 class WidthReport:
     """Sizes, and tensor names: the student's `sliced`, `copied`, `refitted` and `fresh`, the teacher's `dropped`.

@@ -16,6 +16,8 @@ from utils.download_cache import use_download_cache
 from utils.flags import (
     add_hub_arguments,
     add_shared,
+    check_background,
+    check_crop,
     check_data,
     check_group_size,
     check_not_negative,
@@ -24,6 +26,7 @@ from utils.flags import (
 )
 from utils.output_dir import wanted_checkpoint
 
+MAX_TRAIN_STEPS = 100_000
 DEFAULT_RECIPE = "assets/default.args"
 RENAMED = {"--validation_images": "--validation_shown_samples"}
 STUDENTS = ("pruning_ratio", "student_preset", "student_config", "student_model_name_or_path")
@@ -57,7 +60,8 @@ def parse_args(
                 flush=True,
             )
         args = parser.parse_args([f"@{DEFAULT_RECIPE}", *argv])
-    _check(args)
+    with parser.placed_errors():
+        _check(args)
     use_download_cache(args.cache_dir)
     warn_of_idle_flags(args, parser, _idle_flags(args))
     return args
@@ -108,6 +112,19 @@ def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
         "on real images (taylor, as Diff-Pruning), the largest weights, or random new weights",
     )
     group.add_argument(
+        "--taylor_timesteps",
+        type=int,
+        help="timesteps that the scores of --student_init taylor are summed over, spread evenly over the schedule; "
+        "the authors take all 1000. Default: up to 20, ending before the first whose loss is under 5 %% of the "
+        "largest (Diff-Pruning's rule)",
+    )
+    group.add_argument(
+        "--dropout",
+        type=float,
+        help="the student's dropout while it trains, in [0, 1), kept in its config; the teacher always runs without. "
+        "Default: as its config says, which a pruned student has from its teacher",
+    )
+    group.add_argument(
         "--lora_rank",
         type=int,
         help="train only LoRA adapters of this rank on the student's attention; saved as "
@@ -118,12 +135,21 @@ def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
 
 def _data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
-    add_shared(group, "dataset_name dataset_config_name train_data_dir image_column caption_column resolution")
+    add_shared(
+        group,
+        "dataset_name dataset_config_name train_data_dir image_column caption_column resolution crop "
+        "image_interpolation_mode",
+    )
+    group.add_argument(
+        "--train_split",
+        help="split of the dataset to train on (default: train), or a subfolder of --train_data_dir (default: all of "
+        "it)",
+    )
     group.add_argument("--center_crop", action=Switch, help="crop the centre; default: a random place")
     group.add_argument("--random_flip", action=Switch, help="flip half of the images left to right")
     add_shared(
         group,
-        "skip_bad_images dataloader_num_workers",
+        "background skip_bad_images dataloader_num_workers",
         dataloader_num_workers={
             "help": "processes that decode images (default: 0, the training process; sets under 256 MiB are decoded "
             "once and held, and need none)"
@@ -154,30 +180,36 @@ def _loss(parser: argparse.ArgumentParser) -> None:
         "loss: lambda_task * diffusion + lambda_kd_output * output + lambda_kd_feat * feature"
     )
     group.add_argument(
-        "--lambda_task", type=float, default=1.0, help="weight of the diffusion loss (default: 1, the paper's)"
+        "--lambda_task",
+        type=float,
+        default=1.0,
+        help="weight of the diffusion loss (default: 1; DiT aside, the paper's)",
     )
     group.add_argument(
         "--lambda_kd_output",
         type=float,
         default=1.0,
-        help="weight of the output distillation loss (default: 1, the paper's); with both distillation weights 0 the "
-        "teacher never runs",
+        help="weight of the output distillation loss (default: 1, the paper's but for DiT); with both distillation "
+        "weights 0 the teacher never runs",
     )
     group.add_argument(
         "--lambda_kd_feat",
         type=float,
         default=0.0,
-        help="weight of the feature loss on matching blocks (default: 0, off; the paper's rows use about 1 in this "
-        "per-element form)",
+        help="weight of the feature loss on matching blocks (default: 0, off). The paper's rows in this per-element "
+        "form: 1 for Stable Diffusion, but 4.7e-5 for CelebA-64, 3.0e-5 for Bedroom-256, 6.6e-5 for CIFAR-10",
     )
     group.add_argument(
         "--coarse_norm",
         choices=["l1", "l2"],
         default="l1",
-        help="of (slope - 1) and intercept (default: l1, the paper's)",
+        help="of (slope - 1) and intercept (default: l1, the paper's but for DiT)",
     )
     group.add_argument(
-        "--coarse_scale", type=float, default=1.0, help="weight of the coarse term (default: 1, the paper's)"
+        "--coarse_scale",
+        type=float,
+        default=1.0,
+        help="weight of the coarse term (default: 1, the paper's equation)",
     )
     group.add_argument(
         "--weighting",
@@ -187,10 +219,28 @@ def _loss(parser: argparse.ArgumentParser) -> None:
         "cosine rise from 0 to 1 over the run",
     )
     group.add_argument(
+        "--timestep_balance",
+        type=float,
+        metavar="P",
+        default=0.0,
+        help="divide a sample's output loss (of LIFT and PLACE the fine part) by the P-th power of its running mean "
+        "in that twentieth of the schedule, over the mean of all: at 1 all noise levels count alike (default: 0, off, "
+        "the paper's)",
+    )
+    group.add_argument(
+        "--task_balance", type=float, metavar="P", default=0.0, help="the same of the diffusion loss (default: 0, off)"
+    )
+    group.add_argument(
         "--noise_offset",
         type=float,
         default=0.0,
         help="add this much noise that is one value a channel, so that images may be darker or brighter (default: 0)",
+    )
+    group.add_argument(
+        "--input_perturbation",
+        type=float,
+        default=0.0,
+        help="noise in the input that the target does not know of, as a share of the noise; 0.1 is usual (default: 0)",
     )
     group.add_argument(
         "--snr_gamma", type=float, help="min-SNR weighting of the diffusion loss alone; 5 is usual, default: off"
@@ -198,13 +248,18 @@ def _loss(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--antithetic_timesteps",
         action=Switch,
-        help="draw timesteps in pairs (t, T - 1 - t), as DDIM and the paper do on CelebA: a steadier loss",
+        help="draw timesteps in pairs (t, T - 1 - t), as DDIM and the authors do in pixels: a steadier loss",
     )
 
 
 def _optimisation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimisation")
-    group.add_argument("--max_train_steps", type=int, default=100_000, help="optimizer steps (default: 100000)")
+    group.add_argument(
+        "--max_train_steps", type=int, default=MAX_TRAIN_STEPS, help="optimizer steps (default: 100,000)"
+    )
+    group.add_argument(
+        "--num_train_epochs", type=float, help="or: how often every image is seen, from which the steps are counted"
+    )
     group.add_argument(
         "--train_batch_size", type=int, default=64, help="images per process and micro-step (default: 64)"
     )
@@ -213,20 +268,34 @@ def _optimisation(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--optimizer", choices=["adamw", "adam"], default="adamw", help="default: adamw")
     group.add_argument("--use_8bit_adam", action=Switch, help="8-bit AdamW or Adam of bitsandbytes (CUDA)")
-    group.add_argument("--learning_rate", type=float, default=2e-4, help="peak rate (default: 2e-4, the paper's)")
+    group.add_argument("--learning_rate", type=float, default=2e-4, help="default: 2e-4, the paper's for CelebA")
+    group.add_argument(
+        "--scale_lr",
+        action=Switch,
+        help="multiply --learning_rate by the images of a step: batch size, accumulated, of all processes",
+    )
     group.add_argument(
         "--lr_scheduler",
         default="constant",
         choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
-        help="default: constant, the paper's",
+        help="default: constant, the paper's but for DiT",
     )
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps to reach the peak (default: 0)")
     group.add_argument("--adam_beta1", type=float, default=0.9, help="default: .9")
     group.add_argument("--adam_beta2", type=float, default=0.999, help="default: .999")
-    group.add_argument("--adam_weight_decay", type=float, default=0.0, help="default: 0, the paper's")
+    group.add_argument(
+        "--adam_weight_decay",
+        type=float,
+        default=0.0,
+        help="default: 0, the paper's for pixels; its Stable Diffusion rows have 1e-2",
+    )
     group.add_argument("--adam_epsilon", type=float, default=1e-8, help="default: 1e-8")
     group.add_argument(
-        "--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm (default: 1, the paper's)"
+        "--max_grad_norm",
+        type=float,
+        default=1.0,
+        help="clip the gradient to this norm, 0 for not at all (default: 1, the authors' for Stable Diffusion; their "
+        "pixel runs clip another form of the loss, or not at all: docs/paper.md)",
     )
     group.add_argument(
         "--use_ema",
@@ -234,6 +303,12 @@ def _optimisation(parser: argparse.ArgumentParser) -> None:
         help="average the weights over steps; samples, distances and the export then use the average",
     )
     group.add_argument("--ema_decay", type=float, default=0.9999, help="of the average per step (default: .9999)")
+    group.add_argument(
+        "--ema_inv_gamma",
+        type=float,
+        help="let the decay grow up to --ema_decay as 1 - (1 + step / inv_gamma) ** -power (default: off, and then 1)",
+    )
+    group.add_argument("--ema_power", type=float, help="of that growth (default: off, and then .75)")
     add_shared(group, "seed")
 
 
@@ -275,7 +350,8 @@ def _output(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--report_to",
         default="tensorboard",
-        help="tensorboard, wandb or any tracker accelerate knows, several with commas, or none (default: tensorboard)",
+        help="tensorboard, wandb or any tracker accelerate knows, several with commas, all that are "
+        "installed, or none (default: tensorboard)",
     )
     group.add_argument("--tracker_project_name", default="lift-and-place", help="default: lift-and-place")
     group.add_argument(
@@ -313,7 +389,10 @@ def _validation(parser: argparse.ArgumentParser) -> None:
         "--validation_prompts", nargs="+", help="for text-to-image students; default: the first images' captions"
     )
     group.add_argument(
-        "--validation_guidance_scale", type=float, help="classifier-free guidance of samples (default: 7.5, SD's)"
+        "--validation_guidance_scale",
+        type=float,
+        help="classifier-free guidance of samples, 0 for none (default: the stock pipeline's own, 7.5 or, for XL, 5; "
+        "none where the teacher's scheduler is as a turbo model's)",
     )
     group.add_argument("--validation_num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
     group.add_argument(
@@ -326,26 +405,29 @@ def _validation(parser: argparse.ArgumentParser) -> None:
         "--validation_num_samples", type=int, default=2048, help="samples for that distance (default: 2048)"
     )
     group.add_argument("--validation_batch_size", type=int, default=128, help="sampled at once (default: 128)")
-    group.add_argument("--validation_split", default="train", help="dataset split of the real images (default: train)")
+    group.add_argument("--validation_split", help="split of the real images (default: that of --train_split)")
 
 
 def _check(args: argparse.Namespace) -> None:
     """Raises UsageError for values out of range and for flags that contradict each other."""
     positive = (
         "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
-        "max_grad_norm snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit "
-        "validation_steps validation_num_inference_steps validation_num_samples validation_guidance_scale "
-        "validation_batch_size max_train_minutes num_cpu_threads lora_rank cache_variants"
+        "snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit validation_steps "
+        "validation_num_inference_steps validation_num_samples validation_batch_size max_train_minutes "
+        "num_cpu_threads lora_rank cache_variants num_train_epochs ema_inv_gamma ema_power taylor_timesteps"
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
-        "coarse_scale noise_offset validation_shown_samples"
+        "max_grad_norm coarse_scale timestep_balance task_balance noise_offset input_perturbation "
+        "validation_shown_samples validation_guidance_scale"
     )
     check_positive(args, positive)
     check_not_negative(args, not_negative)
     for name in ("adam_beta1", "adam_beta2", "ema_decay"):
         if not 0 <= getattr(args, name) < 1:
             raise UsageError(f"--{name} is {getattr(args, name)}; it must lie in [0, 1).")
+    if args.dropout is not None and not 0 <= args.dropout < 1:
+        raise UsageError(f"--dropout is {args.dropout}; it must lie in [0, 1).")
     check_group_size(args)
     if args.pruning_ratio is not None and not 0 < args.pruning_ratio < 1:
         raise UsageError(f"--pruning_ratio is {args.pruning_ratio}; it must lie between 0 and 1, both excluded.")
@@ -367,9 +449,27 @@ def _check(args: argparse.Namespace) -> None:
             )
     if not (args.lambda_task or args.lambda_kd_output or args.lambda_kd_feat):
         raise UsageError("--lambda_task, --lambda_kd_output and --lambda_kd_feat are all 0: nothing to train on.")
+    if args.num_train_epochs and args.max_train_steps != MAX_TRAIN_STEPS:
+        raise UsageError(
+            f"Give one of --num_train_epochs and --max_train_steps; found both ({args.num_train_epochs:g} and "
+            f'{args.max_train_steps:,}). A recipe\'s is undone by --max_train_steps "".'
+        )
     check_data(args, or_none=bool(args.latent_cache_dir))
+    check_background(args)
+    check_crop(args)
+    if args.train_data_dir and args.validation_split not in (None, "train") and not args.train_split:
+        raise UsageError(
+            f"--validation_split {args.validation_split} is a part of --train_data_dir, and all of it is trained on: "
+            "give --train_split, the subfolder to train on."
+        )
     if getattr(args, "grouping", None) == "patch" and math.isqrt(args.group_size) ** 2 != args.group_size:
         raise UsageError(f"--group_size is {args.group_size}; --grouping patch needs a square number, such as 16.")
+
+    if args.timestep_balance and getattr(args, "output_loss", None) == "log":
+        raise UsageError(
+            f"--timestep_balance {args.timestep_balance}: --output_loss log divides every sample's error by itself "
+            "already, and a logarithm has no mean to divide by. Leave one of the two out."
+        )
 
     output_dir = Path(args.output_dir)
     if args.resume_from_checkpoint and args.overwrite_output_dir:
@@ -405,14 +505,20 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
     line_flags = "coefficients coarse_norm coarse_scale weighting group_size grouping"
     return [
         ("student_init", args.pruning_ratio is None, "--pruning_ratio"),
+        (
+            "taylor_timesteps",
+            args.pruning_ratio is None or args.student_init != "taylor",
+            "--pruning_ratio and --student_init taylor",
+        ),
         ("revision variant teacher_dtype", not args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"),
-        ("ema_decay", not args.use_ema, "--use_ema"),
+        ("ema_decay ema_inv_gamma ema_power", not args.use_ema, "--use_ema"),
         ("fuse_lora", not args.lora_rank, "--lora_rank"),
-        (f"output_loss {line_flags}", not args.lambda_kd_output, "--lambda_kd_output above 0"),
+        (f"output_loss timestep_balance {line_flags}", not args.lambda_kd_output, "--lambda_kd_output above 0"),
         (line_flags, getattr(args, "output_loss", "lift") != "lift", "--output_loss lift"),
-        ("snr_gamma", not args.lambda_task, "--lambda_task above 0"),
+        ("snr_gamma task_balance", not args.lambda_task, "--lambda_task above 0"),
         ("lr_warmup_steps", args.lr_scheduler == "constant", "an --lr_scheduler with a warm-up"),
         ("dataset_config_name", not args.dataset_name, "--dataset_name"),
+        ("train_split", not (args.dataset_name or args.train_data_dir), "--dataset_name or --train_data_dir"),
         (
             "validation_num_samples validation_batch_size validation_split",
             not args.validation_feature_extractor,

@@ -5,6 +5,7 @@ A checkpoint is a folder of safetensors and one JSON file, no pickle. It is comp
 `state.json` holds the SHA-256 of every other file. With `utils.randomness` it is all there is to a run's state.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -23,9 +24,13 @@ from utils.distributed import wait_for_everyone
 from utils.files import sha256
 from utils.output_dir import complete_checkpoints, step_of, wanted_checkpoint
 from utils.training.log import RunLog
+from utils.training.schedules import changed_curves
 
 logger = get_logger(__name__)
 
+NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)  # of a file system that has no fsync, not of one that is full
+TENSORS = ("student.safetensors", "optimizer.safetensors", "ema.safetensors")  # all else in the folder is not ours
+TOLD = ("lr", "initial_lr", "betas", "eps", "weight_decay")  # of a group of the optimizer: by the command line
 FORMAT = 2  # of state.json: counted up when flags or files change their names
 
 # may change between a checkpoint and its continuation; all else would make it another run
@@ -104,6 +109,7 @@ class Checkpoints:
                 if final.exists():  # passed again after a resume from further back
                     _remove(final)
                 beside.rename(final)
+                _sync_to_disk(self.folder)
             except (OSError, SafetensorError) as error:
                 shutil.rmtree(beside, ignore_errors=True)
                 last = self.all()[-1:] or ["none"]
@@ -111,16 +117,18 @@ class Checkpoints:
                     f"The checkpoint of step {step} could not be written: {error}. The last good one is {last[0]}; "
                     "make space and go on with --resume_from_checkpoint latest."
                 ) from error
-            _sync_to_disk(self.folder)
             for old in self.all()[: -self.args.checkpoints_total_limit]:
-                _remove(old)
+                try:
+                    _remove(old)
+                except OSError as error:  # a file that another program has open
+                    logger.warning(f"The old checkpoint {old} cannot be removed: {error}")
         wait_for_everyone(self.accelerator)
         self.log.last_checkpoint = final
         return final
 
     def _write(self, folder: Path, step: int, states: dict) -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         optimizer_tensors, optimizer_rest = _flatten_optimizer(self.optimizer.state_dict())
         save_file(_plain(self.student.state_dict()), folder / "student.safetensors")
         save_file(optimizer_tensors, folder / "optimizer.safetensors")
@@ -140,9 +148,10 @@ class Checkpoints:
             shadow = ema.pop("shadow_params")
             save_file(_plain({str(i): tensor for i, tensor in enumerate(shadow)}), folder / "ema.safetensors")
             state["ema"] = ema
-        state["sha256"] = {path.name: sha256(path) for path in sorted(folder.iterdir())}
+        written = [name for name in TENSORS if (folder / name).exists()]
+        state["sha256"] = {name: sha256(folder / name) for name in written}
         (folder / "state.json").write_text(json.dumps(state, indent=1))
-        for path in (*folder.iterdir(), folder):
+        for path in (*(folder / name for name in written), folder / "state.json", folder):
             _sync_to_disk(path)
 
     def resume(self) -> int:
@@ -166,24 +175,36 @@ class Checkpoints:
             self.student.load_state_dict(tensors["student.safetensors"])
         except RuntimeError as error:
             raise UsageError(f"--resume_from_checkpoint {path} is of another student: {error}") from error
+        told = [{name: group[name] for name in TOLD if name in group} for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(_unflatten_optimizer(tensors["optimizer.safetensors"], state["optimizer"]))
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
+        self._follow_the_flags(told)
         if "scaler" in state and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
             shadow = tensors["ema.safetensors"]
-            self.ema.load_state_dict({**state["ema"], "shadow_params": [shadow[str(i)] for i in range(len(shadow))]})
+            average = {"shadow_params": [shadow[str(i)] for i in range(len(shadow))]}
+            steps = {"optimization_step": state["ema"]["optimization_step"]}
+            self.ema.load_state_dict({**self.ema.state_dict(), **steps, **average})
             self.ema.to(self.accelerator.device)
         for name, part in self.stateful.items():
-            part.load_state(state["states"][name], state["step"])
+            if name in state["states"]:  # or it begins anew, in a run that goes on with --allow_changed_arguments
+                part.load_state(state["states"][name], state["step"])
         self.log.last_checkpoint = path
         return state["step"]
+
+    def _follow_the_flags(self, told: list[dict]) -> None:
+        """Rate, betas and decay as the command line has them now, `told` of each group; a checkpoint holds those of
+        its run, which `--allow_changed_arguments` may have changed."""
+        self.lr_scheduler.base_lrs = [group["initial_lr"] for group in told]
+        for group, each, share in zip(self.optimizer.param_groups, told, self.lr_scheduler.lr_lambdas, strict=True):
+            group.update(each | {"lr": each["initial_lr"] * share(self.lr_scheduler.last_epoch)})
 
     def _read_state(self, path: Path) -> dict:
         damaged = None
         try:
             state = json.loads((path / "state.json").read_text())
-            hashes = state["sha256"]
+            hashes = state["sha256"] = {name: state["sha256"][name] for name in TENSORS if name in state["sha256"]}
             damaged = next(
                 (name for name in hashes if not (path / name).is_file() or sha256(path / name) != hashes[name]), None
             )
@@ -208,8 +229,18 @@ class Checkpoints:
         changed = [
             f"{name} was {then.get(name)}, is {now.get(name)}"
             for name in sorted(then.keys() | now.keys())
-            if name not in HARMLESS_ARGUMENTS and then.get(name) != now.get(name)
+            if name not in HARMLESS_ARGUMENTS
+            and then.get(name) != now.get(name)
+            and (name in then or now[name])  # a flag that is off, and that the version before did not have
         ]
+        rates = state["lr_scheduler"]
+        changed += changed_curves(
+            state["arguments"],
+            vars(self.args),
+            state["step"],
+            peaks=(rates["base_lrs"][0], self.lr_scheduler.base_lrs[0]),
+            rate_step=rates["last_epoch"],
+        )
         if changed and self.args.allow_changed_arguments:
             logger.warning(f"Resuming what is now another run: {'; '.join(changed)}.")
         elif changed:
@@ -223,8 +254,9 @@ class Checkpoints:
 def _remove(checkpoint: Path) -> None:
     """Rename first: half a checkpoint must never carry a checkpoint's name."""
     going = checkpoint.with_name(f".{checkpoint.name}.removed")
+    shutil.rmtree(going, ignore_errors=True)
     checkpoint.rename(going)
-    shutil.rmtree(going)
+    shutil.rmtree(going) if going.is_dir() else going.unlink()
 
 
 def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -255,8 +287,19 @@ def _unflatten_optimizer(tensors: dict[str, torch.Tensor], rest: dict) -> dict:
 
 
 def _sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Wait until it is there for good. A folder for which that cannot be asked, as on Windows and on some network
+    drives, is warned of once: the run goes on."""
+    is_folder = path.is_dir()
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows syncs what may be written to
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if not (is_folder or error.errno in NO_SYNC):
+            raise
+        logger.warning_once(
+            f"The file system of --output_dir cannot be asked for {'folders' if is_folder else 'files'} to be on the "
+            f"disk ({error.strerror}): after a power cut the newest checkpoint may be damaged, which a resume names."
+        )

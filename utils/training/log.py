@@ -36,8 +36,8 @@ def tracker_names(report_to: str) -> list[str] | None:
     """
     if report_to == "none":
         return None
-    names = report_to.split(",")
     installed = [str(tracker) for tracker in get_available_trackers()]
+    names = installed if report_to == "all" else report_to.split(",")
     for name in names:
         if name not in installed:
             raise UsageError(
@@ -45,6 +45,14 @@ def tracker_names(report_to: str) -> list[str] | None:
                 "reports nowhere but to log.jsonl."
             )
     return names
+
+
+def _step_of(line: str) -> float:
+    """Of a line of `log.jsonl`; infinity of half a line."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf
 
 
 class RunLog:
@@ -115,10 +123,11 @@ class RunLog:
         self.drop_after(step)
 
     def drop_after(self, step: int) -> None:
-        """Drop later lines of `log.jsonl`, for they will come again."""
+        """Drop later lines of `log.jsonl`, for they will come again; and one that a full disk or a power cut left
+        half written."""
         if self.accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text().splitlines(keepends=True)
-            write_file(self.path, "".join(line for line in lines if json.loads(line)["step"] <= step))
+            write_file(self.path, "".join(line for line in lines if _step_of(line) <= step))
 
     def _read(self) -> None:
         """Bring the pending terms to the host: the one synchronisation of a logging interval.

@@ -128,7 +128,8 @@ def _sampling(
 ) -> int:
     """Bytes at the peak of drawing `count` samples, without the denoisers' weights."""
     shape = backbone.example()["x_t"].shape[1:]
-    doubled = count * (2 if backbone.sampling_options.get("guidance_scale") else 1)  # with and without the prompt
+    guided = backbone.sampling_options.get("guidance_scale", 0) > 1  # with and without the prompt
+    doubled = count * 2 if guided else count
     peaks = []
     for denoiser in filter(None, (student, teacher)):
         with _counted(accelerator) as memory, torch.no_grad(), _autocast(accelerator):

@@ -15,8 +15,8 @@ def with_gradients(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def make_optimizer(args, parameters: Iterable[nn.Parameter], device: torch.device) -> torch.optim.Optimizer:
-    """AdamW or Adam, fused into few kernels, or in 8 bits; it will step on `device`.
+def make_optimizer(args, parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> torch.optim.Optimizer:
+    """AdamW or Adam, fused into few kernels, or in 8 bits. With `--scale_lr` the rate is for one image of a step.
 
     Raises:
         UsageError: `--use_8bit_adam` without bitsandbytes, or on a device for which that has no such optimizer.
@@ -28,14 +28,15 @@ def make_optimizer(args, parameters: Iterable[nn.Parameter], device: torch.devic
             f"trainable weights must be float32, found {', '.join(sorted(wrong))}: half precision loses small "
             "updates; load the student in float32 and use --mixed_precision."
         )
+    micro_steps = args.gradient_accumulation_steps * accelerator.num_processes
     settings = {
-        "lr": args.learning_rate,
+        "lr": args.learning_rate * (args.train_batch_size * micro_steps if args.scale_lr else 1),
         "betas": (args.adam_beta1, args.adam_beta2),
         "weight_decay": args.adam_weight_decay,
         "eps": args.adam_epsilon,
     }
     if args.use_8bit_adam:
-        if device.type == "mps":
+        if accelerator.device.type == "mps":
             raise UsageError("--use_8bit_adam: bitsandbytes has no optimizer for Apple's GPU (mps); leave it out.")
         try:
             import bitsandbytes
@@ -44,6 +45,13 @@ def make_optimizer(args, parameters: Iterable[nn.Parameter], device: torch.devic
         eight_bit = {"adamw": bitsandbytes.optim.AdamW8bit, "adam": bitsandbytes.optim.Adam8bit}
         return eight_bit[args.optimizer](parameters, **settings)
     return {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[args.optimizer](parameters, fused=True, **settings)
+
+
+def ema_warmup(args) -> dict[str, float]:
+    """For `EMAModel`: a decay that grows as 1 - (1 + step / inv_gamma) ** -power, where one of the flags is given."""
+    if args.ema_inv_gamma is None and args.ema_power is None:
+        return {}
+    return {"use_ema_warmup": True, "inv_gamma": args.ema_inv_gamma or 1.0, "power": args.ema_power or 0.75}
 
 
 def stepped(accelerator: Accelerator, grad_norm: torch.Tensor) -> bool:

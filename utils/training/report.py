@@ -2,13 +2,12 @@
 """What is about to happen, to be read before hours are spent; what came of it; and with which arguments."""
 
 import platform
-import resource
-import sys
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 
+from utils.devices import peak_process_memory
 from utils.files import PACKAGES, versions, write_json
 from utils.training.log import RunLog
 
@@ -51,14 +50,15 @@ def save_arguments(args, script: str, data_fingerprint: str) -> None:
 def _peak_memory(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
-    return f"{kilobytes / 2 ** (30 if sys.platform == 'darwin' else 20):.2f} GiB"
+    return f"{peak_process_memory() / 2**30:.2f} GiB"
 
 
 def summary(args, log: RunLog, validation, dataset) -> str:
     """What was made, where, how good it is, and what to run next."""
     folder = Path(args.output_dir)
-    lines = [f"Saved: {folder}, a stock diffusers pipeline; samples: {folder / 'samples.png'}; log: {log.path}"]
+    lines = [
+        f"Saved: {folder}, a stock diffusers pipeline, loaded back; samples: {folder / 'samples.png'}; log: {log.path}"
+    ]
     if validation.distances:
         lines.append(f"Frechet distance to real images, {args.validation_num_samples:,} samples:")
         lines += [f"  {who:<26}{distance:10.2f}" for who, distance in validation.distances.items()]

@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from utils.distributed import hosts
 from utils.training.checkpoint import Checkpoints
 
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGBREAK")  # of which Windows has no SIGUSR1, and others no SIGBREAK
+
 
 class Stop:
     """SIGTERM, SIGUSR1, Ctrl-C or `--max_train_minutes` make the loop save a checkpoint after the optimizer step it is
@@ -22,7 +24,7 @@ class Stop:
         self.deadline = time.monotonic() + 60 * max_train_minutes if max_train_minutes else math.inf
         self.received: int | None = None
         self.hosts = hosts(accelerator)  # asking them does not wait for a GPU
-        numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+        numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
         self.before = {number: signal.signal(number, self._receive) for number in numbers}
 
     def _receive(self, number, _frame):

@@ -49,7 +49,8 @@ class Validation:
 
     def _prepare_distance(self, student: nn.Module) -> None:
         self.extractor = FeatureExtractor(self.args.validation_feature_extractor, device=self.accelerator.device)
-        self.real_rows = load_rows(self.args, self.args.validation_split, split_flag="--validation_split")
+        split = self.args.validation_split or self.args.train_split
+        self.real_rows = load_rows(self.args, split, split_flag="--validation_split")
         self.untrained = copy.deepcopy(student).cpu().eval()
 
     @functools.cached_property

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run a training script, unchanged, with the teacher's outputs of every step kept on disk.
+
+    python benchmarks/recorded.py RECORD train_place.py @assets/default.args --seed 0
+    python benchmarks/recorded.py RECORD train_lift.py @assets/default.args --seed 0 --output_loss l1 # no teacher
+
+Images, noise and timesteps of a step are functions of (seed, step), so every run of one seed asks the teacher the
+same. The first writes its answers to the folder RECORD, later ones read them, bit for bit; 64 KiB a step for 64 images
+of 16x16. A run that would ask something else is refused. Runs with feature distillation ask for more than the output,
+so their teacher always runs.
+"""
+
+import fcntl
+import hashlib
+import importlib
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from utils.backbones.base import Backbone, Prediction  # noqa: E402
+from utils.command_line import UsageError, run  # noqa: E402
+
+KEY_BYTES = 16
+
+
+def cpu_name() -> str:
+    """The processor, as Linux names it; elsewhere its architecture. Another rounds otherwise."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+class Record:
+    """Answers of a teacher in the order of the steps: `outputs.f32`, and a hash of each question in `keys`."""
+
+    def __init__(self, folder: Path):
+        """Open or make `folder`, for this process alone.
+
+        Raises:
+            UsageError: another process has it open.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.keys, self.outputs = (open(folder / name, "a+b") for name in ("keys", "outputs.f32"))  # noqa: SIM115
+        self.folder, self.step, self.salt = folder, 0, b""
+        try:
+            fcntl.flock(self.keys, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UsageError(
+                f"RECORD {folder} is being written by another run; wait for it, or name another."
+            ) from error
+
+    def of_teacher(self, teacher: torch.nn.Module) -> None:
+        """Another teacher, processor or torch gives other answers."""
+        digest = hashlib.sha256(f"{cpu_name()} {torch.__version__}".encode())
+        for tensor in teacher.state_dict().values():
+            digest.update(tensor.contiguous().numpy())
+        self.salt = digest.digest()
+
+    def answer(self, question: tuple[torch.Tensor, ...], ask) -> torch.Tensor:
+        """The float32 answer to the next step's `question`, of the question's first tensor's shape: read where it is
+        recorded, otherwise `ask()`ed and kept.
+
+        Raises:
+            UsageError: this step of the record is of another question.
+        """
+        digest = hashlib.sha256(self.salt)
+        for tensor in question:
+            digest.update(tensor.contiguous().numpy())
+        key, size = digest.digest()[:KEY_BYTES], question[0].numel() * 4
+        self.keys.seek(self.step * KEY_BYTES)
+        self.outputs.seek(self.step * size)
+        recorded, data = self.keys.read(KEY_BYTES), self.outputs.read(size)
+        if len(recorded) == KEY_BYTES and recorded != key:
+            raise UsageError(
+                f"RECORD {self.folder}: its step {self.step} is of another seed, data, batch, teacher or machine, or "
+                "this run was resumed. Name another folder."
+            )
+        if len(recorded) < KEY_BYTES or len(data) < size:
+            output = ask()
+            for file, place, content in (
+                (self.outputs, self.step * size, output.contiguous().numpy().tobytes()),
+                (self.keys, self.step * KEY_BYTES, key),  # last: a key says that its output is there
+            ):
+                file.truncate(place)
+                file.write(content)
+                file.flush()
+        else:
+            output = torch.frombuffer(bytearray(data), dtype=torch.float32).view(question[0].shape)
+        self.step += 1
+        return output
+
+
+def record_teacher(folder: Path) -> None:
+    """From now on, what a training loop asks its teacher goes through the record in `folder`."""
+    predict, record = Backbone.predict, None
+
+    def recorded(self, model, noised, condition):
+        nonlocal record
+        if model.__dict__["_modules"].get("denoiser") is not self.teacher or model.blocks:
+            return predict(self, model, noised, condition)
+        if record is None:
+            record = Record(folder)
+            record.of_teacher(self.teacher)
+
+        def ask() -> torch.Tensor:
+            return predict(self, model, noised, condition).output
+
+        return Prediction(record.answer((noised.x_t, noised.time), ask), None, [])
+
+    Backbone.predict = recorded
+
+
+def main() -> None:
+    if len(sys.argv) < 3 or sys.argv[2] not in ("train_lift.py", "train_place.py"):
+        raise UsageError(f"give RECORD, train_lift.py or train_place.py, and its flags.\n\n{__doc__}")
+    record_teacher(Path(sys.argv[1]))
+    importlib.import_module(sys.argv[2].removesuffix(".py")).main(sys.argv[3:])
+
+
+if __name__ == "__main__":
+    run(main)

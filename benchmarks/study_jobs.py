@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What benchmarks/study.py does for every row: run a script apart from it, measure what it made, keep the numbers."""
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import shlex
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from recorded import cpu_name, record_teacher
+from study_rows import COMMON
+
+import evaluate_fid
+import train_lift
+import train_place
+from utils.command_line import UsageError
+from utils.files import read_json, versions, write_file
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "study"
+SCRIPTS = {"train_lift.py": train_lift, "train_place.py": train_place}
+
+
+def apart(name: str, log: Path, job: Callable, *arguments) -> float:
+    """`job(*arguments)` in a fork of this process, which has everything imported, its output in `log`; CPU seconds.
+
+    Raises:
+        RuntimeError: it failed; the message ends with what it printed.
+    """
+
+    def child() -> None:
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(descriptor, 1), os.dup2(descriptor, 2)
+        job(*arguments)
+
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    if process.exitcode != 0:
+        raise RuntimeError(f"{name}: exit code {process.exitcode}, see {log}:\n{log.read_text()[-3000:]}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+class Results:
+    """A JSON file of records, one a line, each known by its `keys`."""
+
+    def __init__(self, name: str, *keys: str):
+        self.path, self.keys = RESULTS / f"{name}.json", keys
+        self.records: list[dict] = read_json(self.path) or []
+
+    def find(self, **key) -> dict | None:
+        """The record whose `keys` are these."""
+        return next((record for record in self.records if all(record[name] == key[name] for name in self.keys)), None)
+
+    def add(self, record: dict) -> None:
+        """Keep a record and write the file; its machine must be that of the others of its seed.
+
+        A figure on another processor differs by more than the methods do."""
+        self.records.append({**record, **machine()})
+        lines = ",\n".join(json.dumps(each) for each in self.records)
+        write_file(self.path, f"[\n{lines}\n]\n")
+
+    def check_machine(self, seed: int) -> None:
+        """Raises UsageError where rows of this seed were run on another processor."""
+        others = {record["cpu"] for record in self.records if record.get("seed") == seed} - {cpu_name()}
+        if others:
+            raise UsageError(
+                f"--seeds {seed}: {self.path.name} has rows of this seed from {others.pop()}, this is {cpu_name()}. "
+                "Processors differ by more than methods do: finish the seed there, or take another."
+            )
+
+
+def machine() -> dict:
+    """What a number depends on besides its command."""
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    packages = versions("torch", "diffusers", "accelerate", "transformers", "numpy")
+    return {
+        "commit": git.stdout.strip(),
+        "cpu": cpu_name(),
+        "versions": {"python": platform.python_version(), **packages},
+    }
+
+
+def train(folder: Path, script: str, flags: list[str], record: Path | None) -> float:
+    """Run a script on `flags` into `folder`; CPU seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def job() -> None:
+        if record:
+            record_teacher(record)
+        SCRIPTS[script].main([*COMMON, *flags, "--output_dir", str(folder / "student")])
+
+    log = folder / "train.txt"
+    log.unlink(missing_ok=True)
+    return apart(f"{script} {shlex.join(flags)}", log, job)
+
+
+def evaluate(folder: Path, what: list[str], samples: int, reference: list[str], metrics: str, work: Path) -> tuple:
+    """(metrics, CPU seconds) of `samples` samples."""
+    flags = [*what, "--num_samples", str(samples), *reference, "--metrics", *metrics.split(), "--num_cpu_threads", "1"]
+    flags += [
+        "--feature_extractor",
+        str(ROOT / "assets" / "classifier"),
+        "--reference_cache_dir",
+        str(work / "reference"),
+    ]
+    flags += ["--output_dir", str(folder / "evaluation"), "--overwrite_output_dir"]
+    seconds = apart("evaluate_fid.py", folder / "evaluation.txt", evaluate_fid.main, flags)
+    return read_json(folder / "evaluation" / "metrics.json")["metrics"], seconds
+
+
+def sampled(pipeline: str) -> list[str]:
+    """Flags of evaluate_fid.py."""
+    return ["--pretrained_model_name_or_path", pipeline, "--num_inference_steps", "25", "--scheduler", "DDIMScheduler"]

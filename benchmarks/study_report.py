@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tables and plots of benchmarks/study.py, from the JSON files alone."""
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from utils.files import read_json, write_file
+
+BASELINES = ("w/o KD", "w/o KD, balanced", "mse", "PLACE")  # what every row is compared with
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, int]:
+    """Mean of the differences over the seeds that both have, its standard error (nan below two), and their number."""
+    differences = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else math.nan
+    return statistics.mean(differences) if differences else math.nan, error, len(differences)
+
+
+def verdict(mean: float, error: float, count: int) -> str:
+    """A cell: the difference, its standard error, and bold where it exceeds twice that."""
+    if not count:
+        return ""
+    text = f"{mean:+.2f}" if math.isnan(error) else f"{mean:+.2f} +- {error:.2f}"
+    return f"**{text}**" if abs(mean) > 2 * error else text
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Mean, lowest and highest."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def by_row(records: list[dict], setting: str) -> dict[str, list[dict]]:
+    """Records of a setting by row, in the order in which they were run."""
+    rows: dict[str, list[dict]] = {}
+    for record in records:
+        if record["setting"] == setting:
+            rows.setdefault(record["row"], []).append(record)
+    return rows
+
+
+def table(rows: dict[str, list[dict]]) -> list[str]:
+    """Markdown lines: distance, differences to the baselines that are there, precision, recall, what was tuned."""
+    distances = {
+        name: {record["seed"]: record["metrics"]["frechet_distance"] for record in records}
+        for name, records in rows.items()
+    }
+    baselines = [name for name in BASELINES if name in rows]
+    heads = ["row", "distance", *(f"minus {name}" for name in baselines), "precision", "recall", "seeds", "CPU s"]
+    lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
+    for name, records in sorted(rows.items(), key=lambda pair: statistics.mean(distances[pair[0]].values())):
+        cells = [name, spread([*distances[name].values()])]
+        cells += ["" if base == name else verdict(*paired(distances[name], distances[base])) for base in baselines]
+        cells += [spread([record["metrics"][key] for record in records], 3) for key in ("precision", "recall")]
+        cells += [str(len(records)), f"{statistics.mean(sum(r['cpu_seconds'].values()) for r in records):.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
+    """Distances, a dot a seed; and by timestep the error at the end and the gradient's norm at start and end."""
+    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    dots, error, start, end = figure.subplots(1, 4)
+    order = sorted(rows, key=lambda name: statistics.mean(r["metrics"]["frechet_distance"] for r in rows[name]))
+    for place, name in enumerate(order):
+        values = [record["metrics"]["frechet_distance"] for record in rows[name]]
+        (drawn,) = dots.plot(values, [place] * len(values), "o")
+        curves = ((error, "end", "error_to_teacher"), (start, "start", "gradient_norm"), (end, "end", "gradient_norm"))
+        for axes, when, what in curves:
+            bins = zip(*(record["probe"][when][what] for record in rows[name]), strict=True)
+            means = [statistics.mean(values) for values in bins]
+            middles = [(number + 0.5) * 1000 / len(means) for number in range(len(means))]
+            axes.plot(middles, means, lw=1.2, color=drawn.get_color(), label=name)
+    dots.set_yticks(range(len(order)), order)
+    dots.invert_yaxis()
+    dots.set_xlabel("Frechet distance, a dot a seed")
+    dots.set_xscale("log")
+    for axes, name in (
+        (error, "squared error to the teacher"),
+        (start, "gradient norm, start"),
+        (end, "the same, end"),
+    ):
+        axes.set_title(name, loc="left", fontsize=10)
+        axes.set_xlabel("timestep")
+        axes.set_yscale("log")
+    error.legend(fontsize=7, frameon=False)
+    figure.suptitle(title, x=0.01, ha="left")
+    figure.savefig(picture, dpi=110)
+
+
+def tuning_table(records: list[dict]) -> list[str]:
+    """What every method's grid gave, the chosen one bold."""
+    lines = ["| setting | row | rate and weight: distance on held-out training images |", "|---|---|---|"]
+    groups: dict[tuple, list[dict]] = {}
+    for record in records:
+        groups.setdefault((record["setting"], record["row"]), []).append(record)
+    for (setting, row), tried in groups.items():
+        best = min(record["metrics"]["frechet_distance"] for record in tried)
+        cells = []
+        for record in tried:
+            distance = record["metrics"]["frechet_distance"]
+            cell = f"{', '.join(record['tuned'].values())}: {distance:.1f}"
+            cells.append(f"**{cell}**" if distance == best else cell)
+        lines.append(f"| {setting} | {row} | {'; '.join(cells)} |")
+    return lines
+
+
+def report(folder: Path, settings: dict) -> None:
+    """Write `README.md` and a picture per setting beside the JSON files of `folder`; `settings` gives their titles."""
+    lines = ["# The study", "", "Written by `python benchmarks/study.py --report` from the JSON files beside it.", ""]
+    lines += [
+        "Distances are Frechet distances of 10,000 samples on `assets/classifier`; lower is better. A difference"
+    ]
+    lines += [
+        "is the mean over the seeds that both rows have, +- its standard error, bold where it exceeds twice that."
+    ]
+    for record in read_json(folder / "references.json") or []:
+        metrics = record["metrics"]
+        shown = ", ".join(f"{key.replace('_', ' ')} {value:.3f}" for key, value in metrics.items())
+        lines += ["", f"{record['row']}: {shown}"]
+    records = [
+        {**record, "stage": path.stem} for path in sorted(folder.glob("stage_*.json")) for record in read_json(path)
+    ]
+    for setting, spec in settings.items():
+        rows = by_row(records, setting)
+        if rows:
+            plot(rows, f"{spec.title}, {spec.steps:,} steps", folder / f"{setting}.png")
+            lines += [
+                "",
+                f"## {spec.title}, {spec.steps:,} steps",
+                "",
+                *table(rows),
+                "",
+                f"![{spec.title}]({setting}.png)",
+            ]
+    if tuning := read_json(folder / "tuning.json"):
+        lines += ["", "## Tuning", "", *tuning_table(tuning)]
+    machines = sorted({json.dumps([record["cpu"], record["commit"], record["versions"]]) for record in records})
+    lines += ["", "## Machines", ""]
+    for cpu, commit, packages in map(json.loads, machines):
+        lines += [f"- {cpu}, commit {commit}, {', '.join(f'{name} {version}' for name, version in packages.items())}"]
+    write_file(folder / "README.md", "\n".join(lines) + "\n")

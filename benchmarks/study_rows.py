@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What benchmarks/study.py compares: settings, rows, stages and what is tuned. Nothing here runs."""
+
+from typing import NamedTuple
+
+LIFT, PLACE = "train_lift.py", "train_place.py"
+SAMPLES = 10_000  # of every reported distance, against the 10,000 test images
+
+# Every method alike, on a seed that is not reported, measured against training images that it does not train on
+TUNING_SEED, TUNING_STEPS, TUNING_SAMPLES, TUNED_ON = 100, 500, 1024, 8000
+RATES, WEIGHTS, FEATURE_WEIGHTS = ("3e-3", "1e-2"), ("1", "10"), ("4.7e-5", "1")
+
+COMMON = (
+    "--train_batch_size 64 "
+    "--lr_scheduler cosine --lr_warmup_steps 50 --antithetic_timesteps --use_ema --ema_decay 0.995 "
+    "--validation_steps 100000 --validation_shown_samples 0 "
+    "--report_to none --num_cpu_threads 1 --logging_steps 50 --overwrite_output_dir"
+).split()
+
+
+class Setting(NamedTuple):
+    """A student and how long it trains. `flags` win over `COMMON`."""
+
+    title: str
+    steps: int
+    flags: str
+    teacher: str = "assets/teacher"  # or one of TEACHERS
+
+
+class Row(NamedTuple):
+    """A method. `tuned_as` is the row whose tuned flags it takes, its own without; the tuned weight of its output loss
+    is divided by `over`."""
+
+    script: str
+    flags: str
+    tuned_as: str | None = None
+    over: float = 1.0
+
+    def grid(self) -> list[dict[str, str]]:
+        """The flags that tuning tries."""
+        if "--lambda_kd_output 0" in self.flags:
+            weights = [{}]
+        elif "--lambda_kd_feat" in self.flags:
+            weights = [{"--lambda_kd_feat": weight} for weight in FEATURE_WEIGHTS]
+        else:
+            weights = [{"--lambda_kd_output": weight} for weight in WEIGHTS]
+        return [{"--learning_rate": rate, **weight} for rate in RATES for weight in weights]
+
+
+SETTINGS = {
+    "random": Setting("1.6 %, random start", 1500, "--pruning_ratio 0.875 --student_init random"),
+    "taylor": Setting("4.7 %, Taylor start", 1200, "--pruning_ratio 0.8 --student_init taylor"),
+    "quarter": Setting("25 %, Taylor start", 1200, "--pruning_ratio 0.5 --student_init taylor"),
+    "smaller": Setting(
+        "that student, a smaller teacher", 1200, "--pruning_ratio 0.6 --student_init taylor", "smaller"
+    ),
+    "weaker": Setting("that student, a weaker teacher", 1200, "--pruning_ratio 0.8 --student_init taylor", "weaker"),
+}
+
+# Teachers that stage 3 makes for itself, without distillation: train_lift.py with these flags
+TEACHERS = {
+    "smaller": "--pruning_ratio 0.5 --student_init taylor --max_train_steps 3000 --learning_rate 1e-3",
+    "weaker": "--student_config recipes/fashion_mnist_teacher.json --max_train_steps 700 --learning_rate 1e-3",
+}
+
+# Balanced rows balance every term that they have, so that each differs from its neighbour in one thing; P is .5 in all
+# of stage 1, chosen beforehand
+NO_KD, MSE, L1 = "--lambda_kd_output 0", "--output_loss mse", "--output_loss l1"
+BALANCED = "--timestep_balance {0} --task_balance {0}"
+BASELINES = {
+    "w/o KD": Row(LIFT, NO_KD),
+    "w/o KD, balanced": Row(LIFT, f"{NO_KD} --task_balance 0.5"),
+    "mse": Row(LIFT, MSE),
+    "l1": Row(LIFT, L1),
+    "mse + FeatKD": Row(LIFT, f"{MSE} --lambda_kd_feat 1"),  # the weight is tuned
+    "LIFT": Row(LIFT, ""),
+    "PLACE": Row(PLACE, ""),
+    "mse, balanced": Row(LIFT, f"{MSE} {BALANCED.format(0.5)}"),
+    "l1, balanced": Row(LIFT, f"{L1} {BALANCED.format(0.5)}"),
+    "PLACE, balanced": Row(PLACE, BALANCED.format(0.5)),
+}
+VARIANTS = {
+    "PLACE, K = 4": Row(PLACE, "--group_size 4", "PLACE"),
+    "PLACE, K = 64": Row(PLACE, "--group_size 64", "PLACE"),
+    "PLACE, K = N": Row(PLACE, "--group_size 256", "PLACE"),
+    "PLACE, signed": Row(PLACE, "--grouping signed", "PLACE"),
+    "PLACE, w = 1": Row(PLACE, "--weighting constant", "PLACE"),
+    "PLACE, coarse only": Row(PLACE, "--coarse_scale 1e6", "PLACE", over=1e6),
+    "PLACE, fine only": Row(PLACE, "--coarse_scale 0 --weighting constant", "PLACE"),
+    "log": Row(LIFT, "--output_loss log"),
+    **{
+        f"{name}, P = {power}": Row(script, f"{flags} {BALANCED.format(power)}".strip(), f"{name}, balanced")
+        for name, script, flags in (("mse", LIFT, MSE), ("PLACE", PLACE, ""))
+        for power in (0.25, 0.75, 1)  # .5 is in stage 1
+    },
+    "w/o KD, P = 1": Row(LIFT, f"{NO_KD} --task_balance 1", "w/o KD, balanced"),
+}
+ROWS = BASELINES | VARIANTS
+CAPACITY = ("mse", "l1", "PLACE", "PLACE, balanced")
+
+# stage -> setting -> rows. A stage's rows are compared within a setting; those of earlier stages stay beside them
+STAGES = {
+    1: {"random": tuple(BASELINES), "taylor": tuple(BASELINES)},
+    2: {"random": tuple(VARIANTS)},
+    3: {"quarter": CAPACITY, "smaller": CAPACITY, "weaker": CAPACITY},
+}
+TUNED_LIKE = {"quarter": "taylor", "smaller": "taylor", "weaker": "taylor"}  # a setting takes another's tuned flags

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""benchmarks/study.py: its rows can be run, the teacher's record changes no bit of them, and its tables add up."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import read_log
+from safetensors.torch import load_file
+
+import train_lift
+import train_place
+from utils.backbones.base import Backbone
+from utils.training.arguments import parse_args
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "benchmarks"))
+import recorded  # noqa: E402
+import study  # noqa: E402
+import study_report  # noqa: E402
+import study_rows  # noqa: E402
+
+
+@pytest.fixture
+def recording(run, tmp_path, monkeypatch):
+    """`recording("train_place", *flags)`: (how often the teacher was asked, output folder)."""
+    answer, asked = recorded.Record.answer, []
+
+    def counted(self, question, ask):
+        return answer(self, question, lambda: asked.append(1) or ask())
+
+    def run_recorded(script: str, *flags, output: str):
+        asked.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Backbone, "predict", Backbone.predict)  # which comes back
+            recorded.record_teacher(tmp_path / "record")
+            return run(script, *flags, output=output), len(asked)
+
+    monkeypatch.setattr(recorded.Record, "answer", counted)
+    return run_recorded
+
+
+def test_a_row_with_the_record_equals_one_without(run, recording, tmp_path):
+    plain = run("train_place", output="plain")
+    recording("train_lift", "--output_loss", "mse", "--max_train_steps", "2", output="shorter")
+    with open(tmp_path / "record" / "outputs.f32", "ab") as file:
+        file.write(b"cut")  # by a kill
+    folder, asked = recording("train_place", output="recorded")
+    assert asked == 2 and read_log(folder) == read_log(plain)
+    ours, theirs = (load_file(each / "unet" / "diffusion_pytorch_model.safetensors") for each in (folder, plain))
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    with pytest.raises(ValueError, match="its step 0 is of another seed"):
+        recording("train_place", "--seed", "1", output="another")
+
+
+def test_every_row_is_a_command(tmp_path):
+    names = [(setting, name) for stage in study_rows.STAGES.values() for setting in stage for name in stage[setting]]
+    assert len({*names}) == len(names) and {name for _, name in names} == {*study_rows.ROWS}
+    parsed = {}
+    for setting, name in names:
+        row = study_rows.ROWS[name]
+        tuned = study_rows.ROWS[row.tuned_as or name].grid()
+        assert not study_rows.ROWS[row.tuned_as or name].tuned_as and 2 <= len(tuned) <= 4
+        flags = study.row_flags(setting, name, tuned[-1], seed=0, steps=9, data="d", teacher="t")
+        method = {"train_lift.py": train_lift, "train_place.py": train_place}[row.script].add_method_arguments
+        args = parse_args("", method, [*study_rows.COMMON, *flags, "--output_dir", str(tmp_path / "none")])
+        parsed[setting, name] = args
+        assert args.learning_rate == 1e-2 and args.max_train_steps == 9
+    assert parsed["random", "PLACE, coarse only"].lambda_kd_output == pytest.approx(1e-5)  # of a term a million times
+    assert parsed["taylor", "w/o KD, balanced"].lambda_kd_output == 0
+    assert study.record_of(tmp_path, "mse + FeatKD", "t", "all", 0) is None
+
+
+def test_differences_are_paired():
+    mean, error, count = study_report.paired({0: 5.0, 1: 7.0, 2: 6.0, 9: 0.0}, {0: 4.0, 1: 5.0, 2: 3.0})
+    assert (mean, count) == (2, 3) and error == pytest.approx(1 / math.sqrt(3))
+    assert study_report.verdict(mean, error, count) == "**+2.00 +- 0.58**"
+    assert study_report.verdict(1.0, 0.58, 3) == "+1.00 +- 0.58"
+    assert study_report.verdict(*study_report.paired({0: 1.0}, {0: 2.0})) == "-1.00"  # of one seed nothing is said
