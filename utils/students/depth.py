@@ -21,6 +21,7 @@ from utils.students.sizes import full_config, model_size, model_table
 PRESETS = {"d14": 14, "d7": 7, "d4": 4}  # layers left of DiT-XL's 28, as TinyFusion (Fang et al. 2025) names them
 KEPT = "_kept_layers"  # in a student's config: layer i of the student was layer kept[i] of its teacher
 BLOCKS = "transformer_blocks"
+FLAGS = ("student_preset", "student_depth", "kept_layers", "layer_choice")  # that say what is left
 
 
 def even_layers(num_layers: int, depth: int) -> list[int]:
@@ -44,6 +45,33 @@ def check_kept(config: Mapping[str, Any], kept: Sequence[int], model_class: type
             f"{flag}: the last layer kept is {kept[-1]}; it must be {last}, the teacher's last, the only one of a "
             f"{model_class.__name__} that gives no text."
         )
+
+
+def even_choice(args, teacher: Mapping[str, Any], model_class: type[ModelMixin]) -> tuple[str, list[int]] | None:
+    """(the flag that says how many layers are kept, those of `--kept_layers` or as many evenly spaced ones); None
+    where the student is made otherwise.
+
+    Raises:
+        UsageError: no such preset, or no such layers in a teacher of this config.
+    """
+    num_layers = full_config(teacher, model_class)["num_layers"]
+    if args.kept_layers is not None:
+        flag, kept = "--kept_layers", args.kept_layers
+    elif args.student_preset is not None or args.student_depth is not None:
+        flag, wanted = "--student_depth", args.student_depth
+        if args.student_preset is not None:
+            flag, wanted = f"--student_preset {args.student_preset}", PRESETS.get(args.student_preset)
+        if wanted is None:
+            raise UsageError(
+                f"{flag}: of a {model_class.__name__} there are {', '.join(PRESETS)}, or --student_depth."
+            )
+        if wanted > num_layers:
+            raise UsageError(f"{flag}: {wanted} layers are to be kept; the teacher has {num_layers}. Give fewer.")
+        kept = even_layers(num_layers, wanted)
+    else:
+        return None
+    check_kept(teacher, kept, model_class, flag)
+    return flag, kept
 
 
 def depth_config(config: Mapping[str, Any], kept: Sequence[int], model_class: type[ModelMixin]) -> dict[str, Any]:
