@@ -27,6 +27,8 @@ from safetensors.torch import load_file
 
 from utils.backbones import choose_backbone
 from utils.backbones.encoders import Frozen
+from utils.backbones.process import Noised
+from utils.backbones.variance import LearnedVariance
 from utils.data.rows import ImageRows, load_rows, sample_batch
 from utils.distillation.losses import lift_loss, place_loss
 from utils.randomness import StepRandom, shuffled
@@ -259,9 +261,12 @@ def assert_traced(kind: Kind) -> None:
         prediction = student(x_t, timestep=timestep, **condition).sample
         with torch.no_grad():
             teacher_prediction = getattr(pipeline, kind.component)(x_t, timestep=timestep, **condition).sample
+        loss = 0.0
         if kind.component == "transformer":  # which predicts variances too
-            prediction, teacher_prediction = prediction[:, :4], teacher_prediction[:, :4]
-        loss = F.mse_loss(prediction, target) + kind.loss(prediction, teacher_prediction).loss
+            learned, noised = LearnedVariance(scheduler), Noised(x_t, timestep, timestep, clean, target, None)
+            (prediction, ours), (teacher_prediction, theirs) = prediction.chunk(2, 1), teacher_prediction.chunk(2, 1)
+            loss = learned.bound(prediction, ours, noised) + learned.distance(ours, theirs, noised)
+        loss = loss + F.mse_loss(prediction, target) + kind.loss(prediction, teacher_prediction).loss
         assert loss.item() == pytest.approx(expected, rel=1e-4), step
         optimizer.param_groups[0]["lr"] = 1e-3 * rate
         loss.backward()

@@ -1,21 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What DiT has of its own: labels, depth students by the flags, guidance; the rest is in test_contract.py."""
+"""What DiT has of its own: labels, depth students by the flags, guidance, variances; the rest: test_contract.py."""
 
 import json
+import math
 import shutil
+import warnings
 from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from diffusers import DiTPipeline
+from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from latent_pipelines import save_classes, save_dit
+from torch.distributions import Normal, kl_divergence
 
 import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.dit import DiT
 from utils.backbones.labels import LabelTransform
+from utils.backbones.process import Noised
+from utils.backbones.variance import LearnedVariance
 from utils.command_line import UsageError
 from utils.data.folders import folder_rows
 from utils.data.rows import ImageRows, fingerprint
@@ -174,6 +179,16 @@ def test_the_names_of_classes_survive_the_export_of_an_old_pipeline(teacher, tmp
     assert backbone.feature_pairs(again) == backbone.feature_pairs(student)
 
 
+def test_a_variance_that_nothing_trains_is_warned_of(teacher):
+    alone = "--lambda_task 0 --lambda_kd_output 0 --lambda_kd_feat 1".split()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        DiT.check(arguments(teacher, "--lambda_task", "0"))
+        assert not any("the variance" in str(warning.message) for warning in caught)
+        DiT.check(arguments(teacher, *alone))
+    assert any("nothing trains the variance" in str(warning.message) for warning in caught)
+
+
 # Guidance
 
 
@@ -268,3 +283,81 @@ def test_class_folders_that_cannot_be_told_are_refused(tmp_path, names, message)
             shutil.rmtree(path)
     with pytest.raises(UsageError, match=f"--label_column label: {message}"):
         transform().check(folder_rows(str(images), "--train_data_dir"))
+
+
+# Variances
+
+
+def a_prediction(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (count, 4, 6, 6)
+    return torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) * 2 - 1
+
+
+def gaussian(scheduler, t: int, clean, x_t, log_variance) -> Normal:
+    """Ho et al. 2020, eq. 7, around x_0."""
+    kept, before = scheduler.alphas_cumprod[t], scheduler.alphas_cumprod[t - 1] if t else torch.tensor(1.0)
+    beta = 1 - kept / before
+    mean = (before.sqrt() * beta * clean + (1 - beta).sqrt() * (1 - before) * x_t) / (1 - kept)
+    return Normal(mean, (0.5 * log_variance).exp())
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_variances_have_the_bound_and_the_distance(prediction_type):
+    """Against the variances of diffusers' scheduler and the divergences of torch's distributions."""
+    scheduler = DDPMScheduler(prediction_type=prediction_type, variance_type="learned_range", clip_sample=False)
+    place = torch.tensor([0, 1, 2, 500, 999])
+    (clean, _), (noise, _), (output, variance), (_, other) = (a_prediction(seed, len(place)) for seed in range(4))
+    clean[0, 0, 0, :2] = torch.tensor([1.3, -1.2])  # the ends of the likelihood are open
+    output[0] = {"epsilon": noise, "v_prediction": noise, "sample": clean}[prediction_type][0]  # as a trained model's
+    x_t = scheduler.add_noise(clean, noise, place)
+    bound, distance = [], []
+    for row, t in enumerate(place.tolist()):
+        step = scheduler.step(torch.cat([output, variance], dim=1)[row : row + 1], t, x_t[row : row + 1])
+        # where t is 0 the true posterior is a point, and its variance that of t = 1
+        ours, theirs = (scheduler._get_variance(t, predicted_variance=v[row]) for v in (variance, other))
+        if t == 0:
+            least, most = scheduler._get_variance(1, variance_type="fixed_small").log(), scheduler.betas[0].log()
+            ours, theirs = ((v[row] + 1) / 2 * (most - least) + least for v in (variance, other))
+        predicted = gaussian(scheduler, t, step.pred_original_sample[0], x_t[row], ours)
+        if t == 0:
+            upper, lower = (predicted.cdf(clean[row] + side / 255) for side in (1, -1))
+            upper, lower = upper.masked_fill(clean[row] > 0.999, 1), lower.masked_fill(clean[row] < -0.999, 0)
+            bound.append(-(upper - lower).clamp(min=1e-12).log())
+        else:
+            of_data = scheduler._get_variance(t, variance_type="fixed_small").log()
+            bound.append(kl_divergence(gaussian(scheduler, t, clean[row], x_t[row], of_data), predicted))
+        distance.append(kl_divergence(Normal(0, (theirs / 2).exp()), Normal(0, (ours / 2).exp())))
+
+    learned, noised = LearnedVariance(scheduler), Noised(x_t, place, place, clean, noise, None)
+    output.requires_grad_()
+    variance.requires_grad_()
+    for row, expected in enumerate(bound):  # one by one: their sizes differ
+        one = slice(row, row + 1)
+        alone = Noised(x_t[one], place[one], place[one], clean[one], noise[one], None)
+        found = learned.bound(output[one], variance[one], alone)
+        torch.testing.assert_close(found, expected.mean() / math.log(2), rtol=1e-3, atol=1e-6)
+    found = learned.bound(output, variance, noised)
+    torch.testing.assert_close(found, torch.stack(bound).mean() / math.log(2), rtol=1e-3, atol=0)
+    found.backward()
+    assert output.grad is None and variance.grad.isfinite().all() and (variance.grad != 0).float().mean() > 0.9
+    expected = torch.stack(distance).mean() / math.log(2)
+    torch.testing.assert_close(learned.distance(variance, other, noised), expected, rtol=1e-4, atol=0)
+    assert learned.distance(other, other, noised) == 0
+
+
+def test_losses_see_the_prediction_and_the_variance_has_terms_of_its_own(backbone):
+    student, _ = backbone.make_student(backbone.args, {})
+    rng = StepRandom(0, 0)
+    clean, condition = backbone.encode(a_batch(), rng)
+    noised = backbone.add_noise(clean, rng)
+    ours, theirs = (backbone.predict(Tapped(model), noised, condition) for model in (student, backbone.teacher))
+    assert ours.output.shape == ours.variance.shape == clean.shape
+    terms = backbone.task_terms(ours, noised)
+    more = backbone.distillation_terms(ours, theirs, noised)
+    assert list(terms) == ["task", "variance"] and list(more) == ["output_variance"]
+    last = student.proj_out_2.bias  # of 2 x 2 places and 8 channels, the last of which are the variance's
+    for term, trained in ((terms["task"], 0), (terms["variance"], 1), (more["output_variance"], 1)):
+        (gradient,) = torch.autograd.grad(term, last, retain_graph=True)
+        halves = gradient.reshape(4, 2, 4).abs().sum(dim=(0, 2))
+        assert halves[trained] > 0 and halves[1 - trained] == 0

@@ -2,6 +2,7 @@
 """DiT: latent transformers that are told a class, `DiTTransformer2DModel` teachers (Peebles and Xie 2023)."""
 
 import inspect
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -9,12 +10,13 @@ from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
-from utils.backbones.base import Configs, vae_factor
+from utils.backbones.base import Configs, Prediction, vae_factor
 from utils.backbones.labels import Labels
 from utils.backbones.latent import Latent
 from utils.backbones.loading import load_component, read_json_config
-from utils.backbones.process import Diffusion
+from utils.backbones.process import Diffusion, Noised
 from utils.backbones.stand_in import GuidedLabels
+from utils.backbones.variance import LearnedVariance
 from utils.command_line import UsageError
 from utils.distillation.features import Tapped
 from utils.randomness import StepRandom
@@ -39,6 +41,7 @@ class DiT(Latent):
     def __init__(self, args, teacher: DiTTransformer2DModel, process: Diffusion, configs: Configs):
         super().__init__(args, teacher, process, configs)
         self.conditions = Labels(args, teacher.config.num_embeds_ada_norm)
+        self.variance = LearnedVariance(process.scheduler)
         scale, default = args.validation_guidance_scale, inspect.signature(DiTPipeline.__call__).parameters
         self.sampling_options = {"guidance_scale": default["guidance_scale"].default if scale is None else scale}
 
@@ -59,7 +62,13 @@ class DiT(Latent):
 
     @classmethod
     def check_more(cls, args, teacher: dict, student: dict, flag: str) -> None:
-        """Another resolution than that of the table of positions."""
+        """Another resolution than that of the table of positions. Warns where variances would be left to drift."""
+        if student["out_channels"] == 2 * student["in_channels"] and not (args.lambda_task or args.lambda_kd_output):
+            warnings.warn(
+                "--lambda_task 0 --lambda_kd_output 0: nothing trains the variance that the student predicts, while "
+                "the layers before it move. Samplers that read it will be off.",
+                stacklevel=2,
+            )
         own = teacher["sample_size"] * vae_factor(cls.vae_config(args))
         if args.resolution not in (None, own):
             raise UsageError(
@@ -124,6 +133,19 @@ class DiT(Latent):
         """(what LIFT and PLACE compare, the variance where the denoiser predicts one), both (B, C, H, W)."""
         config = full_config(self.teacher.config, self.model_class)
         return output.chunk(2, dim=1) if config["out_channels"] == 2 * config["in_channels"] else (output, None)
+
+    def task_terms(self, prediction: Prediction, noised: Noised) -> dict[str, Tensor]:
+        """As `Backbone.task_terms`; a predicted variance has the bound as `variance`."""
+        terms = super().task_terms(prediction, noised)
+        if prediction.variance is None:
+            return terms
+        return terms | {"variance": self.variance.bound(prediction.output, prediction.variance, noised)}
+
+    def distillation_terms(self, student: Prediction, teacher: Prediction, noised: Noised) -> dict[str, Tensor]:
+        """The distance of the variances as `output_variance`, where they are predicted."""
+        if student.variance is None:
+            return {}
+        return {"output_variance": self.variance.distance(student.variance, teacher.variance, noised)}
 
     def sampling_denoiser(self, denoiser: nn.Module) -> nn.Module:
         """With its own label for none, and guided in as many channels as asked for."""
