@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny complete Stable Diffusion pipelines, every part real, and pictures with captions."""
+"""Tiny complete Stable Diffusion and DiT pipelines, every part real, and pictures with captions or classes."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -58,19 +60,23 @@ def build_unet(**changes) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**config, **changes})
 
 
+def build_vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(8, 16),
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=SIDE,
+        scaling_factor=0.5,
+    ).eval()
+
+
 def save_pipeline(folder: Path, kind: str = "sd1", seed: int = 0) -> Path:
     """`kind`: sd1 (epsilon, PNDM), sd2 (v-prediction, linear projections) or xl."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        vae = AutoencoderKL(
-            down_block_types=["DownEncoderBlock2D"] * 2,
-            up_block_types=["UpDecoderBlock2D"] * 2,
-            block_out_channels=(8, 16),
-            norm_num_groups=4,
-            latent_channels=4,
-            sample_size=SIDE,
-            scaling_factor=0.5,
-        ).eval()
+        vae = build_vae()
         tokenizer = build_tokenizer()
         if kind == "xl":
             unet = build_unet(
@@ -115,4 +121,35 @@ def save_captioned(folder: Path, count: int = 12, captions=None, seed: int = 0) 
         text = captions[i % len(captions)] if captions else f"{WORDS[i % 26]} {WORDS[(i * 7 + 3) % 26]}"
         lines.append(json.dumps({"file_name": name, "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def save_dit(folder: Path, classes: int = 5, layers: int = 4, seed: int = 0, **changes) -> Path:
+    """A `DiTPipeline` that predicts variances; its layers do something, where a new one's do nothing."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        config = {
+            "sample_size": SIDE // 2,
+            "num_layers": layers,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 8,
+            "num_embeds_ada_norm": classes,
+        }
+        transformer = DiTTransformer2DModel(**{**config, **changes}).eval()
+        scheduler = DDIMScheduler(clip_sample=False)
+        pipeline = DiTPipeline(transformer, build_vae(), scheduler)
+        pipeline.register_to_config(id2label={str(i): f"{WORDS[i]}, {WORDS[i]}2" for i in range(classes)})
+        pipeline.save_pretrained(folder)
+    return folder
+
+
+def save_classes(folder: Path, count: int = 12, classes: int = 5, seed: int = 0) -> Path:
+    """Pictures in a subfolder for each class."""
+    random = np.random.default_rng(seed)
+    for i in range(count):
+        path = folder / WORDS[i % classes] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (36, 48, 3), dtype=np.uint8)).save(path)
     return folder

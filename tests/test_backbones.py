@@ -10,13 +10,18 @@ import train_place
 from utils.backbones import BACKBONES
 from utils.backbones.base import DECISIVE, FAMILY_FLAGS
 from utils.command_line import UsageError
-from utils.training.arguments import parse_args
+from utils.training.arguments import STUDENTS, parse_args
 
 # in an order that two test workers agree on, as a set's is not
 CLASSES = [getattr(importlib.import_module(module), name) for module, name in dict.fromkeys(BACKBONES.values())]
 GIVEN = {
     "pruning_ratio": ["0.5"],
     "student_preset": ["bk_tiny"],
+    "student_depth": ["2"],
+    "kept_layers": ["0,1"],
+    "layer_choice": ["scored"],
+    "label_column": ["label"],
+    "validation_guidance_channels": ["3"],
     "lora_rank": ["2"],
     "latent_cache_dir": ["cache"],
     "cache_variants": ["2"],
@@ -39,7 +44,7 @@ def test_every_flag_of_a_family_is_tried_here():
 @pytest.mark.parametrize("name", GIVEN)
 @pytest.mark.parametrize("backbone", CLASSES, ids=lambda backbone: backbone.__name__)
 def test_a_flag_is_read_or_refused_or_warned_of(backbone, name, tmp_path):
-    student = [] if name in ("pruning_ratio", "student_preset") else ["--student_config", "config.json"]
+    student = [] if name in STUDENTS else ["--student_config", "config.json"]
     flags = ["--pretrained_model_name_or_path", "teacher", "--dataset_name", "data", f"--{name}", *GIVEN[name]]
     with warnings.catch_warnings(action="ignore"):  # of what the command line itself finds idle
         args = parse_args(

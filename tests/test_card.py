@@ -20,6 +20,8 @@ from PIL import Image
 
 import train_place
 import utils.publishing.card
+from utils.backbones.conditions import Nothing, Prompts
+from utils.backbones.labels import Labels
 from utils.backbones.process import Diffusion
 from utils.distillation.equations import equations
 from utils.distillation.losses import place_loss
@@ -51,7 +53,9 @@ def rewritten(folder: Path, **changes) -> ModelCard:
     made_with = json.loads((folder / "args.json").read_text())
     made_with["arguments"] |= changes
     (folder / "args.json").write_text(json.dumps(made_with))
-    backbone = SimpleNamespace(pipeline_class=diffusers.DDPMPipeline, component="unet", process=Diffusion)
+    backbone = SimpleNamespace(
+        pipeline_class=diffusers.DDPMPipeline, component="unet", process=Diffusion, conditions=Nothing
+    )
     write_card(Namespace(**made_with["arguments"]), backbone, method="METHOD", sizes="SIZES", distances={})
     return valid(folder)
 
@@ -172,26 +176,32 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_folder(student, tmp_path, monkey
     assert card.data.base_model is None and card.data.datasets is None
 
 
-PIPELINES = {
-    "DDPMPipeline": ("unconditional-image-generation", "pipeline()"),
-    "DDIMPipeline": ("unconditional-image-generation", "pipeline()"),
-    "DiTPipeline": ("unconditional-image-generation", "pipeline(class_labels=[0])"),
-    "StableDiffusionPipeline": ("text-to-image", 'pipeline("a photo of a cat")'),
-    "StableDiffusionXLPipeline": ("text-to-image", 'pipeline("a photo of a cat")'),
-    "StableDiffusion3Pipeline": ("text-to-image", 'pipeline("a photo of a cat")'),
-}
+def labels(num_classes: int) -> Labels:
+    return Labels(Namespace(label_column=None, proportion_empty_prompts=None), num_classes)
 
 
-@pytest.mark.parametrize("name", PIPELINES)
-def test_the_task_follows_from_what_the_pipeline_takes(student, name):
-    backbone = SimpleNamespace(pipeline_class=getattr(diffusers, name), component="unet", process=Diffusion)
+UNCONDITIONAL, TEXT = "unconditional-image-generation", "text-to-image"
+PIPELINES = [
+    ("DDPMPipeline", Nothing, UNCONDITIONAL, "pipeline()"),
+    ("DDIMPipeline", Nothing, UNCONDITIONAL, "pipeline()"),
+    ("DiTPipeline", labels(1000), UNCONDITIONAL, "pipeline(class_labels=[0])"),
+    ("DiTPipeline", labels(10), UNCONDITIONAL, "pipeline(class_labels=[0], guidance_scale=1)"),
+    ("StableDiffusionPipeline", Prompts, TEXT, 'pipeline("a photo of a cat")'),
+    ("StableDiffusionXLPipeline", Prompts, TEXT, 'pipeline("a photo of a cat")'),
+]
+
+
+@pytest.mark.parametrize("name, conditions, task, call", PIPELINES)
+def test_the_task_follows_from_what_the_pipeline_takes(student, name, conditions, task, call):
+    kind = getattr(diffusers, name)
+    backbone = SimpleNamespace(pipeline_class=kind, component="unet", process=Diffusion, conditions=conditions)
     args = Namespace(**json.loads((student / "args.json").read_text())["arguments"])
     write_card(args, backbone, method="m", sizes="s", distances={})
     card = valid(student)
-    assert card.data.pipeline_tag == PIPELINES[name][0]
+    assert card.data.pipeline_tag == task
     loading = block(str(card), "from diffusers")
     assert loading.splitlines()[0] == f"from diffusers import {name}"
-    assert loading.splitlines()[2] == f"image = {PIPELINES[name][1]}.images[0]"
+    assert loading.splitlines()[2] == f"image = {call}.images[0]"
     compile(loading, "card", "exec")
 
 

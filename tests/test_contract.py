@@ -16,16 +16,19 @@ from diffusers import (
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    DiTPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
 from diffusers.training_utils import EMAModel
-from latent_pipelines import save_captioned, save_pipeline
+from latent_pipelines import save_captioned, save_classes, save_dit, save_pipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from utils.backbones import choose_backbone
 from utils.backbones.encoders import Frozen
+from utils.backbones.process import Noised
+from utils.backbones.variance import LearnedVariance
 from utils.data.rows import ImageRows, load_rows, sample_batch
 from utils.distillation.losses import lift_loss, place_loss
 from utils.randomness import StepRandom, shuffled
@@ -53,6 +56,7 @@ class Kind:
     script: str = "train_place"
     loss: Callable = place_loss
     prompt: tuple = ()  # what the stock pipeline is called with
+    component: str = "unet"
     cached: bool = False  # `--cache_dir` is for it
     runs: dict[str, Path] = field(default_factory=dict)
 
@@ -108,16 +112,32 @@ def build_latent(folder: Path, name: str, pipeline_class: type, **more) -> Kind:
     return Kind(folder, pipeline_class, teacher, data, flags, latents, **more)
 
 
+def classes(pipeline, batch, _captions, rng, args) -> tuple[torch.Tensor, dict]:
+    posterior = pipeline.vae.encode(batch["pixels"] / 127.5 - 1).latent_dist
+    latent = posterior.mean + posterior.std * rng.normal(posterior.mean.shape)
+    dropped = rng.uniform((len(batch["label"]),)) < args.proportion_empty_prompts
+    null = pipeline.transformer.config.num_embeds_ada_norm
+    return pipeline.vae.config.scaling_factor * latent, {"class_labels": batch["label"].masked_fill(dropped, null)}
+
+
+def build_dit(folder: Path) -> Kind:
+    teacher, data = save_dit(folder / "teacher"), ["--train_data_dir", save_classes(folder / "images", ROWS)]
+    flags = "--student_depth 2 --proportion_empty_prompts 0.4 --noise_offset 0.1 --cache_variants 2".split()
+    more = {"prompt": ([3], 1.0), "cached": True, "component": "transformer"}
+    return Kind(folder, DiTPipeline, teacher, data, flags, classes, **more)
+
+
 KINDS = {
     "ddpm": build_ddpm,
     "sd1": lambda folder: build_latent(folder, "sd1", StableDiffusionPipeline),
     "sd2": lambda folder: build_latent(folder, "sd2", StableDiffusionPipeline, script="train_lift", loss=lift_loss),
     "xl": lambda folder: build_latent(folder, "xl", StableDiffusionXLPipeline),
+    "dit": build_dit,
 }
 
 
-# by default two kinds: sd2's target is tried on pixels too, what xl has of its own in test_stable_diffusion.py
-SLOW = {"sd2", "xl"}
+# by default two kinds: sd2's target is tried on pixels too, what xl and dit have of their own in files of theirs
+SLOW = {"sd2", "xl", "dit"}
 
 
 @pytest.fixture(
@@ -131,8 +151,9 @@ def kind(request, tmp_path_factory) -> Kind:
 
 
 def denoiser(folder: Path) -> dict[str, torch.Tensor]:
-    """Of a pipeline's folder; every denoiser so far is its `unet`."""
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    """Of a pipeline's folder."""
+    (path,) = (path for name in ("unet", "transformer") for path in folder.glob(f"{name}/*.safetensors"))
+    return load_file(path)
 
 
 def checkpoint(folder: Path, step: int, name: str) -> dict[str, torch.Tensor]:
@@ -159,7 +180,7 @@ def test_the_student_is_a_stock_pipeline(kind):
         "*/*"
     ):  # everything but the denoiser is the teacher's, of a latent one byte for byte
         name = path.relative_to(kind.teacher)
-        if path.is_file() and name.parts[0] != "unet":
+        if path.is_file() and name.parts[0] != kind.component:
             assert (kind.whole / name).exists()
             assert not kind.cached or (kind.whole / name).read_bytes() == path.read_bytes(), name
 
@@ -174,7 +195,7 @@ def test_a_run_leaves_what_a_user_reads(kind):
 def test_the_export_reloads_bit_for_bit(kind):
     """Into the stock class and into the next run; it is the average, not the last weights, and has no projectors."""
     stored = denoiser(kind.whole)
-    stock = kind.pipeline_class.from_pretrained(kind.whole).unet
+    stock = getattr(kind.pipeline_class.from_pretrained(kind.whole), kind.component)
     average = checkpoint(kind.whole, STEPS, "ema")
     for i, (name, parameter) in enumerate(stock.named_parameters()):
         assert torch.equal(parameter, stored[name]) and torch.equal(parameter, average[str(i)]), name
@@ -182,7 +203,7 @@ def test_the_export_reloads_bit_for_bit(kind):
     live = checkpoint(kind.whole, STEPS, "student")
     assert any(not torch.equal(live[f"denoiser.{name}"], tensor) for name, tensor in stored.items())
     args = arguments(kind.whole)
-    args.pruning_ratio = args.student_preset = None
+    args.pruning_ratio = args.student_preset = args.student_depth = None
     args.student_model_name_or_path = str(kind.whole)
     again, _ = choose_backbone(args).load(args).make_student(args, {})
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in stored.items())
@@ -193,7 +214,8 @@ def test_features_are_distilled(kind):
     assert [line["step"] for line in log] == [*range(1, STEPS + 1)]
     for line in log:
         assert line["feature"] > 0
-        assert line["loss"] == pytest.approx(line["task"] + line["output"] + line["feature"], rel=1e-6)
+        terms = ("task", "variance", "output", "output_variance", "feature")
+        assert line["loss"] == pytest.approx(sum(line.get(name, 0) for name in terms), rel=1e-6)
     first, last = (checkpoint(kind.whole, step, "student") for step in (2, STEPS))
     moved = {name for name in first if not torch.equal(first[name], last[name])}
     assert {name for name in first if name.startswith("projectors.")} <= moved
@@ -220,7 +242,7 @@ def assert_traced(kind: Kind) -> None:
     student, _ = backbone.make_student(args, sample_batch(dataset, BATCH, 3))
     pipeline = kind.pipeline_class.from_pretrained(kind.teacher)
     scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    captions = dataset.captions(ROWS) if kind.prompt else [None] * ROWS
+    captions = dataset.captions(ROWS) if kind.encode is latents else [None] * ROWS
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0, eps=1e-3)
     ema = EMAModel(student.parameters(), decay=args.ema_decay)
     for step, (rate, expected) in enumerate(zip(RATES, losses(folder), strict=True)):
@@ -238,10 +260,15 @@ def assert_traced(kind: Kind) -> None:
         x_t = a.sqrt() * clean + (1 - a).sqrt() * noise
         velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
         target = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[scheduler.config.prediction_type]
-        prediction = student(x_t, timestep, **condition).sample
+        prediction = student(x_t, timestep=timestep, **condition).sample
         with torch.no_grad():
-            teacher_prediction = pipeline.unet(x_t, timestep, **condition).sample
-        loss = F.mse_loss(prediction, target) + kind.loss(prediction, teacher_prediction).loss
+            teacher_prediction = getattr(pipeline, kind.component)(x_t, timestep=timestep, **condition).sample
+        loss = 0.0
+        if kind.component == "transformer":  # which predicts variances too
+            learned, noised = LearnedVariance(scheduler), Noised(x_t, timestep, timestep, clean, target, None)
+            (prediction, ours), (teacher_prediction, theirs) = prediction.chunk(2, 1), teacher_prediction.chunk(2, 1)
+            loss = learned.bound(prediction, ours, noised) + learned.distance(ours, theirs, noised)
+        loss = loss + F.mse_loss(prediction, target) + kind.loss(prediction, teacher_prediction).loss
         assert loss.item() == pytest.approx(expected, rel=1e-4), step
         optimizer.param_groups[0]["lr"] = 1e-3 * rate
         loss.backward()

@@ -134,7 +134,7 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
 def for_backbone(args: argparse.Namespace) -> argparse.Namespace:
     """The training scripts' flags that a backbone reads: off, but for what this script has, under its names."""
     off = dict.fromkeys(("student_config", "dropout", "taylor_timesteps", "snr_gamma"))
-    off |= {"random_flip": False, "antithetic_timesteps": False, "input_perturbation": 0.0}
+    off |= {"random_flip": False, "antithetic_timesteps": False, "input_perturbation": 0.0, "lambda_task": 1.0}
     own = {
         "validation_prompts": read_prompts_file(args.prompts) if args.prompts else None,
         "validation_guidance_scale": args.guidance_scale,

@@ -13,6 +13,7 @@ BACKBONES = {
     "UNet2DModel": ("utils.backbones.ddpm", "DDPM"),
     "StableDiffusionPipeline": ("utils.backbones.stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("utils.backbones.stable_diffusion", "StableDiffusion"),
+    "DiTPipeline": ("utils.backbones.dit", "DiT"),
 }
 
 

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from utils.backbones.conditions import Nothing
-from utils.backbones.loading import TEACHER, component_config, load_component, read_json_config
+from utils.backbones.loading import OLD_NAMES, TEACHER, component_config, load_component, read_json_config
 from utils.backbones.process import Diffusion, Noised
 from utils.backbones.stand_in import InFloat32
 from utils.command_line import UsageError
@@ -34,12 +34,13 @@ from utils.students.sizes import full_config
 # are refused, as without them another student would be trained; the rest are warned of.
 FAMILY_FLAGS = {
     **dict.fromkeys(("pruning_ratio", "student_preset", "lora_rank", "latent_cache_dir")),
+    **dict.fromkeys(("student_depth", "kept_layers", "layer_choice", "label_column", "validation_guidance_channels")),
     **dict.fromkeys(("caption_column", "proportion_empty_prompts", "pretrained_vae_model_name_or_path")),
     **dict.fromkeys(("cache_variants", "validation_prompts", "validation_guidance_scale")),
     "fuse_lora": False,
     "noise_offset": 0.0,
 }
-DECISIVE = {"pruning_ratio", "student_preset", "lora_rank", "latent_cache_dir"}
+DECISIVE = {"pruning_ratio", "student_preset", "student_depth", "kept_layers", "lora_rank", "latent_cache_dir"}
 
 
 class Prediction(NamedTuple):
@@ -122,7 +123,8 @@ class Backbone:
         if args.pretrained_model_name_or_path:
             source = args.pretrained_model_name_or_path
             teacher = component_config(cls.model_class, cls.component, source, TEACHER, args.revision)
-            if (found := teacher.get("_class_name", cls.model_class.__name__)) != cls.model_class.__name__:
+            found = teacher.get("_class_name", cls.model_class.__name__)
+            if found not in (cls.model_class.__name__, OLD_NAMES.get(cls.model_class.__name__)):
                 raise UsageError(
                     f"{TEACHER} {source}: its {cls.component} is a {found}, not a {cls.model_class.__name__}."
                 )

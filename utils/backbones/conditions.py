@@ -22,6 +22,7 @@ class Nothing:
     tokenizers: Sequence = ()  # one for each `input_ids_<i>` of a batch
     share_dropped = 0.0  # of a batch, by `drop`
     components: Sequence[str] = ()  # folders of the teacher's pipeline whose weights decide what a cache holds
+    call = ""  # what a student's stock pipeline is called with, for one sample to show
 
     def transform(self, *image_settings, **more_settings) -> ImageTransform:
         """A picklable row -> tensors of a batch; all settings as `ImageTransform` takes them."""
@@ -71,6 +72,7 @@ class Prompts(Nothing):
     """Text, by frozen encoders. A family says in `embed_tokens` and `keywords` what its denoiser reads of them."""
 
     micro_conditioning = False  # whether the denoiser is told the image's size and crop too
+    call = '"a photo of a cat"'
     zeros_when_empty = False  # whether no prompt is told as zeros, and not as the embeddings of ""
 
     def __init__(self, args, tokenizers: Sequence, encoders: Sequence[Frozen]):

@@ -29,6 +29,8 @@ class DDPM(Backbone):
     flags = frozenset({"pruning_ratio"})
     instead = {
         "student_preset": "a pixel U-Net is made narrower with --pruning_ratio, or built from --student_config",
+        "student_depth": "a pixel U-Net is made narrower with --pruning_ratio, or built from --student_config",
+        "kept_layers": "a pixel U-Net is made narrower with --pruning_ratio, or built from --student_config",
         "latent_cache_dir": "it works in pixels, which need no encoding; leave it out",
         "lora_rank": "adapters go with a latent teacher; leave it out",
     }

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from utils.backbones.loading import TEACHER
+from utils.backbones.loading import OLD_NAMES, TEACHER
 from utils.backbones.weights import Weights, find_weights
 from utils.command_line import UsageError
 from utils.files import read_json
@@ -129,6 +129,8 @@ def parts_of(
                 f"{said}: its {name} is a {class_name} of {library}, which neither diffusers nor transformers has "
                 "here, so no student of it would load. Take a pipeline of stock classes."
             ) from None
+        if class_name in (OLD_NAMES.get(each.__name__) for each in kinds if inspect.isclass(each)):
+            kind = kinds[0]
         kinds = [each for each in kinds if inspect.isclass(each) and issubclass(each, (*MODELS, TOKENIZERS))]
         if kinds and not issubclass(kind, tuple(kinds)) and kind.__name__ != f"{kinds[0].__name__}Fast":
             raise UsageError(

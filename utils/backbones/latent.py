@@ -35,8 +35,8 @@ class Latent(Backbone):
         "latents_std",
     )  # of its config: would be left out in silence
     flags = frozenset(
-        "caption_column proportion_empty_prompts noise_offset pretrained_vae_model_name_or_path validation_prompts "
-        "validation_guidance_scale latent_cache_dir cache_variants lora_rank fuse_lora".split()
+        "proportion_empty_prompts noise_offset pretrained_vae_model_name_or_path validation_guidance_scale "
+        "latent_cache_dir cache_variants".split()
     )
 
     def __init__(self, args, teacher: ModelMixin, process: Diffusion, configs: Configs):
@@ -120,7 +120,7 @@ class Latent(Backbone):
             raise UsageError(
                 f"{said}: the VAE gives {vae['latent_channels']} latent_channels, the {cls.component} of {TEACHER} "
                 f"takes in_channels {teacher['in_channels']}: it is for inpainting or editing, or of another VAE. "
-                "Choose a text-to-image teacher, with its own VAE."
+                "Choose another teacher, with its own VAE."
             )
 
     @classmethod

@@ -12,6 +12,8 @@ from utils.command_line import UsageError
 from utils.devices import DTYPE_KEYWORD
 
 TEACHER = "--pretrained_model_name_or_path"
+# a model class -> what it was called where its oldest pipelines on the Hub were saved; diffusers loads these as it
+OLD_NAMES = {"DiTTransformer2DModel": "Transformer2DModel"}
 
 
 def read_json_config(path: str, flag: str) -> dict:

@@ -46,6 +46,7 @@ def save_student(
         index[name] = [index[name][0] if isinstance(index.get(name), list) else None, part.kind.__name__]
         if issubclass(part.kind, ModelMixin):
             index[name][0] = "diffusers"  # another VAE may stand in for one that is listed otherwise
+    index[component] = ["diffusers", type(denoiser).__name__]  # today's name
     (beside / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
     denoiser.save_pretrained(beside / component, safe_serialization=True)
     move_into(beside, folder)

@@ -41,12 +41,17 @@ class StableDiffusion(Latent):
     must_match = (
         "in_channels out_channels cross_attention_dim addition_embed_type projection_class_embeddings_input_dim"
     ).split()
-    flags = Latent.flags | {"student_preset"}
+    flags = Latent.flags | {"student_preset", "caption_column", "validation_prompts", "lora_rank", "fuse_lora"}
     told = "teachers and students here are told a prompt alone"
     vae_unread = (*Latent.vae_unread, "shift_factor")
     instead = {
-        "pruning_ratio": "a Stable Diffusion U-Net is shortened, not narrowed. Give --student_preset "
+        name: f"a Stable Diffusion U-Net is {how}. Give --student_preset "
         f"({', '.join(blocks.PRESETS)}) or --student_config"
+        for name, how in {
+            "pruning_ratio": "shortened, not narrowed",
+            "student_depth": "shortened by whole blocks, and has no one depth",
+            "kept_layers": "shortened by whole blocks, and has no one row of layers",
+        }.items()
     }
 
     def __init__(self, args, teacher: UNet2DConditionModel, process: Diffusion, configs: Configs):

@@ -62,3 +62,23 @@ class InFloat32(StandIn):
         ]  # the second is the time, if there is one
         output = self.denoiser(*inputs, **to_dtype(condition, dtype))
         return type(output)(sample=output.sample.float())
+
+
+class GuidedLabels(StandIn):
+    """A DiT under guidance, which `DiTPipeline` calls with a batch that is told its labels and then the same batch
+    told label 1000: here that half is told `null`, the denoiser's own label of none, however many classes it knows."""
+
+    def __init__(self, denoiser: nn.Module, null: int, channels: int | None = None):
+        """`channels`: only so many, the first ones, are guided, as in DiT's own code (3 of 4); None is all."""
+        super().__init__(denoiser)
+        self.null, self.channels = null, channels
+
+    def denoise(self, hidden_states, *, class_labels, **condition):
+        """What is not to be guided is the same in both halves, that of the labels."""
+        told = class_labels.chunk(2)[0]
+        labels = torch.cat([told, torch.full_like(told, self.null)])
+        output = self.denoiser(hidden_states, class_labels=labels, **condition)
+        if self.channels is not None:
+            half = len(told)
+            output.sample[half:, self.channels :] = output.sample[:half, self.channels :]
+        return output

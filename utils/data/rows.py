@@ -86,10 +86,11 @@ def _dataset_rows(args, split: str, split_flag: str | None) -> "datasets.Dataset
     return splits[split]
 
 
-def fingerprint(rows: "datasets.Dataset") -> str:
+def fingerprint(rows: "datasets.Dataset", read: Sequence[str] = ()) -> str:
     """A short hash of a dataset's size, columns and 32 of its rows: the same for the same data wherever it lies, and
-    an unreadable image like an empty one. The classes that image files have by their folders are no part of it."""
-    named_by_folder = {"label"} if rows.info.builder_name == BUILDER else set()
+    an unreadable image like an empty one. The classes that image files have by their folders are no part of it, unless
+    they are `read`."""
+    named_by_folder = {"label"} - set(read) if rows.info.builder_name == BUILDER else set()
     columns = sorted(set(rows.column_names) - named_by_folder)
     digest = hashlib.sha256(f"{len(rows)} {columns}".encode())
     for row in np.linspace(0, len(rows) - 1, num=min(32, len(rows)), dtype=int):
@@ -178,7 +179,7 @@ class ImageRows(Dataset):
 
     def fingerprint(self) -> str:
         """See `fingerprint`."""
-        return fingerprint(self.rows)
+        return fingerprint(self.rows, self.transform.columns)
 
     def __str__(self) -> str:
         bad = f" ({len(self.bad_rows)} undecodable ones replaced)" if self.bad_rows else ""

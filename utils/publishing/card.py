@@ -20,13 +20,6 @@ from utils.files import sha256, write_file, write_json
 from utils.publishing.curves import plot_losses
 from utils.publishing.model_index import card_evaluation, eval_results, without_paths
 
-# what a pipeline takes -> the Hub's name of its task (it has none for class-conditional images), and a call to show
-TASKS = {
-    "prompt": ("text-to-image", 'pipeline("a photo of a cat")'),
-    "class_labels": ("unconditional-image-generation", "pipeline(class_labels=[0])"),
-}
-UNCONDITIONAL = ("unconditional-image-generation", "pipeline()")
-
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
@@ -35,14 +28,15 @@ def write_card(args, backbone, *, method: str, sizes: str, distances: dict[str, 
     folder = Path(args.output_dir)
     teacher = args.pretrained_model_name_or_path
     takes = inspect.signature(backbone.pipeline_class.__call__).parameters
-    tag, call = next((task for name, task in TASKS.items() if name in takes), UNCONDITIONAL)
+    # the Hub has no name for class-conditional images
+    tag = "text-to-image" if "prompt" in takes else "unconditional-image-generation"
     facts = {
         "base_model": teacher if _on_hub(teacher) else None,
         "datasets": [args.dataset_name] if _on_hub(args.dataset_name) else None,
         "license": _licence(teacher, args.revision) if teacher else {},
         "pipeline_class": backbone.pipeline_class.__name__,
         "pipeline_tag": tag,
-        "call": call,
+        "call": f"pipeline({backbone.conditions.call})",
         "component": backbone.component,
         "sampler": backbone.process.name,
         "method": method,

@@ -11,7 +11,13 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    ModelMixin,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch.utils.flop_counter import FlopCounterMode
 
 TEXT_TOKENS = 77  # what the CLIP text encoders of Stable Diffusion pad every prompt to
@@ -56,6 +62,23 @@ def _(model: UNet2DConditionModel) -> dict[str, Any]:
     return inputs
 
 
+@example_inputs.register
+def _(model: DiTTransformer2DModel) -> dict[str, Any]:
+    inputs = _sample_and_time(model)
+    return {"hidden_states": inputs.pop("sample"), **inputs, "class_labels": torch.zeros(1, dtype=torch.long)}
+
+
+@example_inputs.register
+def _(model: SD3Transformer2DModel) -> dict[str, Any]:
+    inputs, config = _sample_and_time(model), model.config
+    return {
+        "hidden_states": inputs.pop("sample"),
+        "timestep": inputs["timestep"].float(),
+        "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.joint_attention_dim),
+        "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
+    }
+
+
 def _sample_and_time(model: ModelMixin) -> dict[str, Any]:
     size = height_width(model.config.sample_size)
     return {
@@ -66,10 +89,12 @@ def _sample_and_time(model: ModelMixin) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """`macs`: multiply-adds of one forward of one sample, None for a config without sample_size."""
+    """`shape`: a U-Net's widths, or a transformer's layers and their width; `counted_once`: see `paper_parameters`;
+    `macs`: multiply-adds of one forward of one sample, None for a config without sample_size."""
 
-    block_out_channels: tuple[int, ...]
+    shape: str
     parameters: int
+    counted_once: int
     macs: int | None
 
 
@@ -92,7 +117,21 @@ def _counted(config_json: str, model_class: type[ModelMixin]) -> ModelSize:
                 model(**example_inputs(model))
             macs = counter.get_total_flops() // 2
     parameters = sum(p.numel() for p in model.parameters())
-    return ModelSize(tuple(config.get("block_out_channels", ())), parameters, macs)
+    if "block_out_channels" in config:
+        shape = "-".join(map(str, config["block_out_channels"]))
+    else:
+        shape = f"{config['num_layers']} x {config['num_attention_heads'] * config['attention_head_dim']}"
+    return ModelSize(shape, parameters, paper_parameters(model), macs)
+
+
+def paper_parameters(model: ModelMixin) -> int:
+    """Parameters as DiT's paper (Peebles and Xie 2023) counts them: it has one embedder of time and label, where
+    diffusers gives every layer one of its own, and counts the table of positions, here a buffer."""
+    count = sum(p.numel() for p in model.parameters())
+    if isinstance(model, DiTTransformer2DModel):
+        embedders = [sum(p.numel() for p in block.norm1.emb.parameters()) for block in model.transformer_blocks]
+        count += model.pos_embed.pos_embed.numel() - sum(embedders[1:])
+    return count
 
 
 def model_table(teacher: ModelSize | None, student: ModelSize) -> str:
@@ -100,10 +139,12 @@ def model_table(teacher: ModelSize | None, student: ModelSize) -> str:
     sizes = [student] if teacher is None else [teacher, student]
     rows = {
         "": ["teacher", "student"][-len(sizes) :],
-        "widths": ["-".join(map(str, size.block_out_channels)) for size in sizes],
+        "layers x width" if " x " in student.shape else "widths": [size.shape for size in sizes],
         "parameters": [f"{size.parameters:,}" for size in sizes],
         "MACs per sample": ["unknown" if size.macs is None else f"{size.macs:,}" for size in sizes],
     }
+    if any(size.counted_once != size.parameters for size in sizes):
+        rows["as papers count"] = [f"{size.counted_once:,}" for size in sizes]
     if teacher is not None:
         rows["parameters kept"] = ["", f"{student.parameters / teacher.parameters:.2%}"]
     return "\n".join(f"{label:<16}" + "".join(f"{cell:>28}" for cell in cells) for label, cells in rows.items())

@@ -29,7 +29,14 @@ from utils.output_dir import wanted_checkpoint
 MAX_TRAIN_STEPS = 100_000
 DEFAULT_RECIPE = "assets/default.args"
 RENAMED = {"--validation_images": "--validation_shown_samples"}
-STUDENTS = ("pruning_ratio", "student_preset", "student_config", "student_model_name_or_path")
+STUDENTS = (
+    "pruning_ratio",
+    "student_preset",
+    "student_depth",
+    "kept_layers",
+    "student_config",
+    "student_model_name_or_path",
+)
 # a command line without any of these is the default recipe's, whatever else is in it
 BEGINNINGS = ("pretrained_model_name_or_path", *STUDENTS, "dataset_name", "train_data_dir", "latent_cache_dir")
 
@@ -67,6 +74,14 @@ def parse_args(
     return args
 
 
+def layers(text: str) -> list[int]:
+    """Of `--kept_layers`."""
+    try:
+        return [int(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is no list of numbers with commas, such as 0,3,7") from None
+
+
 def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("teacher and student")
     add_shared(
@@ -92,7 +107,20 @@ def _teacher_and_student(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--student_preset",
         help="or: drop whole blocks of a Stable Diffusion U-Net: bk_base, bk_small, bk_tiny (BK-SDM), or for SDXL "
-        "koala_1b, koala_700m (KOALA)",
+        "koala_1b, koala_700m (KOALA); of a DiT: d14, d7, d4, so many of its layers are left (TinyFusion)",
+    )
+    group.add_argument("--student_depth", type=int, help="or: keep so many of a transformer's layers")
+    group.add_argument(
+        "--kept_layers",
+        type=layers,
+        metavar="N,N,...",
+        help="or: keep these of a transformer's layers, numbered from 0, with commas",
+    )
+    group.add_argument(
+        "--layer_choice",
+        choices=["even", "scored"],
+        help="which layers --student_depth and d14, d7, d4 keep: evenly spaced ones with first and last, or those "
+        "whose leaving out changes the diffusion loss on real images most, to first order (default: even)",
     )
     group.add_argument(
         "--student_config",
@@ -141,6 +169,9 @@ def _data(parser: argparse.ArgumentParser) -> None:
         "image_interpolation_mode",
     )
     group.add_argument(
+        "--label_column", help="column of the class labels, integers that the teacher knows (default: label)"
+    )
+    group.add_argument(
         "--train_split",
         help="split of the dataset to train on (default: train), or a subfolder of --train_data_dir (default: all of "
         "it)",
@@ -158,7 +189,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--proportion_empty_prompts",
         type=float,
-        help="share of captions that teacher and student both see as empty, for guidance (default: .1, the paper's)",
+        help="share of captions or labels that teacher and student both see as none, for guidance (default: .1, the "
+        "paper's)",
     )
     group.add_argument(
         "--latent_cache_dir",
@@ -391,8 +423,14 @@ def _validation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--validation_guidance_scale",
         type=float,
-        help="classifier-free guidance of samples, 0 for none (default: the stock pipeline's own, 7.5 or, for XL, 5; "
-        "none where the teacher's scheduler is as a turbo model's)",
+        help="classifier-free guidance of samples, 0 for none (default: the stock pipeline's own, 7.5, for XL 5, for "
+        "DiT 4; none where the teacher's scheduler is as a turbo model's)",
+    )
+    group.add_argument(
+        "--validation_guidance_channels",
+        type=int,
+        choices=[3, 4],
+        help="latent channels of a DiT that are guided: 3, as in its paper, or 4, as the stock pipeline (default: 4)",
     )
     group.add_argument("--validation_num_inference_steps", type=int, default=50, help="sampler steps (default: 50)")
     group.add_argument(
@@ -414,7 +452,8 @@ def _check(args: argparse.Namespace) -> None:
         "resolution max_train_samples max_train_steps train_batch_size gradient_accumulation_steps learning_rate "
         "snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit validation_steps "
         "validation_num_inference_steps validation_num_samples validation_batch_size max_train_minutes "
-        "num_cpu_threads lora_rank cache_variants num_train_epochs ema_inv_gamma ema_power taylor_timesteps"
+        "num_cpu_threads lora_rank cache_variants num_train_epochs ema_inv_gamma ema_power taylor_timesteps "
+        "student_depth"
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
@@ -440,8 +479,9 @@ def _check(args: argparse.Namespace) -> None:
         found = " and ".join(given) or "none"
         raise UsageError(f"Give one of --{', --'.join(STUDENTS)} to say what the student is; found {found}.")
     if not args.pretrained_model_name_or_path:
-        if args.pruning_ratio is not None:
-            raise UsageError("--pruning_ratio cuts a teacher: give it with --pretrained_model_name_or_path.")
+        for name in ("pruning_ratio", "student_depth", "kept_layers"):
+            if getattr(args, name) is not None:
+                raise UsageError(f"--{name} cuts a teacher: give it with --pretrained_model_name_or_path.")
         if args.lambda_kd_output or args.lambda_kd_feat:
             raise UsageError(
                 "No --pretrained_model_name_or_path, so nothing to distil from: name the teacher, or train from "
@@ -509,6 +549,11 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
             "taylor_timesteps",
             args.pruning_ratio is None or args.student_init != "taylor",
             "--pruning_ratio and --student_init taylor",
+        ),
+        (
+            "layer_choice",
+            args.student_depth is None and args.student_preset is None,
+            "--student_depth, or --student_preset d14, d7 or d4",
         ),
         ("revision variant teacher_dtype", not args.pretrained_model_name_or_path, "--pretrained_model_name_or_path"),
         ("ema_decay ema_inv_gamma ema_power", not args.use_ema, "--use_ema"),
