@@ -159,7 +159,9 @@ class Handler(BaseHTTPRequestHandler):
         elif not repo_id.startswith(f"{USER}/"):
             self.reply(403, {"error": "You don't have the rights to create a model under this namespace"})
         else:
-            self.server.repositories[repo_id] = Repository(wanted.get("visibility") == "private")
+            self.server.repositories[repo_id] = Repository(
+                wanted.get("visibility") == "private" or bool(wanted.get("private"))
+            )
             self.reply(200, reply)
 
     def delete(self):
