@@ -46,7 +46,7 @@ def load(teacher):
             loaded.append(choose_backbone(args).load(args))
         first = loaded[0]
         configs = first.configs._replace(resolution=args.resolution or first.resolution)
-        return type(first)(args, first.teacher, first.process, configs)
+        return type(first)(args, first.teacher, configs)
 
     return backbone
 

@@ -136,7 +136,7 @@ def test_it_is_ddim_as_validation_samples_it():
     flags = argparse.Namespace(antithetic_timesteps=False, snr_gamma=None, noise_offset=0.0, input_perturbation=0.0)
     flags.taylor_timesteps = None
     process = Diffusion(flags, DDPMScheduler(), bounded=True)
-    backbone = DDPM(flags, None, process, Configs(None, dict(pipeline.unet.config), 8, None))
+    backbone = DDPM(flags, None, Configs(None, dict(pipeline.unet.config), 8, None, process))
     expected = backbone.sample(pipeline.unet, seeds, 4)
     assert torch.equal(Sampler(pipeline, seed=7, num_inference_steps=4)(range(5)), expected)
 

@@ -92,7 +92,7 @@ def judge(folder: Path, *flags) -> None:
     """What `check` says of the parts, without building a student."""
     args = parsed(folder, *flags)
     unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
-    configs = Configs(unet, unet, 32, vae)
+    configs = Configs(unet, unet, 32, vae, process=None)
     StableDiffusion.check_vae(args, configs)
     StableDiffusion.check_parts(args, configs, StableDiffusion.parts(args))
 

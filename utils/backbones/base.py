@@ -58,6 +58,7 @@ class Configs(NamedTuple):
     student: dict
     resolution: int  # pixels a side
     vae: dict | None  # of latent families
+    process: Diffusion
 
 
 class Backbone:
@@ -75,8 +76,8 @@ class Backbone:
     image_channels: int  # of the images that `sample` gives
     sampling_options: dict[str, Any]  # of the stock pipeline's call in `sample`, such as a guidance_scale
 
-    def __init__(self, args, teacher: ModelMixin | None, process: Diffusion, configs: Configs):
-        self.args, self.teacher, self.process, self.conditions = args, teacher, process, Nothing()
+    def __init__(self, args, teacher: ModelMixin | None, configs: Configs):
+        self.args, self.teacher, self.process, self.conditions = args, teacher, configs.process, Nothing()
         self.configs, self.resolution, self.sampling_options = configs, configs.resolution, {}
 
     # --- Loading: everything that can be refused is, from the configs alone, before weights load
@@ -88,8 +89,7 @@ class Backbone:
         Raises:
             UsageError: see `check` and `Diffusion.load`.
         """
-        configs = cls.check(args)
-        process, teacher = cls.process_class.load(args, bounded=cls.bounded), None
+        configs, teacher = cls.check(args), None
         if args.pretrained_model_name_or_path:
             teacher = load_component(
                 cls.model_class,
@@ -102,7 +102,7 @@ class Backbone:
                 dtype=cls.teacher_dtype(args),
             )
             teacher.eval().requires_grad_(False)
-        return cls(args, teacher, process, configs)
+        return cls(args, teacher, configs)
 
     @classmethod
     def teacher_dtype(cls, args) -> torch.dtype:
@@ -118,7 +118,7 @@ class Backbone:
             UsageError: naming the flag, what was found and what to do.
         """
         cls.check_flags(args)
-        cls.process_class.load(args, bounded=cls.bounded)  # another process is refused first
+        process = cls.process_class.load(args, bounded=cls.bounded)  # another one is refused first
         teacher, vae = None, cls.vae_config(args)
         if args.pretrained_model_name_or_path:
             source = args.pretrained_model_name_or_path
@@ -167,7 +167,7 @@ class Backbone:
             raise UsageError(
                 f"--grouping patch --group_size {group_size}: squares of that many elements do not tile {side}x{side}."
             )
-        return Configs(teacher, student, resolution, vae)
+        return Configs(teacher, student, resolution, vae, process)
 
     @classmethod
     def check_flags(cls, args) -> None:
@@ -194,8 +194,8 @@ class Backbone:
 
     @classmethod
     def check_denoiser(cls, config: dict, flag: str) -> None:
-        """Refuse a teacher or student that is told what nobody tells it here; `config` is whole, defaults filled "
-        "in."""
+        """Refuse a teacher or student that is told what nobody tells it here; `config` is whole, defaults filled
+        in."""
         for key in ("num_class_embeds", "class_embed_type"):
             if config.get(key) is not None:
                 raise UsageError(
@@ -227,6 +227,16 @@ class Backbone:
     def make_student(self, args, batch: dict[str, Tensor]) -> tuple[ModelMixin, str]:
         """The student in float32 and a table of what it is made of; `batch`, real images, may help to choose."""
         raise NotImplementedError
+
+    def given_student(self, args) -> ModelMixin:
+        """That of `--student_config`, fresh under the seed, or of `--student_model_name_or_path`; in float32."""
+        if args.student_config:
+            with torch.random.fork_rng():
+                torch.manual_seed(args.seed)
+                return self.model_class.from_config(read_json_config(args.student_config, "--student_config"))
+        flag, pickled = "--student_model_name_or_path", args.allow_pickle_weights
+        source = args.student_model_name_or_path
+        return load_component(self.model_class, self.component, source, flag, allow_pickle=pickled)
 
     def feature_pairs(self, student: ModelMixin) -> list[tuple[str, str]]:
         """(student block, teacher block) by module name: whose outputs feature distillation compares.

@@ -13,8 +13,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from utils.backbones.conditions import Prompts
 from utils.backbones.encoders import Frozen
-from utils.backbones.folder import Part, fetched
+from utils.backbones.folder import Part
 from utils.command_line import UsageError
+from utils.hub_folders import teacher_folder
 
 
 def text_width(unet_config: Mapping[str, Any]) -> int | Sequence[int]:
@@ -89,7 +90,7 @@ class ClipPrompts(Prompts):
         self.zeros_when_empty = self.xl and zeros_when_empty(source, args.revision)
         kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
         names = list(kinds)[: 1 + self.xl]
-        folder = fetched(source, args.revision, args.variant)
+        folder = teacher_folder(source, args.revision, args.variant)
         tokenizers = [CLIPTokenizer.from_pretrained(folder / tokenizer_of(name)) for name in names]
         super().__init__(args, tokenizers, [Frozen(kinds[name], args, place, subfolder=name) for name in names])
 

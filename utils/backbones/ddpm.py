@@ -10,8 +10,7 @@ import torch
 from diffusers import DDIMPipeline, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
 from utils.backbones.base import Backbone, Configs
-from utils.backbones.loading import TEACHER, load_component, pipeline_class_name, read_json_config
-from utils.backbones.process import Diffusion
+from utils.backbones.loading import TEACHER, pipeline_class_name
 from utils.backbones.saving import save_pipeline
 from utils.command_line import UsageError
 from utils.randomness import StepRandom
@@ -35,16 +34,16 @@ class DDPM(Backbone):
         "lora_rank": "adapters go with a latent teacher; leave it out",
     }
 
-    def __init__(self, args, teacher: UNet2DModel | None, process: Diffusion, configs: Configs):
-        super().__init__(args, teacher, process, configs)
+    def __init__(self, args, teacher: UNet2DModel | None, configs: Configs):
+        super().__init__(args, teacher, configs)
         self.image_channels, self.pipeline_class = configs.student.get("in_channels", 3), DDPMPipeline
         if teacher is not None:
             source = args.pretrained_model_name_or_path
             self.pipeline_class = getattr(diffusers, pipeline_class_name(source, args.revision, TEACHER))
             teacher.register_to_config(sample_size=self.resolution)  # what the stock pipelines sample at
-        if (args.taylor_timesteps or 0) > process.num_places:
+        if (args.taylor_timesteps or 0) > self.process.num_places:
             raise UsageError(
-                f"--taylor_timesteps is {args.taylor_timesteps}; the teacher's schedule has {process.num_places}."
+                f"--taylor_timesteps is {args.taylor_timesteps}; the teacher's schedule has {self.process.num_places}."
             )
 
     @classmethod
@@ -78,14 +77,7 @@ class DDPM(Backbone):
             )
             table = report.table()
         else:
-            if args.student_config:
-                with torch.random.fork_rng():
-                    torch.manual_seed(args.seed)
-                    student = UNet2DModel.from_config(read_json_config(args.student_config, "--student_config"))
-            else:
-                flag, source = "--student_model_name_or_path", args.student_model_name_or_path
-                pickled = args.allow_pickle_weights
-                student = load_component(self.model_class, self.component, source, flag, allow_pickle=pickled)
+            student = self.given_student(args)
             table = model_table(self.teacher and model_size(self.teacher.config), model_size(student.config))
         student.register_to_config(sample_size=self.resolution)
         set_dropout(student, args.dropout)

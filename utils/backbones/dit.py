@@ -5,7 +5,6 @@ import inspect
 import warnings
 from collections.abc import Iterator
 
-import torch
 from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from utils.backbones.base import Configs, Prediction, vae_factor
 from utils.backbones.labels import Labels
 from utils.backbones.latent import Latent
-from utils.backbones.loading import load_component, read_json_config
-from utils.backbones.process import Diffusion, Noised
+from utils.backbones.process import Noised
 from utils.backbones.stand_in import GuidedLabels
 from utils.backbones.variance import LearnedVariance
 from utils.command_line import UsageError
@@ -38,10 +36,10 @@ class DiT(Latent):
         "lora_rank": "diffusers has no adapters for it. Leave it out",
     }
 
-    def __init__(self, args, teacher: DiTTransformer2DModel, process: Diffusion, configs: Configs):
-        super().__init__(args, teacher, process, configs)
+    def __init__(self, args, teacher: DiTTransformer2DModel, configs: Configs):
+        super().__init__(args, teacher, configs)
         self.conditions = Labels(args, teacher.config.num_embeds_ada_norm)
-        self.variance = LearnedVariance(process.scheduler)
+        self.variance = LearnedVariance(self.process.scheduler)
         scale, default = args.validation_guidance_scale, inspect.signature(DiTPipeline.__call__).parameters
         self.sampling_options = {"guidance_scale": default["guidance_scale"].default if scale is None else scale}
 
@@ -99,15 +97,7 @@ class DiT(Latent):
             student, report = depth.make_depth_student(self.teacher, kept, scores)
             table = report.table()
         else:
-            if args.student_config:
-                with torch.random.fork_rng():
-                    torch.manual_seed(args.seed)
-                    config = read_json_config(args.student_config, "--student_config")
-                    student = self.model_class.from_config(config)
-            else:
-                flag, source = "--student_model_name_or_path", args.student_model_name_or_path
-                pickled = args.allow_pickle_weights
-                student = load_component(self.model_class, self.component, source, flag, allow_pickle=pickled)
+            student = self.given_student(args)
             table = model_table(*(model_size(m.config, self.model_class) for m in (self.teacher, student)))
         set_dropout(student, args.dropout)
         for module in student.modules():

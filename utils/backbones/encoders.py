@@ -7,10 +7,10 @@ from collections.abc import Callable
 import torch
 from diffusers import ModelMixin
 
-from utils.backbones.folder import fetched
 from utils.backbones.weights import find_weights
 from utils.command_line import UsageError
 from utils.devices import DTYPE_KEYWORD
+from utils.hub_folders import teacher_folder
 
 
 class Frozen:
@@ -47,7 +47,7 @@ class Frozen:
     def _loaded(self, dtype: torch.dtype) -> torch.nn.Module:
         source, options = getattr(self.args, self.argument), {}
         if self.argument == "pretrained_model_name_or_path":  # as it was found whole, see `folder.parts_to_copy`
-            folder = fetched(source, self.args.revision, self.args.variant)
+            folder = teacher_folder(source, self.args.revision, self.args.variant)
             weights = find_weights(
                 folder / self.subfolder, self.kind, self.args.variant, pickled=self.args.allow_pickle_weights
             )

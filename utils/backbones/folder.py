@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
-from huggingface_hub import snapshot_download
+from diffusers import AutoencoderKL, ModelMixin
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
@@ -21,6 +20,7 @@ from utils.backbones.loading import OLD_NAMES, TEACHER
 from utils.backbones.weights import Weights, find_weights
 from utils.command_line import UsageError
 from utils.files import read_json
+from utils.hub_folders import VAE, teacher_folder, vae_folder
 
 MODELS = (ModelMixin, PreTrainedModel)
 TOKENIZERS = PreTrainedTokenizerBase
@@ -28,7 +28,6 @@ NO_PARTS = (None, [None, None])  # of model_index.json: a part that the pipeline
 RENAMED = {"CLIPFeatureExtractor": "CLIPImageProcessor"}  # what transformers 5 no longer has under its old name
 # what loading raises where files are damaged, absent or of another model
 LOAD_ERRORS = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, AssertionError, ImportError)
-VAE = "--pretrained_vae_model_name_or_path"
 
 
 class Part(NamedTuple):
@@ -47,7 +46,7 @@ def parts_to_copy(args, pipeline_class: type, component: str, needed: str) -> di
         UsageError: a part is absent, not whole, or of a class that the pipeline does not take.
     """
     source, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    folder, said = fetched(source, args.revision, args.variant), f"{TEACHER} {source}"
+    folder, said = teacher_folder(source, args.revision, args.variant), f"{TEACHER} {source}"
     parts = {}
     for name, kind in parts_of(
         folder, pipeline_class, said, needed=needed, replaced=("vae",) if other else ()
@@ -56,7 +55,7 @@ def parts_to_copy(args, pipeline_class: type, component: str, needed: str) -> di
             continue
         read, variant, place = name in needed.split(), args.variant, folder / name
         if name == "vae" and other:
-            kind, variant, place, said_of = AutoencoderKL, None, _model_folder(other), f"{VAE} {other}"
+            kind, variant, place, said_of = AutoencoderKL, None, vae_folder(other), f"{VAE} {other}"
         else:
             said_of = said
             if folder != Path(source) and issubclass(kind, MODELS) and place.is_dir():
@@ -64,15 +63,6 @@ def parts_to_copy(args, pipeline_class: type, component: str, needed: str) -> di
         weights = check_part(kind, place, said_of, variant=variant, pickled=args.allow_pickle_weights, read=read)
         parts[name] = Part(kind, place, weights)
     return parts
-
-
-def _model_folder(name: str) -> Path:
-    if not Path(name).is_dir():
-        formats = [f"diffusion_pytorch_model*{suffix}" for suffix in (".safetensors", ".bin", ".index.json")]
-        return Path(snapshot_download(name, allow_patterns=["config.json", *formats]))
-    if (Path(name) / "vae" / "config.json").is_file():
-        raise UsageError(f"{VAE} {name} is a whole pipeline. Give the folder of its VAE, {Path(name) / 'vae'}.")
-    return Path(name)
 
 
 def _fetch_safetensors(kind: type, place: Path, args, said: str, *, pickled: bool) -> None:
@@ -83,22 +73,6 @@ def _fetch_safetensors(kind: type, place: Path, args, said: str, *, pickled: boo
     except ValueError:
         options = {"revision": args.revision, "variant": args.variant, "use_safetensors": True, "device_map": "meta"}
         _loaded(kind, args.pretrained_model_name_or_path, said, subfolder=place.name, **options)
-
-
-def fetched(source: str, revision: str | None, variant: str | None) -> Path:
-    """The folder of a pipeline; of a Hub id, all that its stock pipeline loads is downloaded first.
-
-    Raises:
-        UsageError: it could not be.
-    """
-    if Path(source).is_dir():
-        return Path(source)
-    try:
-        return Path(DiffusionPipeline.download(source, revision=revision, variant=variant))
-    except (OSError, ValueError) as error:
-        raise UsageError(
-            f"{TEACHER} {source}: what the student takes over of it could not be fetched from the Hub: {error}"
-        ) from error
 
 
 def parts_of(

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from utils.backbones.base import Backbone, Configs, vae_factor
 from utils.backbones.encoders import Frozen
-from utils.backbones.folder import VAE, Part, fetched, parts_to_copy
+from utils.backbones.folder import Part, parts_to_copy
 from utils.backbones.loading import TEACHER, component_config, pipeline_class_name
-from utils.backbones.process import Diffusion
 from utils.backbones.saving import save_student
-from utils.backbones.weights import find_weights, stored_dtype
+from utils.backbones.weights import find_weights, stored_dtypes
 from utils.command_line import UsageError
+from utils.hub_folders import VAE, teacher_folder
 from utils.randomness import StepRandom
 from utils.students.lora import save_lora, without_lora
 from utils.students.sizes import full_config
@@ -39,8 +39,8 @@ class Latent(Backbone):
         "latent_cache_dir cache_variants".split()
     )
 
-    def __init__(self, args, teacher: ModelMixin, process: Diffusion, configs: Configs):
-        super().__init__(args, teacher, process, configs)
+    def __init__(self, args, teacher: ModelMixin, configs: Configs):
+        super().__init__(args, teacher, configs)
         self.latent_size = configs.resolution // vae_factor(configs.vae)
         self.scaling_factor = configs.vae.get("scaling_factor", 0.18215)
         self.shift_factor = configs.vae.get("shift_factor") or 0.0
@@ -77,12 +77,13 @@ class Latent(Backbone):
     def teacher_dtype(cls, args) -> torch.dtype:
         """That of its files: they stay mapped, once for all processes of a host (in another dtype each would hold a
         copy), and nothing is lost of what a student starts from."""
-        folder = fetched(args.pretrained_model_name_or_path, args.revision, args.variant) / cls.component
+        folder = teacher_folder(args.pretrained_model_name_or_path, args.revision, args.variant) / cls.component
         try:
             weights = find_weights(folder, cls.model_class, args.variant, pickled=args.allow_pickle_weights)
         except ValueError:  # said when they are loaded
             return torch.float32
-        return stored_dtype(weights)
+        dtypes = stored_dtypes(weights)
+        return dtypes.pop() if len(dtypes) == 1 else torch.float32
 
     @classmethod
     def parts(cls, args) -> dict[str, Part]:
@@ -192,7 +193,7 @@ class Latent(Backbone):
         """The stock pipeline in `folder`: the denoiser's own files, everything else the teacher's, byte for byte."""
         plain = without_lora(denoiser, self.args.fuse_lora) if self.args.lora_rank else denoiser
         args = self.args
-        teacher = fetched(args.pretrained_model_name_or_path, args.revision, args.variant)
+        teacher = teacher_folder(args.pretrained_model_name_or_path, args.revision, args.variant)
         save_student(plain, self.component, self.pipeline_class, self.parts(args), teacher, folder)
         if self.args.lora_rank and not self.args.fuse_lora:
             save_lora(denoiser, self.pipeline_class, self.component, folder)

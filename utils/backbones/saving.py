@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from utils.backbones.folder import MODELS, Part, index_of, load_whole, parts_of, quietly
-from utils.backbones.weights import copy_component
+from utils.backbones.weights import copy_component, stored_dtypes
 from utils.command_line import UsageError
 
 
@@ -100,18 +99,8 @@ def _load_in_float32(config_file: Path, part: Part) -> None:
     their files are in; transformers alone would take the files' dtype, and the pipeline would hold two."""
     config = json.loads(config_file.read_text())
     said = config.get("dtype", config.get("torch_dtype"))
-    if said == "float32" or (said is None and not _half(part)):
+    may_be_half = part.weights.pickled or stored_dtypes(part.weights) != {torch.float32}
+    if said == "float32" or (said is None and not may_be_half):
         return
     config |= {"dtype": "float32", "torch_dtype": "float32"}  # the second is read by transformers 4
     config_file.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _half(part: Part) -> bool:
-    """Whether any of a part's tensors is of half precision, as far as can be read without loading."""
-    if part.weights.pickled:
-        return True
-    for path in part.weights.files:
-        with safe_open(path, framework="pt") as file:
-            if any(file.get_slice(name).get_dtype() in ("F16", "BF16") for name in file.keys()):
-                return True
-    return False

@@ -16,8 +16,7 @@ from utils.backbones.base import Configs
 from utils.backbones.clip_prompts import ClipPrompts, check_text
 from utils.backbones.folder import Part
 from utils.backbones.latent import Latent
-from utils.backbones.loading import TEACHER, load_component, pipeline_class_name, read_json_config
-from utils.backbones.process import Diffusion
+from utils.backbones.loading import TEACHER, pipeline_class_name, read_json_config
 from utils.command_line import UsageError
 from utils.students import blocks
 from utils.students.lora import add_lora, fuse_saved_lora
@@ -54,11 +53,11 @@ class StableDiffusion(Latent):
         }.items()
     }
 
-    def __init__(self, args, teacher: UNet2DConditionModel, process: Diffusion, configs: Configs):
+    def __init__(self, args, teacher: UNet2DConditionModel, configs: Configs):
         self.xl = teacher.config.addition_embed_type == "text_time"
         self.vae_dtype = torch.float32 if self.xl else None  # XL's own overflows in half precision
         self.pipeline_class = diffusers.StableDiffusionXLPipeline if self.xl else diffusers.StableDiffusionPipeline
-        super().__init__(args, teacher, process, configs)
+        super().__init__(args, teacher, configs)
         self.conditions = ClipPrompts(args, teacher.config, self.place)
         side = configs.resolution
         self.sampling_options = {"guidance_scale": self.guidance_scale(), "height": side, "width": side}
@@ -124,10 +123,9 @@ class StableDiffusion(Latent):
     def make_student(self, args, batch: dict[str, Tensor]) -> tuple[UNet2DConditionModel, str]:
         """The student in float32 and a table of what it is made of; with `--lora_rank` only its adapters train."""
         if args.student_model_name_or_path:
-            flag, source = "--student_model_name_or_path", args.student_model_name_or_path
-            pickled = args.allow_pickle_weights
-            student = load_component(self.model_class, self.component, source, flag, allow_pickle=pickled)
-            fuse_saved_lora(student, self.component, source, flag)
+            student = self.given_student(args)
+            flag = "--student_model_name_or_path"
+            fuse_saved_lora(student, self.component, args.student_model_name_or_path, flag)
             table = model_table(*(model_size(m.config, self.model_class) for m in (self.teacher, student)))
         else:
             config = args.student_preset or read_json_config(args.student_config, "--student_config")

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from utils.files import read_json
 
 OTHER_FORMATS = (".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml")  # nobody here reads
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors' headers name what is narrower than float32
+NARROW = {"F16": torch.float16, "BF16": torch.bfloat16}  # as safetensors' headers name what is narrower than float32
 WEIGHT_SUFFIXES = (".safetensors", ".bin", *OTHER_FORMATS)
 
 
@@ -58,15 +58,14 @@ def find_weights(folder: Path, kind: type, variant: str | None, *, pickled: bool
     raise ValueError(f"it holds no weights of a {kind.__name__} that can be read: {what_is_there(folder, kind)}.")
 
 
-def stored_dtype(weights: Weights) -> torch.dtype:
-    """That of all tensors in the files, by their headers; float32 where they have several, and of pickled ones."""
+def stored_dtypes(weights: Weights) -> set[torch.dtype]:
+    """Those of the tensors in the files, by their headers, as far as they are narrower than float32; all others, and
+    pickled ones, which have no header, count as float32."""
     found = set()
     for path in weights.files if not weights.pickled else ():
         with safe_open(path, "pt") as file:
-            found |= {DTYPES.get(file.get_slice(name).get_dtype(), torch.float32) for name in file.keys()}
-    if len(found) == 1:
-        return found.pop()
-    return torch.float32
+            found |= {NARROW.get(file.get_slice(name).get_dtype(), torch.float32) for name in file.keys()}
+    return found or {torch.float32}
 
 
 def what_is_there(folder: Path, kind: type) -> str:
@@ -117,8 +116,7 @@ def _with_variant(name: str, variant: str | None) -> str:
 
 
 def _variant_of(file: str, name: str) -> str | None:
-    """fp16 of model.fp16.safetensors, model.fp16-00001-of-00002.safetensors and "
-    "model-00001-of-00002.fp16.safetensors."""
+    """fp16 of model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model-00001-of-00002.fp16.safetensors."""
     stem, suffix = map(re.escape, name.rsplit(".", 1))
     shard = r"(?:-\d{5}-of-\d{5})?"
     found = re.fullmatch(rf"{stem}{shard}\.([^.]+?){shard}\.{suffix}", file)

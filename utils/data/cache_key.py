@@ -3,19 +3,15 @@
 
 import hashlib
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from accelerate import Accelerator
-from diffusers import DiffusionPipeline
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch.utils.data import Dataset
 
-from utils.command_line import UsageError
 from utils.data.images import file_content
 from utils.devices import DTYPES
 from utils.files import loaded_files, read_json, sha256
+from utils.hub_folders import teacher_folder, vae_folder
 
 FORMAT = 3  # of cache.json and the files beside it: counted up when one of them means something else
 HASHED_BYTES = 2**30  # of pictures: a data set up to this size is hashed whole, of a larger one every so manieth row
@@ -68,14 +64,12 @@ def encoder_hashes(args, components: list[str]) -> dict[str, str]:
     Raises:
         UsageError: `--pretrained_vae_model_name_or_path` is not to be had.
     """
-    source, other = args.pretrained_model_name_or_path, args.pretrained_vae_model_name_or_path
-    if not Path(source).is_dir():
-        source = DiffusionPipeline.download(source, revision=args.revision, variant=args.variant)
-    folder = Path(source)
+    other = args.pretrained_vae_model_name_or_path
+    folder = teacher_folder(args.pretrained_model_name_or_path, args.revision, args.variant)
     parts = {part: (folder / part, args.variant) for part in components}
     parts |= {path.name: (path, None) for path in sorted(folder.glob("tokenizer*")) if path.is_dir()}
     if other:
-        parts["vae"] = (_folder_of(other), None)
+        parts["vae"] = (vae_folder(other), None)
     said = {name: value for name, value in read_json(folder / "model_index.json").items() if isinstance(value, bool)}
     hashes = {}
     for part, (path, variant) in parts.items():
@@ -85,13 +79,3 @@ def encoder_hashes(args, components: list[str]) -> dict[str, str]:
                 digest.update(bytes.fromhex(sha256(file)))
         hashes[part] = digest.hexdigest()[:16]
     return {**hashes, "pipeline": said}
-
-
-def _folder_of(vae: str) -> Path:
-    """Where the files of `--pretrained_vae_model_name_or_path` are. Raises UsageError where they cannot be had."""
-    if Path(vae).is_dir():
-        return Path(vae)
-    try:
-        return Path(snapshot_download(vae, allow_patterns=["config.json", "diffusion_pytorch_model*.safetensors"]))
-    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-        raise UsageError(f"--pretrained_vae_model_name_or_path {vae} cannot be had from the Hub: {error}") from error
