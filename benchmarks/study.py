@@ -96,18 +96,18 @@ def record_of(work: Path, name: str, teacher: str, data: str, seed: int) -> Path
     return None if "--lambda_kd_feat" in ROWS[name].flags else work / "teacher" / f"{teacher}-{data}-{seed}"
 
 
-def tune(work: Path) -> None:
+def tune(work: Path, only: list[str]) -> None:
     """Every method's grid in the settings that others take their flags from."""
     results, data = Results("tuning", "setting", "row", "tuned"), str(tuning_data(work))
     wanted = {setting: [row for row in rows if not ROWS[row].tuned_as] for setting, rows in STAGES[1].items()}
     for rows in (STAGES[2]["random"],):
         wanted["random"] += [row for row in rows if not ROWS[row].tuned_as]
-    for setting, names in wanted.items():
-        for name in names:
+    for setting in wanted.keys() & set(only):
+        for name in wanted[setting]:
             for tuned in ROWS[name].grid():
                 if results.find(setting=setting, row=name, tuned=tuned):
                     continue
-                folder = work / "tuning"
+                folder = work / f"tuning-{setting}"
                 flags = row_flags(
                     setting,
                     name,
@@ -117,7 +117,7 @@ def tune(work: Path) -> None:
                     data=data,
                     teacher=SETTINGS[setting].teacher,
                 )
-                record = record_of(work, name, "bundled", "tuning", TUNING_SEED)
+                record = record_of(work, name, f"bundled-{setting}", "tuning", TUNING_SEED)
                 seconds = train(folder, ROWS[name].script, flags, record)
                 reference = ["--dataset_name", data, "--split", "test"]
                 metrics, more = evaluate(
@@ -147,10 +147,11 @@ def best_flags(setting: str, name: str) -> dict[str, str]:
     return min(found, key=lambda record: record["metrics"]["frechet_distance"])["tuned"]
 
 
-def run_stage(stage: int, seeds: list[int], work: Path, only: list[str] | None) -> None:
+def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], only: list[str] | None) -> None:
     """All rows of a seed, then the next seed."""
     results = Results(f"stage_{stage}", "setting", "row", "seed")
-    tuned = {(setting, name): best_flags(setting, name) for setting, names in STAGES[stage].items() for name in names}
+    wanted = [(setting, name) for setting, names in STAGES[stage].items() if setting in settings for name in names]
+    tuned = {row: best_flags(*row) for row in wanted}
     for seed in seeds:
         results.check_machine(seed)
         for setting, name in tuned:
@@ -219,6 +220,9 @@ def main() -> None:
     parser.add_argument("--references", action="store_true", help="measure noise and the teacher")
     parser.add_argument("--stage", type=int, choices=STAGES, help="run the rows of a stage")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the stage (default: 0 1 2)")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="only these (default: all)"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="only these of the stage (default: all)")
     parser.add_argument("--report", action="store_true", help="write tables and plots beside the numbers")
     parser.add_argument("--work", type=Path, default=Path("study"), help="students, records (default: study)")
@@ -232,11 +236,11 @@ def main() -> None:
     os.nice(19)
     torch.set_num_threads(1)
     if args.tune:
-        tune(work)
+        tune(work, args.settings)
     if args.references:
         references(work)
     if args.stage:
-        run_stage(args.stage, args.seeds, work, args.rows)
+        run_stage(args.stage, args.seeds, work, args.settings, args.rows)
     if args.report:
         report(RESULTS, SETTINGS)
 
