@@ -64,11 +64,14 @@ class Results:
 
         A figure on another processor differs by more than the methods do."""
         self.path.parent.mkdir(exist_ok=True)
-        with open(self.path.with_name(".lock"), "w") as lock:  # two settings or seeds may run side by side
+        lock = os.open(self.path.parent, os.O_RDONLY)  # two settings or seeds may run side by side
+        try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             self.records = [*(read_json(self.path) or []), {**record, **machine()}]
             lines = ",\n".join(json.dumps(each) for each in self.records)
             write_file(self.path, f"[\n{lines}\n]\n")
+        finally:
+            os.close(lock)
 
     def check_machine(self, seed: int) -> None:
         """Raises UsageError where rows of this seed were run on another processor."""
