@@ -15,17 +15,22 @@ function of (seed, index), whatever the number of processes; a run that was stop
 
 import shutil
 import warnings
+from argparse import Namespace
 from pathlib import Path
+
+from utils.command_line import UsageError, run, start
+from utils.evaluation.arguments import METRICS, PR_NEIGHBOURS, parse_args
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = start(parse_args, __doc__)
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from utils.command_line import UsageError, run
 from utils.devices import DTYPES
 from utils.distributed import main_process_first, on_main_process, process_settings, wait_for_everyone
-from utils.evaluation.arguments import METRICS, PR_NEIGHBOURS, parse_args
 from utils.evaluation.cost import Meter, cost, free, measure
 from utils.evaluation.image_sets import ImageSet, image_files
 from utils.evaluation.measure import Measured, measure_images
@@ -178,9 +183,8 @@ def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict]
     return costs
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(args: Namespace) -> None:
     """Check, measure the reference, sample, measure the samples, report: in the order of the lines."""
-    args = parse_args(__doc__, argv)
     accelerator = Accelerator(kwargs_handlers=process_settings())
     check_processes(accelerator)
     args.num_cpu_threads = block_threads(args.num_cpu_threads, accelerator)
@@ -305,4 +309,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGS)
