@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from utils.analysis.arguments import HOW_TO_READ, for_backbone, parse_args
-from utils.command_line import UsageError, run, start
+from utils.command_line import UsageError, announce, run, start
 
 if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
     ARGS = start(parse_args, __doc__)
@@ -254,6 +254,7 @@ def main(args: Namespace) -> None:
     analysis["samples"], pictures = measure_samples(args, backbone, student, images, extractor, real)
     analysis["protocol"]["undecodable_rows"] = len((real or images).bad_rows)
     save_analysis(analysis, folder)
+    announce("drawing the figures")
     save_figures(analysis, maps, pictures, folder)
     print(f"{error_table(analysis)}\n\n{HOW_TO_READ}\n")
     unlock_output_dir(args.output_dir)

@@ -18,7 +18,7 @@ import warnings
 from argparse import Namespace
 from pathlib import Path
 
-from utils.command_line import UsageError, run, start
+from utils.command_line import ROOT, UsageError, announce, run, start
 from utils.evaluation.arguments import METRICS, PR_NEIGHBOURS, parse_args
 
 if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
@@ -29,6 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
+from utils.commands import python, shell_line
 from utils.devices import DTYPES
 from utils.distributed import main_process_first, on_main_process, process_settings, wait_for_everyone
 from utils.evaluation.cost import Meter, cost, free, measure
@@ -256,6 +257,7 @@ def main(args: Namespace) -> None:
 
     # Metrics and the report
     if accelerator.is_main_process:
+        announce(f"computing {', '.join(args.metrics)}")
         counts, warned = [each.statistics.count for each in (generated, real)], []
         if "fid" in args.metrics:
             warned += [rank_warning(each, extractor.protocol["dimensions"]) for each in counts]
@@ -302,7 +304,8 @@ def main(args: Namespace) -> None:
         print(f"Saved: {folder / 'metrics.json'}, with the protocol; samples: {folder / 'samples.png'}")
         if args.update_model_card:
             print(f"Updated: {update_model_card(Path(args.pretrained_model_name_or_path), content)}")
-        print("Next: python analyze_error.py --help, for where a student's error lies")
+        analysis = [python(), ROOT / "analyze_error.py", "--help"]
+        print(f"Next: where a student's error lies\n    {shell_line(analysis)}")
     wait_for_everyone(accelerator)
     accelerator.end_training()
     unlock_output_dir(args.output_dir)

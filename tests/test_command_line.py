@@ -28,8 +28,9 @@ from utils.distributed import on_main_process
 from utils.download_cache import use_download_cache
 from utils.evaluation import arguments as evaluation
 from utils.evaluation.parallel import block_threads
+from utils.launcher import VARIABLES
 from utils.publishing.card import _recipe
-from utils.threads import LAUNCHERS, POLICIES
+from utils.threads import POLICIES
 from utils.training import arguments as training
 
 TRAINING = ("train_lift", "train_place")
@@ -490,13 +491,13 @@ def test_a_users_wish_how_threads_wait_holds(name, value):
 )
 def test_who_says_how_many_threads(flag, own, launchers, expected, monkeypatch):
     """`launchers`: the environment of the process that started this one, None without a launcher."""
-    for name in LAUNCHERS:
+    for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if own:
         monkeypatch.setenv("OMP_NUM_THREADS", own)
     if launchers is not None:
-        monkeypatch.setenv(LAUNCHERS[0], "no")
+        monkeypatch.setenv(next(iter(VARIABLES)), "no")
         monkeypatch.setattr(psutil.Process, "environ", lambda self: launchers)
     accelerator, before = Accelerator(cpu=True), torch.get_num_threads()
     try:

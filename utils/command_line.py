@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import difflib
 import itertools
+import json
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
+from utils.launcher import launcher, launching_words
 from utils.recipe_files import read_lines, split_line
 from utils.threads import sleep_in_wait
 
@@ -175,9 +177,11 @@ def warn_of_idle_flags(
 
 
 def announce(waiting_for: str) -> None:
-    """Say what the next seconds or minutes are spent on, once for each machine."""
+    """Say what the next seconds or minutes are spent on, once for each machine; above a progress bar, if there is
+    one."""
     if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
-        print(f"{Path(sys.argv[0]).name}: {waiting_for} ...", file=sys.stderr, flush=True)
+        write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
+        write(f"{Path(sys.argv[0]).name}: {waiting_for} ...", file=sys.stderr)
 
 
 def start(parse: Callable[..., argparse.Namespace], *arguments) -> argparse.Namespace:
@@ -211,8 +215,19 @@ def run(function: Callable, *arguments):
         if not (rank and error.everywhere):
             process = f" of process {rank}" if rank else ""
             sentence = str(error).rsplit("UsageError: ", 1)[-1]  # a data worker's comes inside of its traceback
-            print(f"{Path(sys.argv[0]).name}: error{process}: {sentence.rstrip()}", file=sys.stderr, flush=True)
+            _tell(f"{Path(sys.argv[0]).name}: error{process}: {sentence.rstrip()}")
         raise SystemExit(2) from None
+
+
+def _tell(sentence: str) -> None:
+    """To the reader, and to the launcher, which ends with a report of its own: torchrun's has room for the sentence,
+    `accelerate launch` for one process has none."""
+    print(sentence, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": details}}))
+    elif launcher() == "accelerate" and not {"-q", "--quiet"} & set(launching_words()):
+        print("What follows is accelerate's: `accelerate launch -q`, or python, would not say it.", file=sys.stderr)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -5,10 +5,9 @@ first when it is loaded."""
 import os
 from collections.abc import Mapping
 
-import psutil
+from utils.launcher import launcher, launcher_environment
 
 POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # OpenMP's own word, GNU's and Intel's and LLVM's
-LAUNCHERS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what theirs set in the processes that they start
 
 
 def sleep_in_wait() -> None:
@@ -23,11 +22,8 @@ def wanted_threads() -> int | None:
     """OMP_NUM_THREADS, where the user has set it. `accelerate launch` and torchrun set it to 1 where it is not set: a
     1 that the launcher's own environment does not hold is nobody's wish."""
     count = _first_number(os.environ)
-    if count == 1 and any(name in os.environ for name in LAUNCHERS):
-        try:
-            return _first_number(psutil.Process().parent().environ())
-        except (psutil.Error, AttributeError, OSError):  # it has ended, or is someone else's
-            return None
+    if count == 1 and launcher():
+        return _first_number(launcher_environment())
     return count
 
 
