@@ -30,7 +30,7 @@ from utils.evaluation import arguments as evaluation
 from utils.evaluation.parallel import block_threads
 from utils.launcher import VARIABLES
 from utils.publishing.card import _recipe
-from utils.threads import POLICIES
+from utils.threads import BRIEFLY, POLICIES
 from utils.training import arguments as training
 
 TRAINING = ("train_lift", "train_place")
@@ -467,7 +467,7 @@ def started(**environment) -> dict:
 
 
 def test_threads_sleep_in_wait():
-    assert started() == {"torch": False, **dict.fromkeys(POLICIES), "OMP_WAIT_POLICY": "PASSIVE"}
+    assert started() == {"torch": False, **dict.fromkeys(POLICIES), **BRIEFLY}
 
 
 @pytest.mark.parametrize("name, value", zip(POLICIES, ("ACTIVE", "30000", "200"), strict=True))
