@@ -18,11 +18,11 @@ from torch.distributions import Normal, kl_divergence
 import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.dit import DiT
-from utils.backbones.labels import LabelTransform
 from utils.backbones.process import Noised
 from utils.backbones.variance import LearnedVariance
 from utils.command_line import UsageError
 from utils.data.folders import folder_rows
+from utils.data.labels import LabelTransform
 from utils.data.rows import ImageRows, fingerprint
 from utils.distillation.features import Tapped
 from utils.randomness import StepRandom
@@ -230,7 +230,7 @@ def transform(column: str = "label") -> LabelTransform:
 
 
 BAD_LABELS = {
-    "too large": ([0, 5], None, "row 1 has label 5; the teacher knows the classes 0 to 4"),
+    "too large": ([0, 5], None, "row 1 has label 5; the model knows the classes 0 to 4"),
     "unlabelled": ([-1, 0], None, "row 0 has label -1"),
     "absent": ([0, None], None, "row 1 has label None"),
     "names": (["cat", "dog"], datasets.Value("string"), "found .*string.* there; a label is an integer from 0 to 4"),
@@ -263,7 +263,7 @@ def test_class_folders_are_labels(tmp_path):
 @pytest.mark.parametrize(
     "names, message",
     [
-        ("abcd", "there are 4 class folders.* and the teacher knows 5 classes"),
+        ("abcd", "there are 4 class folders.* and the model knows 5 classes"),
         (["1", "2", "3", "4", "10"], "the class folder 1 would be label 0"),
         ("", "the dataset has no such column, only image. A folder of images has labels where every class"),
     ],

@@ -165,11 +165,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     add_shared(
         group,
-        "dataset_name dataset_config_name train_data_dir image_column caption_column resolution crop "
+        "dataset_name dataset_config_name train_data_dir image_column caption_column label_column resolution crop "
         "image_interpolation_mode",
-    )
-    group.add_argument(
-        "--label_column", help="column of the class labels, integers that the teacher knows (default: label)"
     )
     group.add_argument(
         "--train_split",
