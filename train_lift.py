@@ -55,7 +55,6 @@ if __name__ == "__main__":  # --help and wrong flags do not wait for what is imp
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from utils.backbones import choose_backbone
@@ -63,7 +62,7 @@ from utils.data.cache import encoded_once, open_dataset
 from utils.data.rows import sample_batch, training_batches
 from utils.devices import apply_speed_flags, use_cpu_threads
 from utils.distillation.balance import TimestepBalance
-from utils.distillation.features import feature_loss, tap_pair
+from utils.distillation.features import feature_loss, feature_weight, tap_pair
 from utils.distillation.losses import fine_weight, lift_loss, output_loss
 from utils.distributed import on_main_process, process_settings, refuse_unsupported
 from utils.output_dir import check_output_dir, lock_output_dir, prepare_output_dir, unlock_output_dir
@@ -74,7 +73,7 @@ from utils.training.log import RunLog, error_per_sample, tracker_names
 from utils.training.memory import memory_estimate
 from utils.training.optimizer import ema_warmup, make_optimizer, stepped, with_gradients
 from utils.training.report import plan, save_arguments, summary
-from utils.training.schedules import count_steps
+from utils.training.schedules import count_steps, make_lr_scheduler
 from utils.training.stop import Stop
 from utils.training.validation import Validation, evaluated
 
@@ -110,9 +109,7 @@ def main(args: Namespace) -> None:
 
     # Optimizer and schedule, both in optimizer steps
     optimizer = make_optimizer(args, with_gradients(student), accelerator)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
+    lr_scheduler = make_lr_scheduler(args, optimizer)
     memory = on_main_process(accelerator, memory_estimate, args, accelerator, student, tapped_teacher, backbone)
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
     ema_weights = with_gradients(denoiser)  # collected once, not in every step
@@ -166,6 +163,7 @@ def main(args: Namespace) -> None:
             errors = {"task": error_per_sample(student_pred.output, target)}  # (B,), unweighted
             loss = args.lambda_task * sum(terms.values())
             if distil:
+                progress = step / args.max_train_steps  # of the run
                 with torch.no_grad():
                     teacher_pred = backbone.predict(tapped_teacher, noised, condition)
                 target = teacher_pred.output
@@ -176,7 +174,7 @@ def main(args: Namespace) -> None:
                         coefficients=args.coefficients,
                         coarse_norm=args.coarse_norm,
                         coarse_scale=args.coarse_scale,
-                        weight=fine_weight(args.weighting, step / args.max_train_steps),
+                        weight=fine_weight(args.weighting, progress),
                         sample_weight=balance.weight("output", noised.place),
                     )
                 else:
@@ -188,8 +186,9 @@ def main(args: Namespace) -> None:
                     )
                 errors["output"] = output.error
                 more = backbone.distillation_terms(student_pred, teacher_pred, noised)
-                feature = feature_loss(student_pred.features, teacher_pred.features)
-                loss = loss + args.lambda_kd_output * sum(more.values(), output.loss) + args.lambda_kd_feat * feature
+                feature = feature_loss(student_pred.features, teacher_pred.features, args.feature_mask_sigma)
+                lambda_kd_feat = args.lambda_kd_feat * feature_weight(args.feature_weighting, progress)
+                loss = loss + args.lambda_kd_output * sum(more.values(), output.loss) + lambda_kd_feat * feature
                 terms |= {"feature": feature, **output.terms(), **more}
 
             accelerator.backward(loss)

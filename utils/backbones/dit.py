@@ -16,6 +16,7 @@ from utils.backbones.process import Noised
 from utils.backbones.stand_in import GuidedLabels
 from utils.backbones.variance import LearnedVariance
 from utils.command_line import UsageError
+from utils.data.labels import class_names
 from utils.distillation.features import Tapped
 from utils.randomness import StepRandom
 from utils.students import depth
@@ -38,7 +39,8 @@ class DiT(Latent):
 
     def __init__(self, args, teacher: DiTTransformer2DModel, configs: Configs):
         super().__init__(args, teacher, configs)
-        self.conditions = Labels(args, teacher.config.num_embeds_ada_norm)
+        pipeline = DiTPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+        self.conditions = Labels(args, teacher.config.num_embeds_ada_norm, class_names(pipeline))
         self.variance = LearnedVariance(self.process.scheduler)
         scale, default = args.validation_guidance_scale, inspect.signature(DiTPipeline.__call__).parameters
         self.sampling_options = {"guidance_scale": default["guidance_scale"].default if scale is None else scale}
