@@ -727,7 +727,8 @@ def test_the_card_of_a_training_run_gets_the_numbers_once(run, evaluate):
     found = evaluate(*given)
     for output in ("evaluation", "again"):
         results = ModelCard.load(student / "README.md").data.eval_results
-        assert sorted(result.metric_type for result in results) == sorted(found["metrics"]), output
+        wanted = sorted(found["metrics"].keys() - {"kernel_distance_stderr"})  # an error stands beside its number
+        assert sorted(result.metric_type for result in results) == wanted, output
         evaluate(*given, "--overwrite_output_dir", output="again")
     assert DDPMPipeline.from_pretrained(student) is not None
 
