@@ -107,16 +107,16 @@ def measurements(folder: Path, student: Path) -> tuple[Path, Path]:
     return evaluation, analysis
 
 
-def check_alone(page: Page) -> None:
-    """Nothing is fetched and nothing runs."""
+def check_alone(page: Page) -> int:
+    """Nothing is fetched and nothing runs; the number of its pictures."""
     assert not page.tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
     assert page.sources and all(source.startswith(("data:image/", "#")) for source in page.sources)
+    return len([source for source in page.sources if source[0] == "d"])
 
 
 def test_the_page_of_a_run_is_alone_and_names_no_folder(student, tmp_path):
     page = Page(write_report(student))
-    check_alone(page)
-    assert len([source for source in page.sources if source[0] == "d"]) == 4
+    assert check_alone(page) == 4
     assert str(tmp_path) not in (student / "report.html").read_text()  # paths are cut as in the card
     for words in ("my student", "Distilled from assets/teacher with PLACE", "data of <me>", "SIZES <of> tensors"):
         assert words in page.text
@@ -143,8 +143,7 @@ def test_measurements_join_the_page_of_their_student(student, tmp_path):
     shutil.rmtree(evaluation)  # the page needs them no more
     shutil.rmtree(analysis)
     page = Page(write_report(student))
-    check_alone(page)
-    assert len([source for source in page.sources if source[0] == "d"]) == 7
+    assert check_alone(page) == 7
     text = " ".join(page.text.split())
     assert "12.35" in text and "50,000 samples (DPMSolverMultistepScheduler, 1000 steps" in text
     assert "0.0123 s" in text and "cuda" in text and "not measured yet" not in text
