@@ -40,7 +40,7 @@ from utils.evaluation.measure import Measured, measure_images
 from utils.evaluation.parallel import block_threads, check_processes
 from utils.evaluation.pipelines import load_pipeline, pipeline_files, pipeline_folder, use_clip_sample, use_scheduler
 from utils.evaluation.reference import measure_reference, open_reference
-from utils.evaluation.report import COSTS, open_card, report, update_model_card
+from utils.evaluation.report import open_card, report, update_model_card
 from utils.evaluation.sample_folder import SampleFolder, clear_evaluation
 from utils.evaluation.sampler import Sampler
 from utils.files import read_json, sha256, versions, write_json
@@ -57,9 +57,12 @@ from utils.metrics.distances import (
 from utils.metrics.extractors import load_extractor
 from utils.output_dir import check_output_dir, lock_output_dir, unlock_output_dir
 from utils.pixels import image_grid
+from utils.publishing.html_report import report_measurement
+from utils.publishing.readable import COSTS
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
 GRID_IMAGES = 32
+FILES = ("metrics.json", "samples.png")
 PIPELINE = "--pretrained_model_name_or_path"
 
 
@@ -308,6 +311,10 @@ def main(args: Namespace) -> None:
                 shutil.rmtree(path)
         print(f"\n{report(content)}")
         print(f"Saved: {folder / 'metrics.json'}, with the protocol; samples: {folder / 'samples.png'}")
+        page = report_measurement(
+            None if args.images else args.pretrained_model_name_or_path, folder, "evaluation", FILES
+        )
+        print(f"Report: {page}")
         if args.update_model_card:
             print(f"Updated: {update_model_card(Path(args.pretrained_model_name_or_path), content)}")
         analysis = [python(), ROOT / "analyze_error.py", "--help"]

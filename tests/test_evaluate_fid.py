@@ -18,6 +18,7 @@ from conftest import build_unet, read_log, save_images
 from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
+from test_html_report import Page, check_alone
 from test_sampling import tiny_ddpm, tiny_stable_diffusion, tiny_text
 from transformers import (
     CLIPConfig,
@@ -179,7 +180,9 @@ def test_what_is_written(evaluate, tmp_path, teacher_dir, capsys):
         assert f"{value:.6g}" in printed
     assert "Saved:" in printed and "Next:" in printed and "FID" not in printed  # no FID without inception
     names = sorted(path.name for path in (tmp_path / "evaluation").iterdir())
-    assert names == ["metrics.json", "samples.png"]  # the samples are gone
+    assert names == ["metrics.json", "report.html", "samples.png"]  # the samples are gone
+    assert f"Report: {tmp_path / 'evaluation' / 'report.html'}\n" in printed
+    assert check_alone(Page(tmp_path / "evaluation" / "report.html")) == 1
     assert Image.open(tmp_path / "evaluation" / "samples.png").size == (8 * 68, 2 * 68 + 8)
 
 
@@ -727,7 +730,8 @@ def test_the_card_of_a_training_run_gets_the_numbers_once(run, evaluate):
     found = evaluate(*given)
     for output in ("evaluation", "again"):
         results = ModelCard.load(student / "README.md").data.eval_results
-        assert sorted(result.metric_type for result in results) == sorted(found["metrics"]), output
+        wanted = sorted(found["metrics"].keys() - {"kernel_distance_stderr"})  # an error stands beside its number
+        assert sorted(result.metric_type for result in results) == wanted, output
         evaluate(*given, "--overwrite_output_dir", output="again")
     assert DDPMPipeline.from_pretrained(student) is not None
 

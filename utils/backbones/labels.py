@@ -20,10 +20,9 @@ class Labels(Nothing):
         self.class_names = class_names  # what the teacher calls them, where it says
         self.share_dropped = 0.1 if args.proportion_empty_prompts is None else args.proportion_empty_prompts
 
-    @property
-    def call(self) -> str:
-        """Without guidance where `DiTPipeline`'s label of none, 1000, is not this model's."""
-        return "class_labels=[0]" if self.num_classes == 1000 else "class_labels=[0], guidance_scale=1"
+    def call(self, condition: int) -> dict[str, str]:
+        """The class; without guidance where `DiTPipeline`'s label of none, 1000, is not this model's."""
+        return {"class_labels": f"[{condition}]"} | ({} if self.num_classes == 1000 else {"guidance_scale": "1"})
 
     def transform(self, *image_settings, **more_settings) -> LabelTransform:
         """Pixels and labels."""

@@ -95,6 +95,11 @@ class Validation:
         except FloatingPointError as error:
             logger.warning(f"The validation of {what} was left out: {error}")
 
+    @property
+    def condition(self):
+        """What the first sample is of: a prompt or a class of the data, None where there is neither."""
+        return self.backbone.conditions.of_samples(self.dataset, 0, 1)[0]
+
     def state(self) -> dict:
         """What a resumed run must know."""
         return {"distances": self.distances, "best": self.best}
