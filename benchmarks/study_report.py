@@ -45,18 +45,21 @@ def by_row(records: list[dict], setting: str) -> dict[str, list[dict]]:
 
 
 def table(rows: dict[str, list[dict]]) -> list[str]:
-    """Markdown lines: distance, differences to the baselines that are there, precision, recall, what was tuned."""
+    """Markdown lines: distance, differences to the baselines that are there, precision, recall, what it cost; of
+    latent rows the share of samples that are what was asked for."""
     distances = {
         name: {record["seed"]: record["metrics"]["frechet_distance"] for record in records}
         for name, records in rows.items()
     }
     baselines = [name for name in BASELINES if name in rows]
-    heads = ["row", "distance", *(f"minus {name}" for name in baselines), "precision", "recall", "seeds", "CPU s"]
+    shares = [key for key in ("precision", "recall", "as_asked") if key in next(iter(rows.values()))[0]["metrics"]]
+    heads = ["row", "distance", *(f"minus {name}" for name in baselines)]
+    heads += [*(share.replace("_", " ") for share in shares), "seeds", "CPU s"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for name, records in sorted(rows.items(), key=lambda pair: statistics.mean(distances[pair[0]].values())):
         cells = [name, spread([*distances[name].values()])]
         cells += ["" if base == name else verdict(*paired(distances[name], distances[base])) for base in baselines]
-        cells += [spread([record["metrics"][key] for record in records], 3) for key in ("precision", "recall")]
+        cells += [spread([record["metrics"][key] for record in records], 3) for key in shares]
         cells += [str(len(records)), f"{statistics.mean(sum(r['cpu_seconds'].values()) for r in records):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -114,7 +117,8 @@ def report(folder: Path, settings: dict) -> None:
     """Write `README.md` and a picture per setting beside the JSON files of `folder`; `settings` gives their titles."""
     lines = ["# The study", "", "Written by `python benchmarks/study.py --report` from the JSON files beside it.", ""]
     lines += [
-        "Distances are Frechet distances of 10,000 samples on `assets/classifier`; lower is better. A difference"
+        "Distances are Frechet distances of 10,000 samples on `assets/classifier`, of latent students 2,500; lower is "
+        "better. A difference"
     ]
     lines += [
         "is the mean over the seeds that both rows have, +- its standard error, bold where it exceeds twice that."

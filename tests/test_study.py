@@ -61,13 +61,14 @@ def test_every_row_is_a_command(tmp_path):
     parsed = {}
     for setting, name in names:
         row = study_rows.ROWS[name]
-        tuned = study_rows.ROWS[row.tuned_as or name].grid()
+        rates = study_rows.SETTINGS[setting].family.rates
+        tuned = study_rows.ROWS[row.tuned_as or name].grid(rates)
         assert not study_rows.ROWS[row.tuned_as or name].tuned_as and 2 <= len(tuned) <= 4
         flags = study.row_flags(setting, name, tuned[-1], seed=0, steps=9, data="d", teacher="t")
         method = {"train_lift.py": train_lift, "train_place.py": train_place}[row.script].add_method_arguments
         args = parse_args("", method, [*study_rows.COMMON, *flags, "--output_dir", str(tmp_path / "none")])
         parsed[setting, name] = args
-        assert args.learning_rate == 1e-2 and args.max_train_steps == 9
+        assert args.learning_rate == float(rates[-1]) and args.max_train_steps == 9
     assert parsed["random", "PLACE, coarse only"].lambda_kd_output == pytest.approx(1e-5)  # of a term a million times
     assert parsed["taylor", "w/o KD, balanced"].lambda_kd_output == 0
     assert study.record_of(tmp_path, "mse + FeatKD", "t", "all", 0) is None
