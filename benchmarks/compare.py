@@ -91,8 +91,9 @@ def table(runs: list[Run], parameters: dict[str, int]) -> str:
     return "\n".join(lines)
 
 
-def draw(name: str, flag: str, args, prompts: list[str] | None):
-    """(uint8 samples (B, C, H, W), parameters of the denoiser) of a pipeline. Raises UsageError."""
+def draw(name: str, flag: str, count: int, *, scheduler: str | None = None, **options):
+    """(`count` uint8 samples (B, C, H, W), parameters of the denoiser) of a pipeline, which `flag` names; `options`
+    are those of `Sampler`. Raises UsageError."""
     import torch
 
     from utils.evaluation.pipelines import denoiser_of, load_pipeline, pipeline_folder, use_scheduler
@@ -100,19 +101,29 @@ def draw(name: str, flag: str, args, prompts: list[str] | None):
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipeline = load_pipeline(pipeline_folder(name, flag), flag, dtype=torch.float32, device=device)
-    if args.scheduler or "beta_start" in pipeline.scheduler.config:  # as the validation of the training scripts
-        use_scheduler(pipeline, args.scheduler or "DDIMScheduler")
-    options = {name: getattr(args, name) for name in ("num_inference_steps", "guidance_scale", "class_labels", "seed")}
-    images = Sampler(pipeline, prompts=prompts, **options)(range(args.samples))
+    if scheduler or "beta_start" in pipeline.scheduler.config:  # as the validation of the training scripts
+        use_scheduler(pipeline, scheduler or "DDIMScheduler")
+    images = Sampler(pipeline, **options)(range(count))
     return images, sum(p.numel() for p in denoiser_of(pipeline).parameters())
+
+
+def show_rows(figure, samples: dict, title: str) -> None:
+    """A row of `samples` (name -> uint8 (B, C, H, W)) for each name, named at its left."""
+    from utils.pixels import image_grid
+
+    rows = figure.subplots(len(samples), 1, squeeze=False).flatten()
+    for axes, (name, images) in zip(rows, samples.items(), strict=True):
+        axes.imshow(image_grid([images], columns=len(images)), cmap="gray", vmin=0, vmax=255)
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    rows[0].set_title(title, loc="left", fontsize=10)
 
 
 def picture(runs: list[Run], samples: dict, path: Path) -> None:
     """Panels of the terms above, rows of samples below."""
     import matplotlib
     from matplotlib.figure import Figure
-
-    from utils.pixels import image_grid
 
     terms = [term for term in TERMS if any(each.curve(term) for each in runs)]
     columns = min(4, len(terms))
@@ -137,13 +148,7 @@ def picture(runs: list[Run], samples: dict, path: Path) -> None:
             axes.remove()
         handles = {label: line for axes in panels[: len(terms)] for line in axes.lines for label in [line.get_label()]}
         above.legend(handles.values(), handles.keys(), loc="outside upper right", ncols=min(6, len(runs)), fontsize=9)
-        strips = below.subplots(len(samples), 1, squeeze=False).flatten()
-        for axes, (name, images) in zip(strips, samples.items(), strict=True):
-            axes.imshow(image_grid([images], columns=count), cmap="gray", vmin=0, vmax=255)
-            axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
-        strips[0].set_title("samples, each column from the same noise", loc="left", fontsize=10)
+        show_rows(below, samples, "samples, each column from the same noise")
         figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
@@ -175,12 +180,14 @@ def main(argv: list[str] | None = None) -> None:
         if names.count(each.name) > 1:  # two folders of one name in different places
             each.name = str(each.folder)
     prompts = read_prompts_file(args.prompts) if args.prompts else None
+    names = ("num_inference_steps", "scheduler", "guidance_scale", "class_labels", "seed")
+    options = {"prompts": prompts, **{name: getattr(args, name) for name in names}}
     samples, parameters = {}, {}
     for each in runs:
-        samples[each.name], parameters[each.name] = draw(str(each.folder), "DIR", args, prompts)
+        samples[each.name], parameters[each.name] = draw(str(each.folder), "DIR", args.samples, **options)
     teachers = {each.teacher for each in runs}
     if len(teachers) == 1 and (teacher := teachers.pop()):
-        samples["teacher"], _ = draw(teacher, "--pretrained_model_name_or_path of the runs", args, prompts)
+        samples["teacher"], _ = draw(teacher, "the runs' teacher", args.samples, **options)
     args.output.mkdir(parents=True, exist_ok=True)
     picture(runs, samples, args.output / "comparison.png")
     lines = table(runs, parameters)

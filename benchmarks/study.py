@@ -4,6 +4,7 @@
     python benchmarks/study.py --tune                       # once: rate and weight of every method, on seed 100
     python benchmarks/study.py --stage 1 --seeds 0          # then stage by stage, a seed in one stretch
     python benchmarks/study.py --references                 # once: noise and the teacher, 10,000 samples each
+    python benchmarks/study.py --pictures                   # samples of every row, while --work has the students
     python benchmarks/study.py --report                     # tables and plots from the numbers that are there
 
 Every row is a run of train_place.py or train_lift.py, one process of one thread at the lowest priority, and of
@@ -31,7 +32,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from study_jobs import RESULTS, Results, apart, as_asked, evaluate, sampled, train  # noqa: E402
 from study_probe import probe  # noqa: E402
-from study_report import report  # noqa: E402
+from study_report import draw_samples, report  # noqa: E402
 from study_rows import (  # noqa: E402
     COMMON,
     LATENT_TEACHERS,
@@ -166,6 +167,16 @@ def best_flags(setting: str, name: str) -> dict[str, str]:
     return min(found, key=lambda record: record["metrics"]["frechet_distance"])["tuned"]
 
 
+def rows_of(setting: str) -> list[tuple[int, str]]:
+    """(stage, row) of all rows of a setting."""
+    return [(stage, name) for stage, settings in STAGES.items() for name in settings.get(setting, ())]
+
+
+def row_folder(work: Path, stage: int, setting: str, name: str, seed: int) -> Path:
+    """Where a row's student, samples and logs are."""
+    return work / f"stage_{stage}" / f"{setting}-{name}-{seed}".replace("/", "").replace(" ", "_")
+
+
 def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], only: list[str] | None) -> None:
     """All rows of a seed, then the next seed."""
     results = Results(f"stage_{stage}", "setting", "row", "seed")
@@ -176,7 +187,7 @@ def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], onl
         for setting, name in tuned:
             if results.find(setting=setting, row=name, seed=seed) or (only and name not in only):
                 continue
-            folder = work / f"stage_{stage}" / f"{setting}-{name}-{seed}".replace("/", "").replace(" ", "_")
+            folder = row_folder(work, stage, setting, name, seed)
             spec, data = SETTINGS[setting], data_of(setting, work)
             flags = row_flags(
                 setting,
@@ -194,7 +205,7 @@ def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], onl
             reference, family = ["--dataset_name", data, "--split", "test"], spec.family
             what = sampled(str(student), family)
             metrics, measured = evaluate(folder, what, family.samples, reference, "fid pr", work)
-            if family.asked:
+            if family.asks:
                 metrics["as_asked"] = as_asked(folder)
             apart(
                 "probe",
@@ -237,6 +248,17 @@ def references(work: Path) -> None:
             print(f"{name:<10}{metrics['frechet_distance']:8.2f}", flush=True)
 
 
+def pictures(work: Path, settings: list[str], seed: int) -> None:
+    """Samples of the rows of a setting whose students are still in `work`, below the teacher's."""
+    for setting in settings:
+        folders = {name: row_folder(work, stage, setting, name, seed) / "student" for stage, name in rows_of(setting)}
+        students = {name: str(folder) for name, folder in folders.items() if (folder / "model_index.json").exists()}
+        if students:
+            students = {"teacher": teacher_of(SETTINGS[setting].teacher, work), **students}
+            title = f"{SETTINGS[setting].title}, seed {seed}: every column from the same noise"
+            draw_samples(students, SETTINGS[setting].family, title, RESULTS / f"{setting}_samples.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="run the grids of all methods")
@@ -248,10 +270,11 @@ def main() -> None:
     )
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="only these of the stage (default: all)")
     parser.add_argument("--report", action="store_true", help="write tables and plots beside the numbers")
+    parser.add_argument("--pictures", action="store_true", help="draw samples of the first of --seeds beside them")
     parser.add_argument("--work", type=Path, default=Path("study"), help="students, records (default: study)")
     args = parser.parse_args()
-    if not (args.tune or args.references or args.stage or args.report):
-        raise UsageError("nothing to do: give --tune, --references, --stage or --report.")
+    if not (args.tune or args.references or args.stage or args.pictures or args.report):
+        raise UsageError("nothing to do: give --tune, --references, --stage, --pictures or --report.")
     if TUNING_SEED in args.seeds:
         raise UsageError(f"--seeds {TUNING_SEED} is the seed of the tuning, and is not reported.")
     work = args.work.resolve()
@@ -264,6 +287,8 @@ def main() -> None:
         references(work)
     if args.stage:
         run_stage(args.stage, args.seeds, work, args.settings, args.rows)
+    if args.pictures:
+        pictures(work, args.settings, args.seeds[0])
     if args.report:
         report(RESULTS, SETTINGS)
 

@@ -28,7 +28,7 @@ from utils.metrics.extractors import load_extractor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "study"
-PROMPTS = ROOT / "benchmarks" / "prompts.txt"  # the ten classes in words, in the order of the labels
+STEPS = 25  # of the sampler
 SCRIPTS = {"train_lift.py": train_lift, "train_place.py": train_place}
 
 
@@ -130,10 +130,13 @@ def evaluate(folder: Path, what: list[str], samples: int, reference: list[str], 
 
 def sampled(pipeline: str, family: Family) -> list[str]:
     """Flags of evaluate_fid.py."""
-    flags = ["--pretrained_model_name_or_path", pipeline, *family.sampling.split()]
-    if family.asked == "prompts":
-        flags += ["--prompts", str(PROMPTS)]
-    return [*flags, "--keep_images"] if family.asked else flags
+    flags = ["--pretrained_model_name_or_path", pipeline, "--num_inference_steps", str(STEPS)]
+    for name in ("scheduler", "guidance_scale", "prompts"):
+        if value := getattr(family, name):
+            flags += [f"--{name}", str(value)]
+    if family.class_labels:
+        flags += ["--class_labels", *map(str, family.class_labels)]
+    return [*flags, "--keep_images"] if family.asks else flags
 
 
 def as_asked(folder: Path) -> float:

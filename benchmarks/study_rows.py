@@ -22,12 +22,19 @@ class Family(NamedTuple):
     """What rows of latent teachers are trained and measured with; by default, that of the pixel rows."""
 
     captioned: bool = False  # the images with their captions, which lie beside the latent teachers
-    sampling: str = "--num_inference_steps 25 --scheduler DDIMScheduler"  # flags of evaluate_fid.py
+    scheduler: str | None = "DDIMScheduler"  # eta 0, 25 steps; None is the pipeline's own
+    guidance_scale: float | None = None
+    prompts: str | None = None  # a file, one a class
+    class_labels: tuple[int, ...] | None = None
     samples: int = SAMPLES
-    asked: str | None = None  # "prompts" or "labels", in turn; then the share taken for what was asked is measured
     rates: tuple[str, ...] = RATES
     tuning_steps: int = TUNING_STEPS
     tuning_samples: int = TUNING_SAMPLES
+
+    @property
+    def asks(self) -> bool:
+        """Whether samples are told what to be, class by class: then the share that is taken for it is measured."""
+        return bool(self.prompts or self.class_labels)
 
 
 class Setting(NamedTuple):
@@ -62,27 +69,25 @@ class Row(NamedTuple):
 
 # Latent rows cost more to sample and are compared with each other alone: fewer samples, and tuning of fewer steps
 LATENT = Family(captioned=True, samples=2500, rates=("1e-3", "3e-3"), tuning_steps=300, tuning_samples=500)
-TEXT = LATENT._replace(sampling=f"{Family().sampling} --guidance_scale 3", asked="prompts")
-CLASSES = LATENT._replace(sampling=f"{Family().sampling} --guidance_scale 2", asked="labels")
+TEXT = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=3.0)
+CLASSES = LATENT._replace(class_labels=tuple(range(10)), guidance_scale=2.0)
 
 SETTINGS = {
-    "random": Setting("1.6 %, random start", 1500, "--pruning_ratio 0.875 --student_init random"),
-    "taylor": Setting("4.7 %, Taylor start", 1200, "--pruning_ratio 0.8 --student_init taylor"),
-    "quarter": Setting("25 %, Taylor start", 1200, "--pruning_ratio 0.5 --student_init taylor"),
-    "smaller": Setting(
-        "that student, a smaller teacher", 1200, "--pruning_ratio 0.6 --student_init taylor", "smaller"
-    ),
-    "weaker": Setting("that student, a weaker teacher", 1200, "--pruning_ratio 0.8 --student_init taylor", "weaker"),
+    "random": Setting("1.6 %, random start", 1000, "--pruning_ratio 0.875 --student_init random"),
+    "taylor": Setting("4.7 %, Taylor start", 800, "--pruning_ratio 0.8 --student_init taylor"),
+    "quarter": Setting("25 %, Taylor start", 800, "--pruning_ratio 0.5 --student_init taylor"),
+    "smaller": Setting("that student, a smaller teacher", 800, "--pruning_ratio 0.6 --student_init taylor", "smaller"),
+    "weaker": Setting("that student, a weaker teacher", 800, "--pruning_ratio 0.8 --student_init taylor", "weaker"),
     "text": Setting(
         "text-to-image, 8 % of the U-Net, random start",
-        1000,
+        800,
         "--student_config benchmarks/text_student.json",
         "text",
         TEXT,
     ),
-    "dit": Setting("DiT, 2 of 8 layers, evenly chosen", 1000, "--student_depth 2", "dit", CLASSES),
+    "dit": Setting("DiT, 2 of 8 layers, evenly chosen", 800, "--student_depth 2", "dit", CLASSES),
     "dit_scored": Setting(
-        "DiT, 2 of 8 layers, chosen by score", 1000, "--student_depth 2 --layer_choice scored", "dit", CLASSES
+        "DiT, 2 of 8 layers, chosen by score", 800, "--student_depth 2 --layer_choice scored", "dit", CLASSES
     ),
 }
 
