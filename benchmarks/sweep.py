@@ -93,6 +93,7 @@ def plot(rows: list[dict], path: Path) -> None:
     """Distance over each cost; the teacher is the star."""
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
     with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(12.5, 3.8), layout="constrained")
@@ -106,6 +107,10 @@ def plot(rows: list[dict], path: Path) -> None:
             for row, point in zip(rows, points, strict=True):
                 axes.annotate(row["size"], point, xytext=(5, 5), textcoords="offset points", fontsize=8)
             axes.set(xscale="log", yscale="log", xlabel=title)
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+                axis.set_major_formatter("{x:g}")
+                axis.set_minor_locator(NullLocator())
             axes.margins(0.18)
         figure.axes[0].set_ylabel("Frechet distance, lower is better")
         figure.savefig(path, dpi=110)
