@@ -108,7 +108,7 @@ def plot(rows: list[dict], path: Path) -> None:
                 axes.annotate(row["size"], point, xytext=(5, 5), textcoords="offset points", fontsize=8)
             axes.set(xscale="log", yscale="log", xlabel=title)
             for axis in (axes.xaxis, axes.yaxis):
-                axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+                axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
                 axis.set_major_formatter("{x:g}")
                 axis.set_minor_locator(NullLocator())
             axes.margins(0.18)
