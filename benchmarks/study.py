@@ -103,9 +103,11 @@ def row_flags(
     return flags + [word for pair in tuned.items() for word in pair]
 
 
-def cached(setting: str, work: Path) -> list[str]:
-    """Latents and prompts are encoded once for all rows."""
-    return ["--latent_cache_dir", str(work / "latents")] if SETTINGS[setting].family.captioned else []
+def cached(setting: str, work: Path, data: str, seed: int) -> list[str]:
+    """Latents and prompts are encoded once for all rows of a seed."""
+    spec = SETTINGS[setting]
+    folder = work / "latents" / f"{spec.teacher}-{data}-{seed}"
+    return ["--latent_cache_dir", str(folder)] if spec.family.captioned else []
 
 
 def record_of(work: Path, name: str, teacher: str, data: str, seed: int) -> Path | None:
@@ -137,7 +139,9 @@ def tune(work: Path, only: list[str]) -> None:
                     teacher=teacher,
                 )
                 record = record_of(work, name, f"bundled-{setting}", "tuning", TUNING_SEED)
-                seconds = train(folder, ROWS[name].script, flags + cached(setting, work), record)
+                seconds = train(
+                    folder, ROWS[name].script, flags + cached(setting, work, "tuning", TUNING_SEED), record
+                )
                 reference = ["--dataset_name", data, "--split", "test"]
                 metrics, more = evaluate(
                     folder, sampled(str(folder / "student"), family), family.tuning_samples, reference, "fid", work
@@ -199,7 +203,7 @@ def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], onl
                 teacher=teacher_of(spec.teacher, work),
             )
             record = record_of(work, name, Path(spec.teacher).name, "all", seed)
-            flags += cached(setting, work)
+            flags += cached(setting, work, "all", seed)
             trained = train(folder, ROWS[name].script, flags, record)
             student = folder / "student"
             reference, family = ["--dataset_name", data, "--split", "test"], spec.family
