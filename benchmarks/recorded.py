@@ -4,10 +4,10 @@
     python benchmarks/recorded.py RECORD train_place.py @assets/default.args --seed 0
     python benchmarks/recorded.py RECORD train_lift.py @assets/default.args --seed 0 --output_loss l1 # no teacher
 
-Images, noise and timesteps of a step are functions of (seed, step), so every run of one seed asks the teacher the
-same. The first writes its answers to the folder RECORD, later ones read them, bit for bit; 64 KiB a step for 64 images
-of 16x16. A run that would ask something else is refused. Runs with feature distillation ask for more than the output,
-so their teacher always runs.
+Images, noise, timesteps and conditions of a step are functions of (seed, step), so every run of one seed asks the
+teacher the same. The first writes its answers to the folder RECORD, later ones read them, bit for bit; 64 KiB a step
+for 64 images of 16x16. A run that would ask something else is refused. Runs with feature distillation ask for more
+than the output, so their teacher always runs.
 """
 
 import fcntl
@@ -94,8 +94,17 @@ class Record:
         return output
 
 
+def tensors_of(condition: dict) -> list[torch.Tensor]:
+    """What a denoiser is told besides its input and the time, whatever it is nested in, in the order of the names."""
+    parts = (condition[name] for name in sorted(condition))
+    return [tensor for part in parts for tensor in (tensors_of(part) if isinstance(part, dict) else [part])]
+
+
 def record_teacher(folder: Path) -> None:
-    """From now on, what a training loop asks its teacher goes through the record in `folder`."""
+    """From now on, what a training loop asks its teacher goes through the record in `folder`.
+
+    A teacher that predicts variances is refused, with a UsageError, in its first step.
+    """
     predict, record = Backbone.predict, None
 
     def recorded(self, model, noised, condition):
@@ -107,9 +116,13 @@ def record_teacher(folder: Path) -> None:
             record.of_teacher(self.teacher)
 
         def ask() -> torch.Tensor:
-            return predict(self, model, noised, condition).output
+            prediction = predict(self, model, noised, condition)
+            if prediction.variance is not None:
+                raise UsageError("RECORD keeps a teacher's output alone, and this one predicts variances too.")
+            return prediction.output
 
-        return Prediction(record.answer((noised.x_t, noised.time), ask), None, [])
+        question = (noised.x_t, noised.time, *tensors_of(condition))
+        return Prediction(record.answer(question, ask), None, [])
 
     Backbone.predict = recorded
 

@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,11 +30,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import datasets  # noqa: E402
 import torch  # noqa: E402
 from PIL import Image  # noqa: E402
-from study_jobs import RESULTS, Results, apart, evaluate, sampled, train  # noqa: E402
+from study_jobs import RESULTS, Results, apart, as_asked, evaluate, sampled, train  # noqa: E402
 from study_probe import probe  # noqa: E402
 from study_report import draw_samples, report  # noqa: E402
 from study_rows import (  # noqa: E402
     COMMON,
+    LATENT_TEACHERS,
     LIFT,
     ROWS,
     SAMPLES,
@@ -42,9 +44,8 @@ from study_rows import (  # noqa: E402
     TEACHERS,
     TUNED_LIKE,
     TUNED_ON,
-    TUNING_SAMPLES,
     TUNING_SEED,
-    TUNING_STEPS,
+    Family,
 )
 
 from utils.command_line import UsageError, run  # noqa: E402
@@ -54,10 +55,16 @@ from utils.randomness import seed_from  # noqa: E402
 DATA = "assets/fashion_mnist_16"
 
 
-def tuning_data(work: Path) -> Path:
-    """The bundled training images in two: those that tuning trains on, and as `test` those it measures against."""
-    folder = work / "tuning_data"
-    rows = datasets.load_dataset(str(ROOT / DATA), split="train")
+def data_of(setting: str, work: Path) -> str:
+    """The bundled images, with captions for latent teachers."""
+    return str(work / "teachers" / "data") if SETTINGS[setting].family.captioned else DATA
+
+
+def tuning_data(setting: str, work: Path) -> Path:
+    """Its training images in two: those that tuning trains on, and as `test` those it measures against."""
+    source = data_of(setting, work)
+    folder = work / ("tuning_data" if source == DATA else "tuning_captioned")
+    rows = datasets.load_dataset(source, split="train")
     for split, chosen in (("train", range(TUNED_ON)), ("test", range(TUNED_ON, len(rows)))):
         target = folder / "data" / f"{split}-00000-of-00001.parquet"
         if not target.exists():
@@ -67,10 +74,14 @@ def tuning_data(work: Path) -> Path:
 
 
 def teacher_of(name: str, work: Path) -> str:
-    """The folder of a teacher; those of stage 3 are trained when they are first asked for."""
-    if name not in TEACHERS:
+    """The folder of a teacher; those of later stages are trained when they are first asked for."""
+    if name not in {*TEACHERS, *LATENT_TEACHERS}:
         return name
     folder = work / "teachers" / name
+    if name in LATENT_TEACHERS:
+        if not (folder / "model_index.json").exists():
+            subprocess.run([sys.executable, f"benchmarks/make_{name}_teacher.py", folder.parent], check=True)
+        return str(folder)
     if not (folder / "student" / "model_index.json").exists():
         print(f"training the {name} teacher", flush=True)
         flags = ["--dataset_name", DATA, "--lambda_kd_output", "0", *TEACHERS[name].split()]
@@ -92,6 +103,13 @@ def row_flags(
     return flags + [word for pair in tuned.items() for word in pair]
 
 
+def cached(setting: str, work: Path, data: str, seed: int) -> list[str]:
+    """Latents and prompts are encoded once for all rows of a seed."""
+    spec = SETTINGS[setting]
+    folder = work / "latents" / f"{spec.teacher}-{data}-{seed}"
+    return ["--latent_cache_dir", str(folder)] if spec.family.captioned else []
+
+
 def record_of(work: Path, name: str, teacher: str, data: str, seed: int) -> Path | None:
     """Where the teacher's outputs are kept; None for a row that asks for its features."""
     return None if "--lambda_kd_feat" in ROWS[name].flags else work / "teacher" / f"{teacher}-{data}-{seed}"
@@ -99,13 +117,15 @@ def record_of(work: Path, name: str, teacher: str, data: str, seed: int) -> Path
 
 def tune(work: Path, only: list[str]) -> None:
     """Every method's grid in the settings that others take their flags from."""
-    results, data = Results("tuning", "setting", "row", "tuned"), str(tuning_data(work))
-    wanted = {setting: [row for row in rows if not ROWS[row].tuned_as] for setting, rows in STAGES[1].items()}
-    for rows in (STAGES[2]["random"],):
-        wanted["random"] += [row for row in rows if not ROWS[row].tuned_as]
-    for setting in wanted.keys() & set(only):
+    results = Results("tuning", "setting", "row", "tuned")
+    wanted: dict[str, list[str]] = {}
+    for setting, rows in (pair for stage in STAGES.values() for pair in stage.items() if pair[0] not in TUNED_LIKE):
+        wanted.setdefault(setting, []).extend(row for row in rows if not ROWS[row].tuned_as)
+    for setting in (each for each in SETTINGS if each in wanted and each in only):
+        family, teacher = SETTINGS[setting].family, teacher_of(SETTINGS[setting].teacher, work)
+        data = str(tuning_data(setting, work))
         for name in wanted[setting]:
-            for tuned in ROWS[name].grid():
+            for tuned in ROWS[name].grid(family.rates):
                 if results.find(setting=setting, row=name, tuned=tuned):
                     continue
                 folder = work / f"tuning-{setting}"
@@ -114,21 +134,23 @@ def tune(work: Path, only: list[str]) -> None:
                     name,
                     tuned,
                     seed=TUNING_SEED,
-                    steps=TUNING_STEPS,
+                    steps=family.tuning_steps,
                     data=data,
-                    teacher=SETTINGS[setting].teacher,
+                    teacher=teacher,
                 )
                 record = record_of(work, name, f"bundled-{setting}", "tuning", TUNING_SEED)
-                seconds = train(folder, ROWS[name].script, flags, record)
+                seconds = train(
+                    folder, ROWS[name].script, flags + cached(setting, work, "tuning", TUNING_SEED), record
+                )
                 reference = ["--dataset_name", data, "--split", "test"]
                 metrics, more = evaluate(
-                    folder, sampled(str(folder / "student")), TUNING_SAMPLES, reference, "fid", work
+                    folder, sampled(str(folder / "student"), family), family.tuning_samples, reference, "fid", work
                 )
                 print(f"{setting:<8}{name:<20}{tuned} {metrics['frechet_distance']:.2f}", flush=True)
                 results.add(
                     {
                         **{"setting": setting, "row": name, "tuned": tuned, "seed": TUNING_SEED},
-                        **{"steps": TUNING_STEPS, "samples": TUNING_SAMPLES, "metrics": metrics},
+                        **{"steps": family.tuning_steps, "samples": family.tuning_samples, "metrics": metrics},
                         "cpu_seconds": round(seconds + more, 1),
                     }
                 )
@@ -142,7 +164,8 @@ def best_flags(setting: str, name: str) -> dict[str, str]:
     """
     setting, name = TUNED_LIKE.get(setting, setting), ROWS[name].tuned_as or name
     results = Results("tuning", "setting", "row", "tuned")
-    found = [results.find(setting=setting, row=name, tuned=tuned) for tuned in ROWS[name].grid()]
+    grid = ROWS[name].grid(SETTINGS[setting].family.rates)
+    found = [results.find(setting=setting, row=name, tuned=tuned) for tuned in grid]
     if None in found:
         raise UsageError(f"{setting}, {name}: not tuned yet. Run python benchmarks/study.py --tune first.")
     return min(found, key=lambda record: record["metrics"]["frechet_distance"])["tuned"]
@@ -169,21 +192,25 @@ def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], onl
             if results.find(setting=setting, row=name, seed=seed) or (only and name not in only):
                 continue
             folder = row_folder(work, stage, setting, name, seed)
-            spec = SETTINGS[setting]
+            spec, data = SETTINGS[setting], data_of(setting, work)
             flags = row_flags(
                 setting,
                 name,
                 tuned[setting, name],
                 seed=seed,
                 steps=spec.steps,
-                data=DATA,
+                data=data,
                 teacher=teacher_of(spec.teacher, work),
             )
             record = record_of(work, name, Path(spec.teacher).name, "all", seed)
+            flags += cached(setting, work, "all", seed)
             trained = train(folder, ROWS[name].script, flags, record)
             student = folder / "student"
-            reference = ["--dataset_name", DATA, "--split", "test"]
-            metrics, measured = evaluate(folder, sampled(str(student)), SAMPLES, reference, "fid pr", work)
+            reference, family = ["--dataset_name", data, "--split", "test"], spec.family
+            what = sampled(str(student), family)
+            metrics, measured = evaluate(folder, what, family.samples, reference, "fid pr", work)
+            if family.asks:
+                metrics["as_asked"] = as_asked(folder)
             apart(
                 "probe",
                 folder / "probe.txt",
@@ -196,7 +223,7 @@ def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], onl
             log = [json.loads(line) for line in (student / "log.jsonl").read_text().splitlines()]
             results.add(
                 {
-                    **{"setting": setting, "row": name, "seed": seed, "steps": spec.steps, "samples": SAMPLES},
+                    **{"setting": setting, "row": name, "seed": seed, "steps": spec.steps, "samples": family.samples},
                     "command": shlex.join([ROWS[name].script, *COMMON, *flags]).replace(f"{work}/", "WORK/"),
                     "metrics": metrics,
                     **read_json(folder / "probe.json"),
@@ -217,7 +244,7 @@ def references(work: Path) -> None:
         for i in range(SAMPLES):
             pixels = torch.randn(16, 16, generator=torch.Generator().manual_seed(seed_from(0, i))).clamp(-1, 1)
             Image.fromarray(((pixels + 1) * 127.5).round().to(torch.uint8).numpy()).save(noise / f"{i:05d}.png")
-    for name, what in (("noise", ["--images", str(noise)]), ("teacher", sampled("assets/teacher"))):
+    for name, what in (("noise", ["--images", str(noise)]), ("teacher", sampled("assets/teacher", Family()))):
         if not results.find(row=name):
             folder.mkdir(parents=True, exist_ok=True)
             metrics, seconds = evaluate(folder, what, SAMPLES, reference, "fid pr", work)
@@ -233,7 +260,7 @@ def pictures(work: Path, settings: list[str], seed: int) -> None:
         if students:
             students = {"teacher": teacher_of(SETTINGS[setting].teacher, work), **students}
             title = f"{SETTINGS[setting].title}, seed {seed}: every column from the same noise"
-            draw_samples(students, title, RESULTS / f"{setting}_samples.png")
+            draw_samples(students, SETTINGS[setting].family, title, RESULTS / f"{setting}_samples.png")
 
 
 def main() -> None:

@@ -8,21 +8,27 @@ import os
 import platform
 import resource
 import shlex
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from PIL import Image
 from recorded import cpu_name, record_teacher
-from study_rows import COMMON
+from study_rows import COMMON, Family
+from torchvision.transforms.functional import pil_to_tensor
 
 import evaluate_fid
 import train_lift
 import train_place
 from utils.command_line import UsageError, call
 from utils.files import read_json, versions, write_file
+from utils.metrics.extractors import load_extractor
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "study"
+STEPS = 25  # of the sampler
 SCRIPTS = {"train_lift.py": train_lift, "train_place.py": train_place}
 
 
@@ -122,6 +128,27 @@ def evaluate(folder: Path, what: list[str], samples: int, reference: list[str], 
     return read_json(folder / "evaluation" / "metrics.json")["metrics"], seconds
 
 
-def sampled(pipeline: str) -> list[str]:
+def sampled(pipeline: str, family: Family) -> list[str]:
     """Flags of evaluate_fid.py."""
-    return ["--pretrained_model_name_or_path", pipeline, "--num_inference_steps", "25", "--scheduler", "DDIMScheduler"]
+    flags = ["--pretrained_model_name_or_path", pipeline, "--num_inference_steps", str(STEPS)]
+    for name in ("scheduler", "guidance_scale", "prompts"):
+        if value := getattr(family, name):
+            flags += [f"--{name}", str(value)]
+    if family.class_labels:
+        flags += ["--class_labels", *map(str, family.class_labels)]
+    return [*flags, "--keep_images"] if family.asks else flags
+
+
+def as_asked(folder: Path) -> float:
+    """The share of the samples of `evaluate` that assets/classifier takes for the class they are of, all ten in turn;
+    the images are deleted."""
+    extractor = load_extractor(str(ROOT / "assets" / "classifier"), with_probabilities=True)
+    images = folder / "evaluation" / "images"
+    files, right = sorted(images.glob("*.png")), 0
+    for first in range(0, len(files), 500):
+        part = torch.stack([pil_to_tensor(Image.open(file)) for file in files[first : first + 500]])
+        _, probabilities = extractor.features_and_probabilities(part)
+        wanted = torch.arange(first, first + len(part)) % probabilities.shape[1]
+        right += (probabilities.argmax(1).cpu() == wanted).sum().item()
+    shutil.rmtree(images)
+    return right / len(files)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
+from torch import Tensor, nn
 
 import train_lift
 import train_place
@@ -24,15 +24,15 @@ from utils.training.log import error_per_sample
 IMAGES = 64
 
 
-def row_loss(args, backbone, student: Tapped, teacher: Tapped, noised, balance: TimestepBalance) -> torch.Tensor:
+def row_loss(args, backbone, student: Tapped, teacher: Tapped, noised, condition, balance: TimestepBalance) -> Tensor:
     """() the loss of the training loop without its feature term, at the end of a run."""
-    prediction = backbone.predict(student, noised, {})
+    prediction = backbone.predict(student, noised, condition)
     weighted = noised.weighted(balance.weight("task", noised.place))
     loss = args.lambda_task * sum(backbone.task_terms(prediction, weighted).values())
     if not args.lambda_kd_output:
         return loss
     with torch.no_grad():
-        pair = prediction.output, backbone.predict(teacher, noised, {}).output
+        pair = prediction.output, backbone.predict(teacher, noised, condition).output
     pair = prediction.output, pair[1]
     options = {"sample_weight": balance.weight("output", noised.place)}
     if getattr(args, "output_loss", "lift") != "lift":
@@ -46,21 +46,22 @@ def row_loss(args, backbone, student: Tapped, teacher: Tapped, noised, balance: 
     return loss + args.lambda_kd_output * output.loss
 
 
-def by_bin(args, backbone, student: UNet2DModel, balance: TimestepBalance, pixels: torch.Tensor) -> dict[str, list]:
+def by_bin(args, backbone, student: nn.Module, balance: TimestepBalance, batch: dict[str, Tensor]) -> dict[str, list]:
     """Means of the squared error to the teacher and to the noise, and the gradient's norm, in each bin."""
     student, teacher = Tapped(student.train()), Tapped(backbone.teacher)
     found = {"error_to_teacher": [], "error_to_noise": [], "gradient_norm": []}
     parameters = list(student.parameters())
     for number in range(BINS):
         rng = StepRandom(0, number)
-        clean, _ = backbone.encode({"pixels": pixels}, rng)
+        clean, condition = backbone.encode(batch, rng)
         span = backbone.process.num_places // BINS
         place = number * span + torch.arange(len(clean)) * span // len(clean)
         noised = backbone.process.noised(clean, rng.normal(clean.shape), place)
-        gradients = torch.autograd.grad(row_loss(args, backbone, student, teacher, noised, balance), parameters)
+        loss = row_loss(args, backbone, student, teacher, noised, condition, balance)
+        gradients = torch.autograd.grad(loss, parameters)
         found["gradient_norm"].append(torch.stack([g.square().sum() for g in gradients]).sum().sqrt().item())
         with torch.no_grad():
-            ours, theirs = (backbone.predict(model, noised, {}).output for model in (student, teacher))
+            ours, theirs = (backbone.predict(model, noised, condition).output for model in (student, teacher))
         found["error_to_teacher"].append(error_per_sample(ours, theirs).mean().item())
         found["error_to_noise"].append(error_per_sample(ours, noised.target).mean().item())
     return found
@@ -75,11 +76,12 @@ def probe(target: Path, folder: Path, script: str, flags: list[str]) -> None:
     batch = sample_batch(open_dataset(args, Accelerator(), backbone), args.train_batch_size, args.seed)
     fresh, _ = backbone.make_student(args, batch)
     test = ImageRows(load_rows(args, "test").select(range(IMAGES)), backbone.transform(args), seed=0, quiet=True)
-    pixels = test.__getitems__([(0, row) for row in range(IMAGES)])["pixels"]
+    images = test.__getitems__([(0, row) for row in range(IMAGES)])
 
     powers = {"task": args.task_balance, "output": args.timestep_balance}
     before, after = (TimestepBalance(powers, backbone.process.num_places, "cpu") for _ in range(2))
     states = json.loads((max((folder / "checkpoints").glob("step-*")) / "state.json").read_text())["states"]
     after.load_state(states["balance"], args.max_train_steps)
-    students = {"start": (fresh, before), "end": (UNet2DModel.from_pretrained(folder / "unet"), after)}
-    write_json(target, {"probe": {when: by_bin(args, backbone, *pair, pixels) for when, pair in students.items()}})
+    trained = backbone.model_class.from_pretrained(folder / backbone.component)
+    students = {"start": (fresh, before), "end": (trained, after)}
+    write_json(target, {"probe": {when: by_bin(args, backbone, *pair, images) for when, pair in students.items()}})

@@ -7,13 +7,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from diffusers import DDIMScheduler, DDPMPipeline
+from compare import draw, show_rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from study_rows import Family
 
 from utils.files import read_json, write_file
+from utils.flags import read_prompts_file
 
 COLOURS = {"w/o KD": "0.4", "mse": "C0", "l1": "C2", "LIFT": "C4", "PLACE": "C1", "log": "C5"}
 BASELINES = ("w/o KD", "w/o KD, balanced", "mse", "PLACE")  # what every row is compared with
@@ -50,18 +50,21 @@ def by_row(records: list[dict], setting: str) -> dict[str, list[dict]]:
 
 
 def table(rows: dict[str, list[dict]]) -> list[str]:
-    """Markdown lines: distance, differences to the baselines that are there, precision, recall, what was tuned."""
+    """Markdown lines: distance, differences to the baselines that are there, precision, recall, what it cost; of
+    latent rows the share of samples that are what was asked for."""
     distances = {
         name: {record["seed"]: record["metrics"]["frechet_distance"] for record in records}
         for name, records in rows.items()
     }
     baselines = [name for name in BASELINES if name in rows]
-    heads = ["row", "distance", *(f"minus {name}" for name in baselines), "precision", "recall", "seeds", "CPU s"]
+    shares = [key for key in ("precision", "recall", "as_asked") if key in next(iter(rows.values()))[0]["metrics"]]
+    heads = ["row", "distance", *(f"minus {name}" for name in baselines)]
+    heads += [*(share.replace("_", " ") for share in shares), "seeds", "CPU s"]
     lines = [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for name, records in sorted(rows.items(), key=lambda pair: statistics.mean(distances[pair[0]].values())):
         cells = [name, spread([*distances[name].values()])]
         cells += ["" if base == name else verdict(*paired(distances[name], distances[base])) for base in baselines]
-        cells += [spread([record["metrics"][key] for record in records], 3) for key in ("precision", "recall")]
+        cells += [spread([record["metrics"][key] for record in records], 3) for key in shares]
         cells += [str(len(records)), f"{statistics.mean(sum(r['cpu_seconds'].values()) for r in records):.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
@@ -118,22 +121,15 @@ def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
     figure.savefig(picture, dpi=110)
 
 
-def draw_samples(students: dict[str, str], title: str, picture: Path, count: int = 12) -> None:
-    """A row of samples from the same noise of each pipeline (name -> folder), DDIM, 25 steps, named at its left."""
+def draw_samples(students: dict[str, str], family: Family, title: str, picture: Path, count: int = 12) -> None:
+    """A row of samples from the same noise of each pipeline (name -> folder), 25 steps, named at its left."""
+    prompts = read_prompts_file(family.prompts) if family.prompts else None
+    options = {"scheduler": family.scheduler, "guidance_scale": family.guidance_scale, "prompts": prompts}
+    options |= {"class_labels": family.class_labels, "num_inference_steps": 25}
+    samples = {name: draw(folder, "--work", count, **options)[0] for name, folder in students.items()}
     figure = Figure(figsize=(1.8 + 0.55 * count, 0.4 + 0.55 * len(students)), layout="constrained")
-    rows = figure.subplots(len(students), 1)
-    for axes, (name, folder) in zip(rows, students.items(), strict=True):
-        pipeline = DDPMPipeline.from_pretrained(folder)
-        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-        pipeline.set_progress_bar_config(disable=True)
-        noise = [torch.Generator().manual_seed(number) for number in range(count)]
-        images = pipeline(count, generator=noise, num_inference_steps=25, output_type="np").images[..., 0]
-        axes.imshow(np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=1).swapaxes(0, 1).reshape(18, -1), "gray")
-        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
-        axes.set(xticks=[], yticks=[])
-        axes.spines[:].set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
-    figure.savefig(picture, dpi=110)
+    show_rows(figure, samples, title)
+    figure.savefig(picture, dpi=110, bbox_inches="tight")
 
 
 def tuning_table(records: list[dict]) -> list[str]:
@@ -157,7 +153,8 @@ def report(folder: Path, settings: dict) -> None:
     """Write `README.md` and a picture per setting beside the JSON files of `folder`; `settings` gives their titles."""
     lines = ["# The study", "", "Written by `python benchmarks/study.py --report` from the JSON files beside it.", ""]
     lines += [
-        "Distances are Frechet distances of 10,000 samples on `assets/classifier`; lower is better. A difference"
+        "Distances are Frechet distances of 10,000 samples on `assets/classifier`, of latent students 2,500; lower is "
+        "better. A difference"
     ]
     lines += [
         "is the mean over the seeds that both rows have, +- its standard error, bold where it exceeds twice that."

@@ -18,13 +18,33 @@ COMMON = (
 ).split()
 
 
+class Family(NamedTuple):
+    """What rows of latent teachers are trained and measured with; by default, that of the pixel rows."""
+
+    captioned: bool = False  # the images with their captions, which lie beside the latent teachers
+    scheduler: str | None = "DDIMScheduler"  # eta 0, 25 steps; None is the pipeline's own
+    guidance_scale: float | None = None
+    prompts: str | None = None  # a file, one a class
+    class_labels: tuple[int, ...] | None = None
+    samples: int = SAMPLES
+    rates: tuple[str, ...] = RATES
+    tuning_steps: int = TUNING_STEPS
+    tuning_samples: int = TUNING_SAMPLES
+
+    @property
+    def asks(self) -> bool:
+        """Whether samples are told what to be, class by class: then the share that is taken for it is measured."""
+        return bool(self.prompts or self.class_labels)
+
+
 class Setting(NamedTuple):
     """A student and how long it trains. `flags` win over `COMMON`."""
 
     title: str
     steps: int
     flags: str
-    teacher: str = "assets/teacher"  # or one of TEACHERS
+    teacher: str = "assets/teacher"  # or one of TEACHERS or LATENT_TEACHERS
+    family: Family = Family()
 
 
 class Row(NamedTuple):
@@ -36,7 +56,7 @@ class Row(NamedTuple):
     tuned_as: str | None = None
     over: float = 1.0
 
-    def grid(self) -> list[dict[str, str]]:
+    def grid(self, rates: tuple[str, ...] = RATES) -> list[dict[str, str]]:
         """The flags that tuning tries."""
         if "--lambda_kd_output 0" in self.flags:
             weights = [{}]
@@ -44,8 +64,13 @@ class Row(NamedTuple):
             weights = [{"--lambda_kd_feat": weight} for weight in FEATURE_WEIGHTS]
         else:
             weights = [{"--lambda_kd_output": weight} for weight in WEIGHTS]
-        return [{"--learning_rate": rate, **weight} for rate in RATES for weight in weights]
+        return [{"--learning_rate": rate, **weight} for rate in rates for weight in weights]
 
+
+# Latent rows cost more to sample and are compared with each other alone: fewer samples, and tuning of fewer steps
+LATENT = Family(captioned=True, samples=2500, rates=("1e-3", "3e-3"), tuning_steps=300, tuning_samples=500)
+TEXT = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=3.0)
+CLASSES = LATENT._replace(class_labels=tuple(range(10)), guidance_scale=2.0)
 
 SETTINGS = {
     "random": Setting("1.6 %, random start", 1000, "--pruning_ratio 0.875 --student_init random"),
@@ -53,7 +78,21 @@ SETTINGS = {
     "quarter": Setting("25 %, Taylor start", 800, "--pruning_ratio 0.5 --student_init taylor"),
     "smaller": Setting("that student, a smaller teacher", 800, "--pruning_ratio 0.6 --student_init taylor", "smaller"),
     "weaker": Setting("that student, a weaker teacher", 800, "--pruning_ratio 0.8 --student_init taylor", "weaker"),
+    "text": Setting(
+        "text-to-image, 8 % of the U-Net, random start",
+        800,
+        "--student_config benchmarks/text_student.json",
+        "text",
+        TEXT,
+    ),
+    "dit": Setting("DiT, 2 of 8 layers, evenly chosen", 800, "--student_depth 2", "dit", CLASSES),
+    "dit_scored": Setting(
+        "DiT, 2 of 8 layers, chosen by score", 800, "--student_depth 2 --layer_choice scored", "dit", CLASSES
+    ),
 }
+
+# Teachers that benchmarks/make_text_teacher.py and so on make
+LATENT_TEACHERS = ("text", "dit")
 
 # Teachers that stage 3 makes for itself, without distillation: train_lift.py with these flags
 TEACHERS = {
@@ -101,5 +140,8 @@ STAGES = {
     1: {"random": tuple(BASELINES), "taylor": tuple(BASELINES)},
     2: {"random": tuple(VARIANTS)},
     3: {"quarter": CAPACITY, "smaller": CAPACITY, "weaker": CAPACITY},
+    4: {"text": ("w/o KD", "mse", "l1", "PLACE", "mse, balanced", "PLACE, balanced")},
+    5: {"dit": CAPACITY, "dit_scored": CAPACITY},
 }
-TUNED_LIKE = {"quarter": "taylor", "smaller": "taylor", "weaker": "taylor"}  # a setting takes another's tuned flags
+# a setting takes another's tuned flags
+TUNED_LIKE = {"quarter": "taylor", "smaller": "taylor", "weaker": "taylor", "dit_scored": "dit"}

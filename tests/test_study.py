@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import read_log
+from latent_pipelines import save_captioned, save_classes, save_dit, save_pipeline
 from safetensors.torch import load_file
 
 import train_lift
@@ -31,12 +32,12 @@ def recording(run, tmp_path, monkeypatch):
     def counted(self, question, ask):
         return answer(self, question, lambda: asked.append(1) or ask())
 
-    def run_recorded(script: str, *flags, output: str):
+    def run_recorded(script: str, *flags, output: str, **options):
         asked.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Backbone, "predict", Backbone.predict)  # which comes back
             recorded.record_teacher(tmp_path / "record")
-            return run(script, *flags, output=output), len(asked)
+            return run(script, *flags, output=output, **options), len(asked)
 
     monkeypatch.setattr(recorded.Record, "answer", counted)
     return run_recorded
@@ -55,19 +56,44 @@ def test_a_row_with_the_record_equals_one_without(run, recording, tmp_path):
         recording("train_place", "--seed", "1", output="another")
 
 
+FEW = (
+    "--max_train_steps 2 --train_batch_size 2 --validation_shown_samples 0 --report_to none --logging_steps 1".split()
+)
+
+
+def test_the_record_asks_what_a_latent_teacher_is_told(recording, run, tmp_path):
+    teacher = save_pipeline(tmp_path / "teacher")
+    flags = ["--pretrained_model_name_or_path", teacher, "--student_preset", "bk_tiny", *FEW]
+    data = [save_captioned(tmp_path / name, captions=[name]) for name in ("shoe", "hat")]
+    options = {"defaults": False}
+    plain = run("train_place", *flags, "--train_data_dir", data[0], output="plain", **options)
+    folder, asked = recording("train_place", *flags, "--train_data_dir", data[0], output="recorded", **options)
+    assert asked == 2 and read_log(folder) == read_log(plain)
+    with pytest.raises(ValueError, match="its step 0 is of another seed"):  # same pictures and noise, other captions
+        recording("train_place", *flags, "--train_data_dir", data[1], output="other", **options)
+
+
+def test_the_record_refuses_predicted_variances(recording, tmp_path):
+    teacher, data = save_dit(tmp_path / "teacher"), save_classes(tmp_path / "data")
+    flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--student_depth", "2", *FEW]
+    with pytest.raises(ValueError, match="predicts variances"):
+        recording("train_place", *flags, output="student", defaults=False)
+
+
 def test_every_row_is_a_command(tmp_path):
     names = [(setting, name) for stage in study_rows.STAGES.values() for setting in stage for name in stage[setting]]
     assert len({*names}) == len(names) and {name for _, name in names} == {*study_rows.ROWS}
     parsed = {}
     for setting, name in names:
         row = study_rows.ROWS[name]
-        tuned = study_rows.ROWS[row.tuned_as or name].grid()
+        rates = study_rows.SETTINGS[setting].family.rates
+        tuned = study_rows.ROWS[row.tuned_as or name].grid(rates)
         assert not study_rows.ROWS[row.tuned_as or name].tuned_as and 2 <= len(tuned) <= 4
         flags = study.row_flags(setting, name, tuned[-1], seed=0, steps=9, data="d", teacher="t")
         method = {"train_lift.py": train_lift, "train_place.py": train_place}[row.script].add_method_arguments
         args = parse_args("", method, [*study_rows.COMMON, *flags, "--output_dir", str(tmp_path / "none")])
         parsed[setting, name] = args
-        assert args.learning_rate == 1e-2 and args.max_train_steps == 9
+        assert args.learning_rate == float(rates[-1]) and args.max_train_steps == 9
     assert parsed["random", "PLACE, coarse only"].lambda_kd_output == pytest.approx(1e-5)  # of a term a million times
     assert parsed["taylor", "w/o KD, balanced"].lambda_kd_output == 0
     assert study.record_of(tmp_path, "mse + FeatKD", "t", "all", 0) is None
