@@ -30,7 +30,7 @@ from utils.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = {"train_lift.py": train_lift, "train_place.py": train_place}
-DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", ROOT / "docs" / "paper.md")}
+DOCUMENTS = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 
 
 class Row(NamedTuple):
