@@ -24,7 +24,7 @@ import train_place
 import utils.data.cache
 import utils.distillation.balance
 import utils.distributed
-from utils.backbones.process import Diffusion
+from utils.backbones.diffusion import Diffusion
 from utils.training.log import RunLog
 from utils.training.validation import Validation
 

@@ -21,8 +21,8 @@ from PIL import Image
 import train_place
 import utils.publishing.card
 from utils.backbones.conditions import Nothing, Prompts
+from utils.backbones.diffusion import Diffusion
 from utils.backbones.labels import Labels
-from utils.backbones.process import Diffusion
 from utils.distillation.equations import equations
 from utils.distillation.losses import place_loss
 from utils.publishing.card import card_for_hub, update_card, write_card

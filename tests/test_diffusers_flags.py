@@ -13,7 +13,7 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 import train_place
-from utils.backbones.process import Diffusion
+from utils.backbones.diffusion import Diffusion
 from utils.randomness import StepRandom
 from utils.training.arguments import parse_args
 from utils.training.log import tracker_names

@@ -22,6 +22,7 @@ class Nothing:
     tokenizers: Sequence = ()  # one for each `input_ids_<i>` of a batch
     share_dropped = 0.0  # of a batch, by `drop`
     components: Sequence[str] = ()  # folders of the teacher's pipeline whose weights decide what a cache holds
+    absent: Sequence[str] = ()  # parts that the stock pipeline goes without, and loads only where it is told so
     call = ""  # what a student's stock pipeline is called with, for one sample to show
 
     def transform(self, *image_settings, **more_settings) -> ImageTransform:

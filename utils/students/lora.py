@@ -15,12 +15,15 @@ from utils.command_line import UsageError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of an MMDiT's text; others have none
 
 
 def add_lora(denoiser: ModelMixin, rank: int, seed: int) -> int:
     """Freeze `denoiser` and give its attention trainable adapters, which change nothing at first; how many
     parameters they have."""
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(ATTENTION))
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*ATTENTION, *TEXT_ATTENTION]
+    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         denoiser.add_adapter(config)

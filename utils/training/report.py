@@ -71,9 +71,11 @@ def summary(args, log: RunLog, validation, dataset) -> str:
         )
     if dataset.bad_rows:
         lines.append(f"{len(dataset.bad_rows)} images could not be decoded; the next good ones stood in for them")
-    call = validation.backbone.conditions.call.replace('"', "'")
+    conditions = validation.backbone.conditions
+    load = ", ".join([f"'{folder}'", *(f"{part}=None" for part in conditions.absent)])
+    call = conditions.call.replace('"', "'")
     lines.append(
         'Next: python -c "from diffusers import DiffusionPipeline as P; '
-        f"P.from_pretrained('{folder}')({call}).images[0].save('sample.png')\""
+        f"P.from_pretrained({load})({call}).images[0].save('sample.png')\""
     )
     return "\n".join(lines)
