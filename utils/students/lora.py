@@ -41,7 +41,10 @@ def without_lora(denoiser: ModelMixin, fuse: bool) -> ModelMixin:
 
 def save_lora(denoiser: ModelMixin, pipeline_class: type, component: str, folder: Path) -> None:
     """Write `WEIGHTS`, which the `load_lora_weights` of the `pipeline_class` reads into its `component`."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
+    layers = get_peft_model_state_dict(denoiser)
+    converted = convert_state_dict_to_diffusers(layers)
+    if not any("lora_A" in name for name in converted):  # it has no names for an MMDiT's text: of a mixture half loads
+        layers = converted
     pipeline_class.save_lora_weights(folder, **{f"{component}_lora_layers": layers}, safe_serialization=True)
 
 
