@@ -81,7 +81,7 @@ def open_sampler(args, flag: str, prompts: list[str] | None, device) -> tuple[Sa
         use_scheduler(pipeline, args.scheduler)
     if args.clip_sample:
         use_clip_sample(pipeline, args.clip_sample == "true")
-    names = "seed num_inference_steps eta guidance_scale height width class_labels".split()
+    names = "seed num_inference_steps eta guidance_scale height width max_sequence_length class_labels".split()
     try:
         sampler = Sampler(pipeline, prompts=prompts, **{name: getattr(args, name) for name in names})
     except UsageError as error:

@@ -68,14 +68,14 @@ def load(teacher: Path, *flags) -> SD3:
     return choose_backbone(args).load(args)
 
 
-KINDS = pytest.mark.parametrize("kind", ["t5", "none"])
+def slowly(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 # Prompts
 
 
-@KINDS
-@pytest.mark.parametrize("length", [None, 5])
+@pytest.mark.parametrize("kind, length", [("t5", 5), ("none", None), slowly("t5", None), slowly("none", 5)])
 def test_prompts_are_those_of_the_stock_pipeline(teachers, stock, kind, length):
     """Given, empty and longer than T5 may read; without T5 with as many zeros, of which a cache holds none."""
     backbone = load(teachers[kind], *(["--max_sequence_length", length] if length else []))
@@ -100,7 +100,7 @@ def test_prompts_are_those_of_the_stock_pipeline(teachers, stock, kind, length):
     assert conditions.call == '"a photo of a cat"' + (f", max_sequence_length={length}" if length else "")
 
 
-@KINDS
+@pytest.mark.parametrize("kind", [slowly("t5"), "none"])
 def test_samples_are_those_of_the_stock_pipeline(teachers, stock, kind):
     """With guidance, from the same noise; its own dtype aside."""
     backbone, prompts = load(teachers[kind]), ["a b", "c"]
@@ -160,9 +160,7 @@ def test_latents_are_shifted_and_scaled(teachers, stock):
     torch.testing.assert_close(clean, (latents - 0.1) * 0.5)
 
 
-@pytest.mark.parametrize(
-    "flags, kept", [("--student_depth 1", [3]), ("--student_depth 4", [0, 1, 2, 3]), ("--kept_layers 1,3", [1, 3])]
-)
+@pytest.mark.parametrize("flags, kept", [("--student_depth 4", [0, 1, 2, 3]), ("--kept_layers 1,3", [1, 3])])
 def test_the_flags_say_which_layers_are_kept(teachers, flags, kept):
     backbone = load(teachers["none"], *flags.split())
     student, _ = backbone.make_student(backbone.args, {})
@@ -307,7 +305,6 @@ def train(folder: Path, teacher: Path, pictures: Path, *flags, output: str = "st
     return run_script(folder, "", "", "train_place", *given, output=output, defaults=False)
 
 
-@pytest.mark.usefixtures("ornaments")
 def test_a_student_without_t5_loads_as_it_is_said(teachers, pictures, tmp_path, capsys):
     """As the card says, and as the line that is printed at the end."""
     flags = ["--student_depth", "2", "--max_sequence_length", "6", "--validation_shown_samples", "1"]
@@ -323,6 +320,7 @@ def test_a_student_without_t5_loads_as_it_is_said(teachers, pictures, tmp_path, 
     assert not (folder / "text_encoder_3").exists()
 
 
+@pytest.mark.slow
 def test_lora_is_what_the_stock_pipeline_loads(teachers, pictures, tmp_path):
     flags = ["--student_depth", "4", "--lora_rank", "2", "--learning_rate", "1e-2", "--max_train_steps", "3"]
     folder = train(tmp_path, teachers["none"], pictures, *flags)
@@ -364,7 +362,7 @@ def test_a_teacher_of_half_files_alone(teachers, pictures, tmp_path):
 
 
 @pytest.mark.slow
-@KINDS
+@pytest.mark.parametrize("kind", ["t5", "none"])
 def test_it_is_analysed_and_evaluated(teachers, pictures, tmp_path, kind):
     folder = train(tmp_path, teachers[kind], pictures, "--student_depth", "2")
     data = ["--train_data_dir", pictures, "--num_images", "4", "--num_timesteps", "3", "--num_inference_steps", "2"]
@@ -378,8 +376,18 @@ def test_it_is_analysed_and_evaluated(teachers, pictures, tmp_path, kind):
         assert gaps["teacher"] == 0 < gaps["student"]
     (tmp_path / "prompts.txt").write_text("a b\nc\n")
     flags = ["--pretrained_model_name_or_path", folder, "--prompts", tmp_path / "prompts.txt", "--num_samples", "8"]
-    flags += ["--batch_size", "4", "--num_inference_steps", "2", "--output_dir", tmp_path / "evaluated"]
+    flags += [
+        "--max_sequence_length",
+        "77",
+        "--batch_size",
+        "4",
+        "--num_inference_steps",
+        "2",
+        "--output_dir",
+        tmp_path / "evaluated",
+    ]
     flags += ["--feature_extractor", "assets/classifier", "--reference_images", pictures, "--num_cpu_threads", "1"]
     evaluate_fid.main([str(word) for word in flags])
     protocol = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())["protocol"]
-    assert "FlowMatchEulerDiscreteScheduler" in json.dumps(protocol)
+    assert protocol["samples"]["scheduler"] == "FlowMatchEulerDiscreteScheduler"
+    assert protocol["samples"]["max_sequence_length"] == 77
