@@ -4,6 +4,7 @@
     python benchmarks/study.py --tune                       # once: rate and weight of every method, on seed 100
     python benchmarks/study.py --stage 1 --seeds 0          # then stage by stage, a seed in one stretch
     python benchmarks/study.py --references                 # once: noise and the teacher, 10,000 samples each
+    python benchmarks/study.py --pictures                   # samples of every row, while --work has the students
     python benchmarks/study.py --report                     # tables and plots from the numbers that are there
 
 Every row is a run of train_place.py or train_lift.py, one process of one thread at the lowest priority, and of
@@ -30,7 +31,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 from study_jobs import RESULTS, Results, apart, evaluate, sampled, train  # noqa: E402
 from study_probe import probe  # noqa: E402
-from study_report import report  # noqa: E402
+from study_report import draw_samples, report  # noqa: E402
 from study_rows import (  # noqa: E402
     COMMON,
     LIFT,
@@ -96,18 +97,18 @@ def record_of(work: Path, name: str, teacher: str, data: str, seed: int) -> Path
     return None if "--lambda_kd_feat" in ROWS[name].flags else work / "teacher" / f"{teacher}-{data}-{seed}"
 
 
-def tune(work: Path) -> None:
+def tune(work: Path, only: list[str]) -> None:
     """Every method's grid in the settings that others take their flags from."""
     results, data = Results("tuning", "setting", "row", "tuned"), str(tuning_data(work))
     wanted = {setting: [row for row in rows if not ROWS[row].tuned_as] for setting, rows in STAGES[1].items()}
     for rows in (STAGES[2]["random"],):
         wanted["random"] += [row for row in rows if not ROWS[row].tuned_as]
-    for setting, names in wanted.items():
-        for name in names:
+    for setting in wanted.keys() & set(only):
+        for name in wanted[setting]:
             for tuned in ROWS[name].grid():
                 if results.find(setting=setting, row=name, tuned=tuned):
                     continue
-                folder = work / "tuning"
+                folder = work / f"tuning-{setting}"
                 flags = row_flags(
                     setting,
                     name,
@@ -117,7 +118,7 @@ def tune(work: Path) -> None:
                     data=data,
                     teacher=SETTINGS[setting].teacher,
                 )
-                record = record_of(work, name, "bundled", "tuning", TUNING_SEED)
+                record = record_of(work, name, f"bundled-{setting}", "tuning", TUNING_SEED)
                 seconds = train(folder, ROWS[name].script, flags, record)
                 reference = ["--dataset_name", data, "--split", "test"]
                 metrics, more = evaluate(
@@ -147,16 +148,27 @@ def best_flags(setting: str, name: str) -> dict[str, str]:
     return min(found, key=lambda record: record["metrics"]["frechet_distance"])["tuned"]
 
 
-def run_stage(stage: int, seeds: list[int], work: Path, only: list[str] | None) -> None:
+def rows_of(setting: str) -> list[tuple[int, str]]:
+    """(stage, row) of all rows of a setting."""
+    return [(stage, name) for stage, settings in STAGES.items() for name in settings.get(setting, ())]
+
+
+def row_folder(work: Path, stage: int, setting: str, name: str, seed: int) -> Path:
+    """Where a row's student, samples and logs are."""
+    return work / f"stage_{stage}" / f"{setting}-{name}-{seed}".replace("/", "").replace(" ", "_")
+
+
+def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], only: list[str] | None) -> None:
     """All rows of a seed, then the next seed."""
     results = Results(f"stage_{stage}", "setting", "row", "seed")
-    tuned = {(setting, name): best_flags(setting, name) for setting, names in STAGES[stage].items() for name in names}
+    wanted = [(setting, name) for setting, names in STAGES[stage].items() if setting in settings for name in names]
+    tuned = {row: best_flags(*row) for row in wanted}
     for seed in seeds:
         results.check_machine(seed)
         for setting, name in tuned:
             if results.find(setting=setting, row=name, seed=seed) or (only and name not in only):
                 continue
-            folder = work / f"stage_{stage}" / f"{setting}-{name}-{seed}".replace("/", "").replace(" ", "_")
+            folder = row_folder(work, stage, setting, name, seed)
             spec = SETTINGS[setting]
             flags = row_flags(
                 setting,
@@ -213,18 +225,33 @@ def references(work: Path) -> None:
             print(f"{name:<10}{metrics['frechet_distance']:8.2f}", flush=True)
 
 
+def pictures(work: Path, settings: list[str], seed: int) -> None:
+    """Samples of the rows of a setting whose students are still in `work`, below the teacher's."""
+    for setting in settings:
+        folders = {name: row_folder(work, stage, setting, name, seed) / "student" for stage, name in rows_of(setting)}
+        students = {name: str(folder) for name, folder in folders.items() if (folder / "model_index.json").exists()}
+        if students:
+            students = {"teacher": teacher_of(SETTINGS[setting].teacher, work), **students}
+            title = f"{SETTINGS[setting].title}, seed {seed}: every column from the same noise"
+            draw_samples(students, title, RESULTS / f"{setting}_samples.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="run the grids of all methods")
     parser.add_argument("--references", action="store_true", help="measure noise and the teacher")
     parser.add_argument("--stage", type=int, choices=STAGES, help="run the rows of a stage")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the stage (default: 0 1 2)")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="only these (default: all)"
+    )
     parser.add_argument("--rows", nargs="+", choices=ROWS, help="only these of the stage (default: all)")
     parser.add_argument("--report", action="store_true", help="write tables and plots beside the numbers")
+    parser.add_argument("--pictures", action="store_true", help="draw samples of the first of --seeds beside them")
     parser.add_argument("--work", type=Path, default=Path("study"), help="students, records (default: study)")
     args = parser.parse_args()
-    if not (args.tune or args.references or args.stage or args.report):
-        raise UsageError("nothing to do: give --tune, --references, --stage or --report.")
+    if not (args.tune or args.references or args.stage or args.pictures or args.report):
+        raise UsageError("nothing to do: give --tune, --references, --stage, --pictures or --report.")
     if TUNING_SEED in args.seeds:
         raise UsageError(f"--seeds {TUNING_SEED} is the seed of the tuning, and is not reported.")
     work = args.work.resolve()
@@ -232,11 +259,13 @@ def main() -> None:
     os.nice(19)
     torch.set_num_threads(1)
     if args.tune:
-        tune(work)
+        tune(work, args.settings)
     if args.references:
         references(work)
     if args.stage:
-        run_stage(args.stage, args.seeds, work, args.rows)
+        run_stage(args.stage, args.seeds, work, args.settings, args.rows)
+    if args.pictures:
+        pictures(work, args.settings, args.seeds[0])
     if args.report:
         report(RESULTS, SETTINGS)
 

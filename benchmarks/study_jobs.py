@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What benchmarks/study.py does for every row: run a script apart from it, measure what it made, keep the numbers."""
 
+import fcntl
 import json
 import multiprocessing
 import os
@@ -62,9 +63,15 @@ class Results:
         """Keep a record and write the file; its machine must be that of the others of its seed.
 
         A figure on another processor differs by more than the methods do."""
-        self.records.append({**record, **machine()})
-        lines = ",\n".join(json.dumps(each) for each in self.records)
-        write_file(self.path, f"[\n{lines}\n]\n")
+        self.path.parent.mkdir(exist_ok=True)
+        lock = os.open(self.path.parent, os.O_RDONLY)  # two settings or seeds may run side by side
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.records = [*(read_json(self.path) or []), {**record, **machine()}]
+            lines = ",\n".join(json.dumps(each) for each in self.records)
+            write_file(self.path, f"[\n{lines}\n]\n")
+        finally:
+            os.close(lock)
 
     def check_machine(self, seed: int) -> None:
         """Raises UsageError where rows of this seed were run on another processor."""

@@ -7,10 +7,15 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from utils.files import read_json, write_file
 
+COLOURS = {"w/o KD": "0.4", "mse": "C0", "l1": "C2", "LIFT": "C4", "PLACE": "C1", "log": "C5"}
 BASELINES = ("w/o KD", "w/o KD, balanced", "mse", "PLACE")  # what every row is compared with
 
 
@@ -62,34 +67,72 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
-def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
-    """Distances, a dot a seed; and by timestep the error at the end and the gradient's norm at start and end."""
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
-    dots, error, start, end = figure.subplots(1, 4)
-    order = sorted(rows, key=lambda name: statistics.mean(r["metrics"]["frechet_distance"] for r in rows[name]))
+def style(name: str) -> dict:
+    """A row's colour is its loss; dashed is balanced, dotted another variant."""
+    loss = next((loss for loss in COLOURS if name.startswith(loss)), None)
+    line = "-" if name in COLOURS else "--" if "balanced" in name or "P = " in name else ":"
+    return {"color": COLOURS.get(loss, "k"), "linestyle": line}
+
+
+def draw_distances(axes: Axes, rows: dict[str, list[dict]], title: str) -> list[str]:
+    """A line a row, best first: a dot a seed, a bar at their mean. The rows in that order."""
+    distances = {name: [record["metrics"]["frechet_distance"] for record in records] for name, records in rows.items()}
+    order = sorted(distances, key=lambda name: statistics.mean(distances[name]))
     for place, name in enumerate(order):
-        values = [record["metrics"]["frechet_distance"] for record in rows[name]]
-        (drawn,) = dots.plot(values, [place] * len(values), "o")
+        colour = style(name)["color"]
+        axes.plot(distances[name], [place] * len(distances[name]), "o", color=colour, alpha=0.7)
+        axes.plot(statistics.mean(distances[name]), place, "|", color=colour, ms=16, mew=2)
+    axes.set_yticks(range(len(order)), order)
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="x", which="both", labelsize=7)
+    axes.grid(axis="x", which="both", lw=0.3)
+    axes.set_xlabel("Frechet distance, a dot a seed (log scale)")
+    axes.set_title(title, loc="left", fontsize=10)
+    return order
+
+
+def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
+    """Distances; and by timestep the error at the end and the share of the gradient's norm at start and end."""
+    figure = Figure(figsize=(16, 1.6 + 0.32 * max(len(rows), 9)), layout="constrained")
+    dots, error, start, end = figure.subplots(1, 4, width_ratios=(1.3, 1, 1, 1))
+    for name in draw_distances(dots, rows, title):
         curves = ((error, "end", "error_to_teacher"), (start, "start", "gradient_norm"), (end, "end", "gradient_norm"))
         for axes, when, what in curves:
             bins = zip(*(record["probe"][when][what] for record in rows[name]), strict=True)
             means = [statistics.mean(values) for values in bins]
+            whole = sum(means) if what == "gradient_norm" else 1
             middles = [(number + 0.5) * 1000 / len(means) for number in range(len(means))]
-            axes.plot(middles, means, lw=1.2, color=drawn.get_color(), label=name)
-    dots.set_yticks(range(len(order)), order)
-    dots.invert_yaxis()
-    dots.set_xlabel("Frechet distance, a dot a seed")
-    dots.set_xscale("log")
+            axes.plot(middles, [mean / whole for mean in means], lw=1.2, label=name, **style(name))
     for axes, name in (
-        (error, "squared error to the teacher"),
-        (start, "gradient norm, start"),
-        (end, "the same, end"),
+        (error, "squared error to the teacher, at the end"),
+        (start, "share of the gradient's norm, at the start"),
+        (end, "the same, at the end"),
     ):
         axes.set_title(name, loc="left", fontsize=10)
-        axes.set_xlabel("timestep")
+        axes.set_xlabel("timestep (0 is the cleanest)")
         axes.set_yscale("log")
-    error.legend(fontsize=7, frameon=False)
-    figure.suptitle(title, x=0.01, ha="left")
+    figure.legend(*error.get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
+    figure.savefig(picture, dpi=110)
+
+
+def draw_samples(students: dict[str, str], title: str, picture: Path, count: int = 12) -> None:
+    """A row of samples from the same noise of each pipeline (name -> folder), DDIM, 25 steps, named at its left."""
+    figure = Figure(figsize=(1.8 + 0.55 * count, 0.4 + 0.55 * len(students)), layout="constrained")
+    rows = figure.subplots(len(students), 1)
+    for axes, (name, folder) in zip(rows, students.items(), strict=True):
+        pipeline = DDPMPipeline.from_pretrained(folder)
+        pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        noise = [torch.Generator().manual_seed(number) for number in range(count)]
+        images = pipeline(count, generator=noise, num_inference_steps=25, output_type="np").images[..., 0]
+        axes.imshow(np.pad(images, ((0, 0), (1, 1), (1, 1)), constant_values=1).swapaxes(0, 1).reshape(18, -1), "gray")
+        axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set_visible(False)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=10)
     figure.savefig(picture, dpi=110)
 
 
@@ -138,6 +181,8 @@ def report(folder: Path, settings: dict) -> None:
                 "",
                 f"![{spec.title}]({setting}.png)",
             ]
+            if (folder / f"{setting}_samples.png").exists():
+                lines += ["", f"![Samples of every row]({setting}_samples.png)"]
     if tuning := read_json(folder / "tuning.json"):
         lines += ["", "## Tuning", "", *tuning_table(tuning)]
     machines = sorted({json.dumps([record["cpu"], record["commit"], record["versions"]]) for record in records})

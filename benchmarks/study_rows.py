@@ -48,13 +48,11 @@ class Row(NamedTuple):
 
 
 SETTINGS = {
-    "random": Setting("1.6 %, random start", 1500, "--pruning_ratio 0.875 --student_init random"),
-    "taylor": Setting("4.7 %, Taylor start", 1200, "--pruning_ratio 0.8 --student_init taylor"),
-    "quarter": Setting("25 %, Taylor start", 1200, "--pruning_ratio 0.5 --student_init taylor"),
-    "smaller": Setting(
-        "that student, a smaller teacher", 1200, "--pruning_ratio 0.6 --student_init taylor", "smaller"
-    ),
-    "weaker": Setting("that student, a weaker teacher", 1200, "--pruning_ratio 0.8 --student_init taylor", "weaker"),
+    "random": Setting("1.6 %, random start", 1000, "--pruning_ratio 0.875 --student_init random"),
+    "taylor": Setting("4.7 %, Taylor start", 800, "--pruning_ratio 0.8 --student_init taylor"),
+    "quarter": Setting("25 %, Taylor start", 800, "--pruning_ratio 0.5 --student_init taylor"),
+    "smaller": Setting("that student, a smaller teacher", 800, "--pruning_ratio 0.6 --student_init taylor", "smaller"),
+    "weaker": Setting("that student, a weaker teacher", 800, "--pruning_ratio 0.8 --student_init taylor", "weaker"),
 }
 
 # Teachers that stage 3 makes for itself, without distillation: train_lift.py with these flags
