@@ -23,9 +23,11 @@ from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
 from utils.command_line import UsageError, run
+from utils.data.labels import class_names
 from utils.devices import DTYPES
 from utils.distributed import main_process_first, on_main_process, process_settings, wait_for_everyone
 from utils.evaluation.arguments import METRICS, PR_NEIGHBOURS, parse_args
+from utils.evaluation.conditions import read_class_labels, read_prompts
 from utils.evaluation.cost import Meter, cost, free, measure
 from utils.evaluation.image_sets import ImageSet, image_files
 from utils.evaluation.measure import Measured, measure_images
@@ -34,8 +36,8 @@ from utils.evaluation.pipelines import load_pipeline, pipeline_files, pipeline_f
 from utils.evaluation.reference import measure_reference, open_reference
 from utils.evaluation.report import COSTS, open_card, report, update_model_card
 from utils.evaluation.sample_folder import SampleFolder, clear_evaluation
-from utils.evaluation.sampler import Sampler, read_prompts
-from utils.files import sha256, versions, write_json
+from utils.evaluation.sampler import Sampler
+from utils.files import read_json, sha256, versions, write_json
 from utils.metrics.clip import ClipScorer
 from utils.metrics.distances import (
     clip_score,
@@ -69,7 +71,7 @@ def open_measures(args, device):
     return extractor, clip, reference, read_prompts(args, reference)
 
 
-def open_sampler(args, flag: str, prompts: list[str] | None, device) -> tuple[Sampler, dict[str, Path]]:
+def open_sampler(args, flag: str, reference, prompts: list[str] | None, device) -> tuple[Sampler, dict[str, Path]]:
     """The pipeline that `flag` names, set up as the flags say, and its files by path. Raises UsageError."""
     name, first = getattr(args, flag.removeprefix("--")), flag == PIPELINE
     revision, variant = (args.revision, args.variant) if first else (None, None)
@@ -81,9 +83,11 @@ def open_sampler(args, flag: str, prompts: list[str] | None, device) -> tuple[Sa
         use_scheduler(pipeline, args.scheduler)
     if args.clip_sample:
         use_clip_sample(pipeline, args.clip_sample == "true")
-    names = "seed num_inference_steps eta guidance_scale height width max_sequence_length class_labels".split()
+    names = "seed num_inference_steps eta guidance_scale guidance_channels height width max_sequence_length".split()
     try:
-        sampler = Sampler(pipeline, prompts=prompts, **{name: getattr(args, name) for name in names})
+        labels = read_class_labels(args, reference, pipeline, class_names(read_json(folder / "model_index.json")))
+        options = {name: getattr(args, name) for name in names}
+        sampler = Sampler(pipeline, class_labels=labels, prompts=prompts, **options)
     except UsageError as error:
         raise error if first else UsageError(f"{flag} {name}: {error}") from error
     return sampler, {str(path.relative_to(folder)): path for path in pipeline_files(folder, pipeline, variant)}
@@ -164,12 +168,13 @@ def check_counts(args, count: int, reference) -> None:
             )
 
 
-def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict], prompts, accelerator) -> dict:
-    """What the pipeline costs by the `records` of its blocks; with `--compare_to`, the other too, and ratios."""
+def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict], told, accelerator) -> dict:
+    """What the pipeline costs by the `records` of its blocks; with `--compare_to`, the other too, and ratios.
+    `told`: reference and prompts."""
     costs = {"cost": cost(sampler.pipeline, records, files, accelerator.num_processes)}
     if args.compare_to:
         free(sampler)
-        other, other_files = open_sampler(args, "--compare_to", prompts, accelerator.device)
+        other, other_files = open_sampler(args, "--compare_to", *told, accelerator.device)
         meter = Meter(other, accelerator.device, args.num_cpu_threads)
         number = args.compare_num_samples or (1 + meter.threads) * args.batch_size * accelerator.num_processes
         records = measure(meter, accelerator, number, args.batch_size, "sampling --compare_to")
@@ -204,11 +209,12 @@ def main(argv: list[str] | None = None) -> None:
         size = (args.resolution,) * 2 if args.resolution else images.keep_size(quiet=quiet)
         count, sampler = len(images), None
     else:
+        told = reference, prompts  # what samples are told may be of the reference's rows
         if args.compare_to:  # what it would refuse, now and not hours later
-            on_main_process(accelerator, open_sampler, args, "--compare_to", prompts, "cpu")
-        sampler, files = main_process_first(accelerator, open_sampler, args, PIPELINE, prompts, accelerator.device)
+            on_main_process(accelerator, open_sampler, args, "--compare_to", *told, "cpu")
+        sampler, files = main_process_first(accelerator, open_sampler, args, PIPELINE, *told, accelerator.device)
         size, count = sampler.size(), args.num_samples
-        if count < (classes := len(sampler.class_labels or [])):
+        if not args.label_column and count < (classes := len(sampler.class_labels or [])):
             warnings.warn(f"--num_samples {count}: the first {count} of {classes} classes are drawn.", stacklevel=1)
     if isinstance(reference, ImageSet):
         if args.skip_bad_images:
@@ -248,7 +254,7 @@ def main(argv: list[str] | None = None) -> None:
 
     costs = {}
     if sampler:
-        costs = compare_costs(args, sampler, list(files.values()), samples.block_records(), prompts, accelerator)
+        costs = compare_costs(args, sampler, list(files.values()), samples.block_records(), told, accelerator)
 
     # Metrics and the report
     if accelerator.is_main_process:

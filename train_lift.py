@@ -22,7 +22,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 
 from utils.backbones import choose_backbone
@@ -31,7 +30,7 @@ from utils.data.cache import encoded_once, open_dataset
 from utils.data.rows import sample_batch, training_batches
 from utils.devices import apply_speed_flags, use_cpu_threads
 from utils.distillation.balance import TimestepBalance
-from utils.distillation.features import feature_loss, tap_pair
+from utils.distillation.features import feature_loss, feature_weight, tap_pair
 from utils.distillation.losses import fine_weight, lift_loss, output_loss
 from utils.distributed import on_main_process, process_settings, refuse_unsupported
 from utils.output_dir import check_output_dir, lock_output_dir, prepare_output_dir, unlock_output_dir
@@ -43,7 +42,7 @@ from utils.training.log import RunLog, error_per_sample, tracker_names
 from utils.training.memory import memory_estimate
 from utils.training.optimizer import ema_warmup, make_optimizer, stepped, with_gradients
 from utils.training.report import plan, save_arguments, summary
-from utils.training.schedules import count_steps
+from utils.training.schedules import count_steps, make_lr_scheduler
 from utils.training.stop import Stop
 from utils.training.validation import Validation, evaluated
 
@@ -105,9 +104,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Optimizer and schedule, both in optimizer steps
     optimizer = make_optimizer(args, with_gradients(student), accelerator)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
+    lr_scheduler = make_lr_scheduler(args, optimizer)
     memory = on_main_process(accelerator, memory_estimate, args, accelerator, student, tapped_teacher, backbone)
     student, optimizer = accelerator.prepare(student, optimizer)  # the schedule stays: prepared, it counts processes
     ema_weights = with_gradients(denoiser)  # collected once, not in every step
@@ -161,6 +158,7 @@ def main(argv: list[str] | None = None) -> None:
             errors = {"task": error_per_sample(student_pred.output, target)}  # (B,), unweighted
             loss = args.lambda_task * sum(terms.values())
             if distil:
+                progress = step / args.max_train_steps  # of the run
                 with torch.no_grad():
                     teacher_pred = backbone.predict(tapped_teacher, noised, condition)
                 target = teacher_pred.output
@@ -171,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
                         coefficients=args.coefficients,
                         coarse_norm=args.coarse_norm,
                         coarse_scale=args.coarse_scale,
-                        weight=fine_weight(args.weighting, step / args.max_train_steps),
+                        weight=fine_weight(args.weighting, progress),
                         sample_weight=balance.weight("output", noised.place),
                     )
                 else:
@@ -183,8 +181,9 @@ def main(argv: list[str] | None = None) -> None:
                     )
                 errors["output"] = output.error
                 more = backbone.distillation_terms(student_pred, teacher_pred, noised)
-                feature = feature_loss(student_pred.features, teacher_pred.features)
-                loss = loss + args.lambda_kd_output * sum(more.values(), output.loss) + args.lambda_kd_feat * feature
+                feature = feature_loss(student_pred.features, teacher_pred.features, args.feature_mask_sigma)
+                lambda_kd_feat = args.lambda_kd_feat * feature_weight(args.feature_weighting, progress)
+                loss = loss + args.lambda_kd_output * sum(more.values(), output.loss) + lambda_kd_feat * feature
                 terms |= {"feature": feature, **output.terms(), **more}
 
             accelerator.backward(loss)

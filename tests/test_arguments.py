@@ -67,9 +67,9 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
     "max_grad_norm coarse_scale timestep_balance task_balance noise_offset input_perturbation "
-    "validation_shown_samples validation_guidance_scale"
+    "validation_shown_samples validation_guidance_scale feature_mask_sigma"
 ).split()
-FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay", "dropout"]
+FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay", "dropout", "min_lr_rate"]
 
 
 @pytest.mark.parametrize(
@@ -206,6 +206,14 @@ def test_wrong_values_and_words(parse, given, message):
     with pytest.raises(ValueError, match=message) as error:
         parse(*given.split())
     assert "did you mean" not in str(error.value)  # the flag is spelt right
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_least_rate_goes_with_a_cosine(parse, script):
+    for scheduler in ("constant", "linear", "polynomial", "cosine_with_restarts", "constant_with_warmup"):
+        with pytest.raises(ValueError, match=f"--min_lr_rate 0.5: --lr_scheduler {scheduler} does not fall to it"):
+            parse("--min_lr_rate", "0.5", "--lr_scheduler", scheduler, script=script)
+    assert parse("--min_lr_rate", "0.5", "--lr_scheduler", "cosine", script=script).min_lr_rate == 0.5
 
 
 def test_flags_of_the_other_script(parse):
@@ -400,6 +408,8 @@ def test_an_empty_command_line_is_the_embedded_default(tmp_path, monkeypatch, ca
         ("--lambda_task 0 --snr_gamma 5", "train_place", "--lambda_task above 0"),
         ("--lambda_task 0 --task_balance 1", "train_place", "--lambda_task above 0"),
         ("--lambda_kd_output 0 --timestep_balance 1", "train_lift", "--lambda_kd_output above 0"),
+        ("--feature_mask_sigma 2", "train_place", "--lambda_kd_feat above 0"),
+        ("--feature_weighting linear", "train_lift", "--lambda_kd_feat above 0"),
         ("--validation_num_samples 5", "train_place", "--validation_feature_extractor"),
         ("--student_init random --taylor_timesteps 50", "train_place", "--student_init taylor"),
         ("--allow_changed_arguments", "train_place", "--resume_from_checkpoint"),
@@ -417,6 +427,7 @@ def test_a_flag_without_effect_is_warned_of(parse, flags, script, partner):
         ("--use_ema --ema_decay 0.5", "train_place"),
         ("--lr_scheduler cosine --lr_warmup_steps 5", "train_place"),
         ("--group_size 4 --grouping patch --weighting linear", "train_place"),
+        ("--lambda_kd_feat 1 --feature_weighting linear --feature_mask_sigma 2", "train_place"),
         ("--output_loss mse", "train_lift"),
         ("--coefficients sample --coarse_norm l2", "train_lift"),
     ],

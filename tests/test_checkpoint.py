@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parent.parent
 EVERYTHING = (
     "--max_train_steps 6 --train_batch_size 5 --gradient_accumulation_steps 2 --checkpointing_steps 2 --use_ema "
     "--checkpoints_total_limit 9 --logging_steps 4 --lambda_kd_feat 1 --random_flip --learning_rate 1e-3 "
-    "--lr_scheduler cosine --lr_warmup_steps 2 --weighting linear --timestep_balance 0.5 --task_balance 1"
+    "--lr_scheduler cosine --lr_warmup_steps 2 --weighting linear --timestep_balance 0.5 --task_balance 1 "
+    "--min_lr_rate 0.5 --feature_weighting linear --feature_mask_sigma 2"
 ).split()
 RUN = "--pretrained_model_name_or_path teacher --dataset_name data --pruning_ratio 0.5 --output_dir none".split()
 
@@ -372,6 +373,16 @@ CURVES = [
         "0.0001, is 0.000171; at the end it was to be 0, is 0.*max_train_steps was 4, is 8, which --weighting linear "
         "follows .the weight of the fine term after step 2 was to be 0.5, is 0.25",
     ),
+    (
+        ["--lr_scheduler", "cosine", "--min_lr_rate", "0.5"],
+        "was to be 0.00015, is 0.000185; at the end it was to be 0.0001",
+    ),
+    (
+        ["--lambda_kd_feat", "1", "--feature_weighting", "linear"],
+        "--feature_weighting linear follows .the weight of the feature loss after step 2 was to be 0.5, is 0.75; "
+        "at the end it was to be 0, is 0",
+    ),
+    (["--lambda_kd_feat", "1", "--feature_weighting", "constant"], None),
     (["--lr_scheduler", "polynomial"], "after step 2 was to be 0.0001, is 0.00015; at the end it was to be 1e-07, is"),
     (["--lr_scheduler", "linear", "--lr_warmup_steps", "1"], "was to be 0.000133, is 0.000171"),
     (["--lr_scheduler", "cosine_with_restarts"], "was to be 0.0001, is 0.000171"),
@@ -430,6 +441,18 @@ def test_a_checkpoint_of_an_earlier_version_is_refused(run):
     state_file.write_text(json.dumps(state))
     with pytest.raises(ValueError, match="earlier version.*--latent_cache_dir"):
         run("train_place", "--resume_from_checkpoint", "latest")
+
+
+def test_flags_that_an_earlier_version_did_not_have_are_off_in_its_checkpoints(stopped, run):
+    state_file = stopped / "checkpoints" / "step-0000004" / "state.json"
+    state = json.loads(state_file.read_text())
+    for name in checkpoint.ADDED_ARGUMENTS:
+        assert state["arguments"].pop(name) == checkpoint.ADDED_ARGUMENTS[name]
+    state_file.write_text(json.dumps(state))
+    again = ["train_place", "--checkpointing_steps", "2", "--use_ema", "--resume_from_checkpoint", "latest"]
+    with pytest.raises(ValueError, match="min_lr_rate was 0.0, is 0.5"):
+        run(*again, "--lr_scheduler", "cosine", "--min_lr_rate", "0.5")
+    run(*again)
 
 
 def test_resume_from_what_is_no_checkpoint(run, tmp_path):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Flags of diffusers' own training scripts: each does what it does there, and nothing while it is off."""
 
+import math
 import re
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +12,7 @@ from accelerate.tracking import get_available_trackers
 from diffusers import DDPMScheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 import train_place
 from utils.backbones.diffusion import Diffusion
@@ -18,7 +20,7 @@ from utils.randomness import StepRandom
 from utils.training.arguments import parse_args
 from utils.training.log import tracker_names
 from utils.training.optimizer import ema_warmup, make_optimizer
-from utils.training.schedules import count_steps
+from utils.training.schedules import count_steps, make_lr_scheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 GIVEN = "--pretrained_model_name_or_path teacher --dataset_name data --pruning_ratio 0.5 --output_dir none".split()
@@ -39,6 +41,26 @@ def test_scale_lr_is_a_rate_for_one_image(flags, rate):
     )
     assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-12)
     assert args.learning_rate == 1e-4  # what cards and checkpoints say
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_min_lr_rate_is_that_of_transformers(warmup):
+    """Whose function counts the same steps; and the closed form."""
+    args = parsed(
+        "--lr_scheduler", "cosine", "--min_lr_rate", 0.3, "--lr_warmup_steps", warmup, "--max_train_steps", 9
+    )
+    ours, theirs = (torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2e-4) for _ in range(2))
+    schedules = (
+        make_lr_scheduler(args, ours),
+        get_cosine_with_min_lr_schedule_with_warmup(theirs, warmup, 9, min_lr_rate=0.3),
+    )
+    for step in range(10):
+        share = step / 3 if step < warmup else 0.65 + 0.35 * math.cos(math.pi * (step - warmup) / (9 - warmup))
+        assert ours.param_groups[0]["lr"] == pytest.approx(2e-4 * share, rel=1e-6)
+        assert ours.param_groups[0]["lr"] == pytest.approx(theirs.param_groups[0]["lr"], rel=1e-6)
+        for optimizer, schedule in zip((ours, theirs), schedules, strict=True):
+            optimizer.step()
+            schedule.step()
 
 
 def test_input_perturbation_is_noise_of_the_input_alone():

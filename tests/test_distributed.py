@@ -87,17 +87,10 @@ def pixel(python, tmp_path_factory, teacher_dir, data_dir):
     return runs
 
 
-@pytest.fixture(scope="module")
-def latent(python, tmp_path_factory):
-    """A Stable Diffusion student on one process and on two, encoding in every step and once, in 2 ways."""
-    folder = tmp_path_factory.mktemp("latent")
-    teacher = latent_pipelines.save_pipeline(folder / "sd1")
-    data = latent_pipelines.save_captioned(folder / "captioned")
-    narrow = latent_pipelines.build_unet(block_out_channels=(8, 8, 16, 16), layers_per_block=1)  # needs projectors
-    narrow.save_pretrained(folder / "narrow")
-    flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data]
+def latent_jobs(python, folder: Path, *flags) -> SimpleNamespace:
+    """On one process and on two, encoding in every step and once, in 2 ways."""
     # of thousands of elements two may swap PLACE's groups where a last bit differs: squares stay as they are
-    flags += ["--student_model_name_or_path", folder / "narrow", "--grouping", "patch"]
+    flags = [*flags, "--student_model_name_or_path", folder / "narrow", "--grouping", "patch"]
     short = [*flags, "--max_train_steps", "2", "--validation_shown_samples", "0", "--cache_variants", "2"]
     short += ["--latent_cache_dir"]
     jobs = {
@@ -111,6 +104,40 @@ def latent(python, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def latent(python, tmp_path_factory):
+    """A Stable Diffusion student."""
+    folder = tmp_path_factory.mktemp("latent")
+    teacher = latent_pipelines.save_pipeline(folder / "sd1")
+    data = latent_pipelines.save_captioned(folder / "captioned")
+    narrow = latent_pipelines.build_unet(block_out_channels=(8, 8, 16, 16), layers_per_block=1)  # needs projectors
+    narrow.save_pretrained(folder / "narrow")
+    runs = latent_jobs(python, folder, "--pretrained_model_name_or_path", teacher, "--train_data_dir", data)
+    runs.encoded = ["latents-00-000000.safetensors", "text-000000.safetensors", "empty.safetensors"]
+    return runs
+
+
+@pytest.fixture(scope="module")
+def dit(python, tmp_path_factory):
+    """A DiT student, with its layers recomputed and a part of its labels dropped."""
+    folder = tmp_path_factory.mktemp("dit")
+    teacher = latent_pipelines.save_dit(folder / "teacher")
+    data = latent_pipelines.save_classes(folder / "classes")
+    latent_pipelines.save_dit(folder / "narrow", layers=2, attention_head_dim=6)  # needs projectors
+    flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--gradient_checkpointing"]
+    flags += [
+        "--proportion_empty_prompts",
+        "0.3",
+        "--feature_weighting",
+        "linear",
+        "--validation_guidance_channels",
+        3,
+    ]
+    runs = latent_jobs(python, folder, *flags)
+    runs.encoded = ["latents-00-000000.safetensors"]
+    return runs
+
+
+@pytest.fixture(scope="module")
 def flow(python, tmp_path_factory):
     """A Stable Diffusion 3 student on one process and on two, its times weighted."""
     folder = tmp_path_factory.mktemp("flow")
@@ -119,11 +146,12 @@ def flow(python, tmp_path_factory):
     narrow = latent_pipelines.SD3 | {"num_attention_heads": 1, "caption_projection_dim": 8, "num_layers": 2}
     SD3Transformer2DModel(**narrow).save_pretrained(folder / "narrow")
     flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--weighting_scheme", "cosmap"]
-    flags += ["--student_model_name_or_path", folder / "narrow", "--grouping", "patch"]
-    return run_jobs(python, {"one": job(folder / "one", 1, *flags), "two": job(folder / "two", 2, *flags)}, folder)
+    runs = latent_jobs(python, folder, *flags)
+    runs.encoded = ["latents-00-000000.safetensors", "text-000000.safetensors", "empty.safetensors"]
+    return runs
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("latent", "flow")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("latent", "dit", "flow")]
 
 
 @pytest.fixture(params=["pixel", *SLOW])
@@ -233,10 +261,11 @@ def test_another_number_of_processes_is_another_run(pixel, run):
         run("train_place", *COMMON, *pixel.flags, "--train_batch_size", "2", "--resume_from_checkpoint", path)
 
 
-@pytest.mark.slow
-def test_two_processes_encode_a_share_each(latent):
+@pytest.mark.parametrize("name", SLOW)
+def test_two_processes_encode_a_share_each(request, name):
+    latent = request.getfixturevalue(name)
     main, other = latent.cached_two.seen
-    assert sorted(main["encoded"]) == ["empty.safetensors", "latents-00-000000.safetensors", "text-000000.safetensors"]
+    assert sorted(main["encoded"]) == sorted(latent.encoded)
     assert other["encoded"] == ["latents-01-000000.safetensors"]
     for ours, theirs in zip(read_log(latent.cached_two.folder), read_log(latent.cached_one.folder), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-7)

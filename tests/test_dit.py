@@ -7,23 +7,19 @@ import shutil
 import warnings
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from diffusers import DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
-from latent_pipelines import save_classes, save_dit
+from latent_pipelines import save_dit
 from torch.distributions import Normal, kl_divergence
 
 import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.dit import DiT
-from utils.backbones.labels import LabelTransform
 from utils.backbones.process import Noised
 from utils.backbones.variance import LearnedVariance
 from utils.command_line import UsageError
-from utils.data.folders import folder_rows
-from utils.data.rows import ImageRows, fingerprint
 from utils.distillation.features import Tapped
 from utils.randomness import StepRandom
 from utils.students.depth import KEPT
@@ -214,75 +210,6 @@ def test_guidance_is_that_of_a_plain_loop(backbone, channels):
         expected = backbone.vae().decode(x_t / 0.5).sample
     difference = images.float() - ((expected / 2 + 0.5).clamp(0, 1) * 255)
     assert difference.abs().max() <= 0.6
-
-
-# Labels
-
-
-def rows_of(labels, feature=None) -> datasets.Dataset:
-    pictures = [{"bytes": b"", "path": None}] * len(labels)
-    features = datasets.Features({"image": datasets.Image(decode=False), "label": feature or datasets.Value("int64")})
-    return datasets.Dataset.from_dict({"image": pictures, "label": labels}, features=features)
-
-
-def transform(column: str = "label") -> LabelTransform:
-    return LabelTransform("image", 3, 32, True, False, label_column=column, num_classes=CLASSES)
-
-
-BAD_LABELS = {
-    "too large": ([0, 5], None, "row 1 has label 5; the teacher knows the classes 0 to 4"),
-    "unlabelled": ([-1, 0], None, "row 0 has label -1"),
-    "absent": ([0, None], None, "row 1 has label None"),
-    "names": (["cat", "dog"], datasets.Value("string"), "found .*string.* there; a label is an integer from 0 to 4"),
-    "several": ([[0], [1]], datasets.List(datasets.Value("int64")), "found List.* there; a label is an integer"),
-}
-
-
-@pytest.mark.parametrize("labels, feature, message", BAD_LABELS.values(), ids=BAD_LABELS)
-def test_labels_that_the_teacher_does_not_know_are_refused(labels, feature, message):
-    with pytest.raises(UsageError, match=f"--label_column label: {message}"):
-        transform().check(rows_of(labels, feature))
-
-
-def test_labels_of_columns_are_taken():
-    for feature in (None, datasets.Value("uint8"), datasets.ClassLabel(names=["a", "b"])):
-        transform().check(rows_of([0, 1, 1], feature))
-    with pytest.raises(UsageError, match="--label_column fine: the dataset has no such column, only image, label"):
-        transform("fine").check(rows_of([0]))
-
-
-def test_class_folders_are_labels(tmp_path):
-    rows = folder_rows(str(save_classes(tmp_path / "images")), "--train_data_dir")
-    batch = ImageRows(rows, transform(), 0, quiet=True).__getitems__([(0, row) for row in range(len(rows))])
-    assert batch["label"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4]
-    (tmp_path / "images" / "a").rename(tmp_path / "images" / "z")  # the same pictures, told other classes
-    other = folder_rows(str(tmp_path / "images"), "--train_data_dir")
-    assert fingerprint(rows, ["label"]) != fingerprint(other, ["label"])
-
-
-@pytest.mark.parametrize(
-    "names, message",
-    [
-        ("abcd", "there are 4 class folders.* and the teacher knows 5 classes"),
-        (["1", "2", "3", "4", "10"], "the class folder 1 would be label 0"),
-        ("", "the dataset has no such column, only image. A folder of images has labels where every class"),
-    ],
-)
-def test_class_folders_that_cannot_be_told_are_refused(tmp_path, names, message):
-    images = save_classes(tmp_path / "images")
-    for old, new in zip("abcde", names, strict=False):
-        (images / old).rename(images / f"new{new}")
-    for path in list(images.iterdir()):
-        if path.name.startswith("new"):
-            path.rename(images / path.name[3:])
-        elif not names and path.name == "a":
-            for file in path.iterdir():
-                file.rename(images / file.name)
-            path.rmdir()
-        else:
-            shutil.rmtree(path)
-    with pytest.raises(UsageError, match=f"--label_column label: {message}"):
-        transform().check(folder_rows(str(images), "--train_data_dir"))
 
 
 # Variances

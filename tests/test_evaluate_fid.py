@@ -341,7 +341,7 @@ def test_images_that_cannot_be_decoded_are_left_out_on_request(evaluate, tmp_pat
 def test_captions_that_are_missing_are_empty_prompts():
     import datasets
 
-    from utils.evaluation.sampler import read_prompts
+    from utils.evaluation.conditions import read_prompts
 
     args = type("Args", (), {"caption_column": "text", "prompts": None})
     for captions in ([None, "", "a"], [[], [""], ["a", "b"]], [None, [], ["a"]], [[None], None, ["a"]]):

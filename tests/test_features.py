@@ -2,6 +2,7 @@
 """Feature distillation: which tensors are tapped, projected and compared, and what gradients follow."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import build_unet
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from utils.distillation.features import Tapped, feature_loss, tap_pair
+from utils.distillation.features import Tapped, feature_loss, feature_weight, tap_pair, within
 
 BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
 PAIRS = [(name, name) for name in BLOCKS]
@@ -180,6 +181,43 @@ def test_feature_loss_equals_a_sum_by_hand(student_dtype, teacher_dtype):
         by_hand += ((our.double() - their.double()) ** 2).sum().item() / our.numel()
     assert found.item() == pytest.approx(by_hand, rel=1e-5)
     assert feature_loss(theirs, theirs) == 0
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8), (3, 4, 6, 6)], ids=["tokens", "maps"])
+def test_a_mask_leaves_out_what_lies_far_from_the_mean(shape):
+    """mean (m_S f_S - m_T f_T)^2, each mask its own model's and its own sample's."""
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(shape, generator=generator) for _ in range(2))
+    ours[0].view(-1)[3], theirs[1].view(-1)[7] = 300.0, -500.0  # massive activations, in places of their own
+    ours, theirs = ours.bfloat16().requires_grad_(), theirs.bfloat16()
+    found, by_hand, kept = feature_loss([ours], [theirs], 2.0), 0.0, []
+    for our, their in zip(ours.detach().double(), theirs.double(), strict=True):
+        masks = [((x - x.mean()).abs() <= 2 * x.std(correction=0)).double() for x in (our, their)]
+        by_hand += ((masks[0] * our - masks[1] * their) ** 2).sum().item() / ours.numel()
+        kept.append(masks[0].bool())
+    assert found.dtype == torch.float32 and found.item() == pytest.approx(by_hand, rel=1e-5)
+    assert feature_loss([ours], [theirs]) > 100 * found  # without it they are all that counts
+    found.backward()
+    left_out = ~torch.stack(kept)
+    assert left_out.sum() > 3 and (ours.grad[left_out] == 0).all()
+    expected = 2 * (ours - within(theirs.float(), 2.0)).detach() / ours.numel()
+    torch.testing.assert_close(ours.grad.float()[~left_out], expected.float()[~left_out], rtol=1e-2, atol=1e-5)
+
+
+def test_a_mask_that_leaves_out_everything_and_one_that_leaves_out_nothing():
+    feature = torch.tensor([[[-1.0, 1.0], [1.0, -1.0]]], requires_grad=True)  # every entry is one deviation away
+    loss = feature_loss([feature], [feature.detach() + 3], 0.5)
+    loss.backward()
+    assert loss == 0 and (feature.grad == 0).all()
+    assert torch.equal(within(feature, 1e9), feature) and within(feature, 0) is feature
+    constant = torch.full((2, 3, 4), 0.1)
+    assert torch.equal(within(constant, 1.0), constant)
+    assert feature_loss([torch.full((2, 3), math.nan)], [torch.zeros(2, 3)], 2.0).isnan()  # and is not hidden
+
+
+def test_the_weight_of_the_feature_loss():
+    assert [feature_weight("linear", part) for part in (0, 0.25, 1)] == [1, 0.75, 0]
+    assert {feature_weight("constant", part) for part in (0, 0.25, 1)} == {1}
 
 
 def test_feature_loss_of_nothing_is_zero():

@@ -95,6 +95,7 @@ def waits(run, monkeypatch):
 
 EVERYTHING = ["--lambda_kd_feat", 1, "--use_ema", "--gradient_accumulation_steps", 2, "--lr_scheduler", "cosine"]
 EVERYTHING += ["--student_init", "magnitude", "--snr_gamma", 5, "--timestep_balance", 0.5, "--task_balance", 1]
+EVERYTHING += ["--feature_mask_sigma", 2, "--feature_weighting", "linear", "--min_lr_rate", 0.5]
 
 
 def test_no_step_of_a_pixel_student_waits(waits):

@@ -32,9 +32,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from utils.backbones.base import Configs
 from utils.backbones.ddpm import DDPM
 from utils.backbones.diffusion import Diffusion
+from utils.evaluation.conditions import read_prompts
 from utils.evaluation.cost import Meter, cost
 from utils.evaluation.pipelines import denoiser_of, load_pipeline, pipeline_files, pipeline_folder, use_scheduler
-from utils.evaluation.sampler import STREAM, Sampler, read_prompts
+from utils.evaluation.sampler import STREAM, Sampler
 from utils.randomness import seed_from
 from utils.students.lora import add_lora, save_lora
 from utils.students.sizes import model_size

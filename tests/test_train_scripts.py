@@ -226,6 +226,16 @@ def test_accumulation_counts_optimizer_steps(run):
     assert [line["learning_rate"] for line in log] == pytest.approx([7.5e-4, 5e-4, 2.5e-4, 0])
 
 
+def test_a_feature_weight_that_falls_and_a_rate_that_falls_not_to_zero(run):
+    flags = "--lambda_kd_feat 0.5 --feature_weighting linear --feature_mask_sigma 2 --lambda_kd_output 2".split()
+    log = read_log(run("train_lift", *flags, "--lr_scheduler", "cosine", "--min_lr_rate", "0.5"))
+    for line, share in zip(log, (1, 0.75, 0.5, 0.25), strict=True):
+        parts = line["task"] + 2 * line["output"] + 0.5 * share * line["feature"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-6) and line["feature"] > 0
+    rates = [2e-4 * (0.75 + 0.25 * math.cos(math.pi * step / 4)) for step in (1, 2, 3, 4)]
+    assert [line["learning_rate"] for line in log] == pytest.approx(rates)
+
+
 def test_feature_distance_keeps_the_best(run, capsys):
     flags = [
         "--validation_shown_samples",

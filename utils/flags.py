@@ -48,6 +48,7 @@ SHARED = {
         "help": "tokens of Stable Diffusion 3's T5, up to 512; where its pipeline goes without T5, tokens of zeros "
         "(default: 256, the stock pipeline's; diffusers' training scripts have 77)",
     },
+    "label_column": {"help": "column of the class labels, integers that the teacher knows (default: label)"},
     "split": {"help": "of the dataset (default: train), or a subfolder of the folder of images (default: all of it)"},
     "background": {
         "help": "colour behind transparent pixels, a name or #rrggbb (default: white); images of 4 channels keep them",
@@ -85,6 +86,12 @@ SHARED = {
         "type": bundled,
         "metavar": "FILE",
         "help": "text file, one prompt a line; sample or image i has the i-th, over and over",
+    },
+    "guidance_channels": {
+        "type": int,
+        "choices": [3, 4],
+        "help": "latent channels of a DiT that are guided: 3, as in its paper, or 4, as the stock pipeline (default: "
+        "4)",
     },
     "feature_extractor": {"type": bundled},
     "inception_path": {

@@ -27,6 +27,7 @@ RENAMED = {
     "--validation_images": "--shown_samples",
     "--validation_prompts": "--prompts FILE, one prompt a line",
     "--validation_guidance_scale": "--guidance_scale",
+    "--validation_guidance_channels": "--guidance_channels",
 }
 HOW_TO_READ = """\
 How to read it
@@ -57,8 +58,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     group = parser.add_argument_group("data")
     add_shared(
         group,
-        "dataset_name dataset_config_name train_data_dir split image_column caption_column resolution crop "
-        "image_interpolation_mode background skip_bad_images",
+        "dataset_name dataset_config_name train_data_dir split image_column caption_column label_column resolution "
+        "crop image_interpolation_mode background skip_bad_images",
     )
 
     group = parser.add_argument_group("error")
@@ -89,7 +90,7 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     )
     add_shared(
         group,
-        "prompts max_sequence_length feature_extractor inception_path",
+        "guidance_channels prompts max_sequence_length feature_extractor inception_path",
         prompts={
             "help": "text file, one prompt a line; sample i has the i-th, over and over. Default: captions of the "
             "data, with an extractor as many as there are samples"
@@ -138,10 +139,12 @@ def for_backbone(args: argparse.Namespace) -> argparse.Namespace:
     own = {
         "validation_prompts": read_prompts_file(args.prompts) if args.prompts else None,
         "validation_guidance_scale": args.guidance_scale,
+        "validation_guidance_channels": args.guidance_channels,
         "validation_shown_samples": args.shown_samples,
         "center_crop": True,
     }
-    called = {"validation_prompts": "prompts", "validation_guidance_scale": "guidance_scale"}
+    called = {"validation_prompts": "prompts"}
+    called |= {f"validation_{name}": name for name in ("guidance_scale", "guidance_channels")}
     return argparse.Namespace(**{**FAMILY_FLAGS, **off, **vars(args), **own, "called": called})
 
 

@@ -14,6 +14,7 @@ from utils.backbones.stand_in import GuidedLabels
 from utils.backbones.transformer import Transformer
 from utils.backbones.variance import LearnedVariance
 from utils.command_line import UsageError
+from utils.data.labels import class_names
 from utils.students.sizes import full_config
 
 
@@ -28,7 +29,8 @@ class DiT(Transformer):
 
     def __init__(self, args, teacher: DiTTransformer2DModel, configs: Configs):
         super().__init__(args, teacher, configs)
-        self.conditions = Labels(args, teacher.config.num_embeds_ada_norm)
+        pipeline = DiTPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+        self.conditions = Labels(args, teacher.config.num_embeds_ada_norm, class_names(pipeline))
         self.variance = LearnedVariance(self.process.scheduler)
         self.sampling_options = {"guidance_scale": self.guidance_scale()}
 

@@ -15,6 +15,7 @@ CONVENTIONAL = {
     "log": "mean over samples of log(mean (e_S - e_T)^2)",
 }
 BALANCE = "(M / m)^{:g} in [1/20, 20]; m, M: running means of what it weighs, in the sample's 20th of time and in all"
+FEATURE = {"constant": "feature", "linear": "(1 - step / steps) * feature"}  # its weight, by --feature_weighting
 LINES = {  # elements that share a line b0 + b1 * e_S
     "error": "every {group_size} elements of a channel with similar |e_S - e_T|",
     "signed": "every {group_size} elements of a channel with similar e_S - e_T",
@@ -27,10 +28,13 @@ LINES = {  # elements that share a line b0 + b1 * e_S
 def equations(args: dict) -> tuple[list[str], str]:
     """The output loss line by line, none without one, and the weighted sum; `args` are the flags of either script."""
     task, output = args.get("task_balance", 0), args.get("timestep_balance", 0)
+    feature = FEATURE[args.get("feature_weighting", "constant")]  # cards may be of older runs
     weights = {"u * diffusion" if task else "diffusion": "lambda_task"}
-    weights |= {"output": "lambda_kd_output", "feature": "lambda_kd_feat"}
+    weights |= {"output": "lambda_kd_output", feature: "lambda_kd_feat"}
     total = "loss   = " + " + ".join(f"{args[flag]:g} * {term}" for term, flag in weights.items() if args[flag])
     balance = [f"u      = {BALANCE.format(task)}"] if task and args["lambda_task"] else []
+    if args["lambda_kd_feat"] and (sigma := args.get("feature_mask_sigma", 0)):
+        balance.append(f"feature: 0 in the place of entries beyond {sigma:g} standard deviations, of each model's own")
     if not args["lambda_kd_output"]:
         return balance, total
     balance += [f"v      = {BALANCE.format(output)}"] if output else []

@@ -103,9 +103,31 @@ def on_meta(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, tensors)
 
 
-def feature_loss(student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor]) -> torch.Tensor | float:
-    """Sum over the paired blocks of the mean squared difference, a scalar; 0 where nothing is tapped."""
+def feature_loss(
+    student: Sequence[torch.Tensor], teacher: Sequence[torch.Tensor], mask_sigma: float = 0.0
+) -> torch.Tensor | float:
+    """Sum over the paired blocks of the mean squared difference, a scalar; 0 where nothing is tapped.
+
+    With a `mask_sigma` S above 0 it is mean (m_S f_S - m_T f_T)^2, the masks m as `within`: transformers have a few
+    activations that are hundreds of times the others, and a square would follow them alone (TinyFusion, Fang et al.
+    2025).
+    """
     if not student:
         return 0.0
-    pairs = zip(student, teacher, strict=True)
-    return torch.stack([F.mse_loss(ours.float(), theirs.float()) for ours, theirs in pairs]).sum()
+    sides = ([within(feature.float(), mask_sigma) for feature in side] for side in (student, teacher))
+    return torch.stack([F.mse_loss(ours, theirs) for ours, theirs in zip(*sides, strict=True)]).sum()
+
+
+def within(feature: torch.Tensor, sigma: float) -> torch.Tensor:
+    """A feature (B, ...) with 0 in the place of what lies more than `sigma` standard deviations from the mean of its
+    sample; as it is for 0. No gradient goes into those entries, nor through mean and deviation."""
+    if not sigma:
+        return feature
+    deviation, mean = torch.std_mean(feature.detach().flatten(1), dim=1, correction=0)
+    mean, deviation = (each.reshape(-1, *[1] * (feature.ndim - 1)) for each in (mean, deviation))
+    return feature.masked_fill((feature.detach() - mean).abs() > sigma * deviation, 0.0)  # NaN stays, and is seen
+
+
+def feature_weight(weighting: str, progress: float) -> float:
+    """Of `--lambda_kd_feat` at `progress` = step / max_steps in [0, 1]: constant is all of it, linear falls to 0."""
+    return {"constant": 1.0, "linear": 1.0 - progress}[weighting]

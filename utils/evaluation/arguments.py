@@ -107,7 +107,11 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     )
     add_shared(
         group,
-        "prompts caption_column",
+        "label_column guidance_channels prompts caption_column",
+        label_column={
+            "help": "or: the column of --dataset_name or --train_data_dir that holds the labels; every sample has "
+            "that of a row, in the order of a shuffle by --seed, so that classes are as frequent as there"
+        },
         caption_column={"help": "or: the column of --dataset_name that holds the prompts"},
     )
 
@@ -292,8 +296,11 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("Give one of --prompts and --caption_column; found both.")
     if args.prompts and not Path(args.prompts).is_file():
         raise UsageError(f"--prompts {args.prompts}: no such file. Give a text file, one prompt a line.")
-    if args.caption_column and not (args.dataset_name or args.train_data_dir):
-        raise UsageError("--caption_column is a column of --dataset_name or --train_data_dir: give one.")
+    for name in ("caption_column", "label_column"):
+        if getattr(args, name) and not (args.dataset_name or args.train_data_dir):
+            raise UsageError(f"--{name} is a column of --dataset_name or --train_data_dir: give one.")
+    if args.class_labels and args.label_column:
+        raise UsageError("Give one of --class_labels and --label_column; found both.")
     pipeline = args.pretrained_model_name_or_path
     if args.update_model_card and not (pipeline and Path(pipeline).is_dir()):
         raise UsageError("--update_model_card writes into a pipeline's folder: give one as the pipeline.")
@@ -342,7 +349,7 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
     """The table of `warn_of_idle_flags`."""
     samples_flags = (
         "revision variant dtype allow_pickle_weights num_inference_steps scheduler eta guidance_scale height width "
-        "max_sequence_length class_labels keep_images compare_to clip_sample"
+        "max_sequence_length guidance_channels class_labels label_column keep_images compare_to clip_sample"
     )
     return [
         (samples_flags, bool(args.images), "--pretrained_model_name_or_path"),

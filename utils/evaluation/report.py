@@ -23,9 +23,9 @@ LABELS = {  # key in metrics.json -> (with Inception features, with others), eac
 }
 # what of a sampler's protocol another model must share for its numbers to compare
 SAMPLING = (
-    "num_inference_steps scheduler clip_sample eta guidance_scale height width max_sequence_length class_labels "
-    "prompts dtype seed"
-).split()
+    *("num_inference_steps", "scheduler", "clip_sample", "eta", "guidance_scale", "guidance_channels"),
+    *("height", "width", "max_sequence_length", "class_labels", "prompts", "dtype", "seed"),
+)
 COSTS = {  # key in metrics.json -> (label, factor, unit)
     "parameters": ("parameters of the denoiser", 1, ""),
     "parameters_of_pipeline": ("parameters of the pipeline", 1, ""),

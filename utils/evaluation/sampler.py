@@ -8,7 +8,6 @@ on the batch it is drawn in, as convolutions sum in another order; so samples ar
 
 import copy
 import functools
-import hashlib
 import inspect
 from collections.abc import Sequence
 
@@ -16,10 +15,10 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
+from utils.backbones.stand_in import GuidedLabels
 from utils.command_line import UsageError
-from utils.data.transforms import check_captions, choose_caption
+from utils.evaluation.conditions import LISTED, described, num_classes
 from utils.evaluation.pipelines import clips, denoiser_of
-from utils.flags import read_prompts_file
 from utils.randomness import VALIDATION_STREAM, seed_from
 
 # the noise of a run's own validation, so that the same seed, steps and batch size measure the very same samples
@@ -42,9 +41,11 @@ class Sampler:
         width: int | None = None,
         max_sequence_length: int | None = None,
         class_labels: Sequence[int] | None = None,
+        guidance_channels: int | None = None,
         prompts: Sequence[str] | None = None,
     ):
-        """What is None is left to the pipeline. Sample i gets label or prompt i % their number.
+        """What is None is left to the pipeline. Sample i gets label or prompt i % their number. `guidance_channels`:
+        as `GuidedLabels`.
 
         Raises:
             UsageError: an argument that pipeline or scheduler do not take, or one missing that they need.
@@ -52,7 +53,7 @@ class Sampler:
         self.pipeline, self.seed, self.eta = pipeline, seed, eta
         self.name = type(pipeline).__name__
         self.takes = inspect.signature(pipeline.__call__).parameters
-        self.class_labels, self.prompts = class_labels, prompts
+        self.class_labels, self.prompts, self.guidance_channels = class_labels, prompts, guidance_channels
         self.draws_ambient_noise: bool | None = None  # from PyTorch's global generator; the first block shows it
         given = {
             "num_inference_steps": num_inference_steps,
@@ -76,9 +77,14 @@ class Sampler:
                 f"a {self.name} draws what a prompt says: give --prompts FILE, one a line, or --caption_column, a "
                 "column of --dataset_name."
             )
+        if self.guidance_channels and not self._guides_labels():
+            raise UsageError(
+                f"--guidance_channels has no effect: it is for a DiTPipeline with --guidance_scale above 1, this is a "
+                f"{self.name} with {self._default('guidance_scale')}. Leave it out."
+            )
         config = denoiser_of(self.pipeline).config
         if "class_labels" in self.takes:
-            self._check_labels(config.get("num_embeds_ada_norm") or config.get("num_class_embeds"))
+            self._check_labels(num_classes(self.pipeline))
         elif config.get("num_class_embeds") or config.get("class_embed_type"):
             raise UsageError(f"the model of this {self.name} needs class labels, which a {self.name} cannot give it.")
         filled = {"batch_size", "prompt", "class_labels"}
@@ -114,13 +120,17 @@ class Sampler:
         if count is not None and not all(0 <= label < count for label in self.class_labels):
             raise UsageError(f"--class_labels: this {self.name} knows the labels 0 to {count - 1}.")
 
+    def _guides_labels(self) -> bool:
+        """Whether every sample is drawn with its label and with that of none, as DiTPipeline does."""
+        return "class_labels" in self.takes and (self._default("guidance_scale") or 0) > 1
+
     def _default(self, name: str):
         return self.options.get(name, self.takes[name].default if name in self.takes else None)
 
     @property
     def protocol(self) -> dict:
         """Everything but the weights that decides the samples."""
-        scheduler, labels = self.pipeline.scheduler, self.class_labels
+        scheduler = self.pipeline.scheduler
         step_takes = inspect.signature(scheduler.step).parameters
         return {
             "pipeline": self.name,
@@ -129,12 +139,9 @@ class Sampler:
             "scheduler_config": {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")},
             **{name: self._default(name) for name in SETTINGS},
             "eta": step_takes["eta"].default if self.eta is None and "eta" in step_takes else self.eta,
-            "class_labels": f"0 to {labels.stop - 1}" if isinstance(labels, range) else labels,
-            "prompts": self.prompts
-            and {
-                "count": len(self.prompts),
-                "sha256": hashlib.sha256("\n".join(self.prompts).encode()).hexdigest(),
-            },
+            "guidance_channels": self.guidance_channels,
+            "class_labels": described(self.class_labels, LISTED),
+            "prompts": described(self.prompts),
             "seed": self.seed,
             "dtype": str(denoiser_of(self.pipeline).dtype).removeprefix("torch."),
             "device": self.pipeline.device.type,
@@ -201,6 +208,9 @@ class Sampler:
         for name, part in self.pipeline.components.items():
             if not isinstance(part, torch.nn.Module):
                 setattr(pipeline, name, copy.deepcopy(part))
+        if self._guides_labels():  # DiTPipeline takes 1000 for no label; a model of another number of classes its own
+            denoiser = denoiser_of(pipeline)
+            pipeline.transformer = GuidedLabels(denoiser, denoiser.config.num_embeds_ada_norm, self.guidance_channels)
         pipeline.scheduler = self._scheduler(generators)
         return pipeline
 
@@ -220,27 +230,3 @@ class Sampler:
 
         scheduler.step = step_of_samples
         return scheduler
-
-
-def read_prompts(args, reference) -> list[str] | None:
-    """The lines of `--prompts`, or the `--caption_column` of the reference's rows; None without either flag.
-
-    Raises:
-        UsageError: no such file or column, nothing in it, or something else than prompts.
-    """
-    if args.caption_column:
-        if args.caption_column not in reference.rows.column_names:
-            raise UsageError(
-                f"--caption_column {args.caption_column}: the dataset has no such column, only "
-                f"{', '.join(reference.rows.column_names)}."
-            )
-        check_captions(reference.rows.features[args.caption_column], args.caption_column)
-        captions = reference.rows.select_columns(args.caption_column)
-        prompts = [choose_caption(row[args.caption_column], 0) for row in captions]  # of several, the first
-    elif args.prompts:
-        return read_prompts_file(args.prompts)
-    else:
-        return None
-    if not any(prompts):
-        raise UsageError(f"--caption_column {args.caption_column}: there is no prompt in it.")
-    return prompts

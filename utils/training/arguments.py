@@ -166,11 +166,8 @@ def _data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     add_shared(
         group,
-        "dataset_name dataset_config_name train_data_dir image_column caption_column resolution crop "
+        "dataset_name dataset_config_name train_data_dir image_column caption_column label_column resolution crop "
         "image_interpolation_mode",
-    )
-    group.add_argument(
-        "--label_column", help="column of the class labels, integers that the teacher knows (default: label)"
     )
     group.add_argument(
         "--train_split",
@@ -232,6 +229,20 @@ def _loss(parser: argparse.ArgumentParser) -> None:
         default=0.0,
         help="weight of the feature loss on matching blocks (default: 0, off). The paper's rows in this per-element "
         "form: 1 for Stable Diffusion, but 4.7e-5 for CelebA-64, 3.0e-5 for Bedroom-256, 6.6e-5 for CIFAR-10",
+    )
+    group.add_argument(
+        "--feature_mask_sigma",
+        type=float,
+        metavar="S",
+        default=0.0,
+        help="leave out of the feature loss what lies more than S standard deviations from the mean of its sample, in "
+        "student and teacher each by its own (default: 0, off; DiT's rows have 2)",
+    )
+    group.add_argument(
+        "--feature_weighting",
+        choices=["constant", "linear"],
+        default="constant",
+        help="linear lets --lambda_kd_feat fall to 0 over the run, as DiT's rows (default: constant)",
     )
     group.add_argument(
         "--coarse_norm",
@@ -325,6 +336,13 @@ def _optimisation(parser: argparse.ArgumentParser) -> None:
         default="constant",
         choices=["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"],
         help="default: constant, the paper's but for DiT",
+    )
+    group.add_argument(
+        "--min_lr_rate",
+        type=float,
+        default=0.0,
+        help="--lr_scheduler cosine falls to this share of the peak, as transformers' cosine_with_min_lr (default: 0; "
+        "DiT's rows have .5)",
     )
     group.add_argument("--lr_warmup_steps", type=int, default=0, help="optimizer steps to reach the peak (default: 0)")
     group.add_argument("--adam_beta1", type=float, default=0.9, help="default: .9")
@@ -472,13 +490,18 @@ def _check(args: argparse.Namespace) -> None:
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
         "max_grad_norm coarse_scale timestep_balance task_balance noise_offset input_perturbation "
-        "validation_shown_samples validation_guidance_scale"
+        "validation_shown_samples validation_guidance_scale feature_mask_sigma"
     )
     check_positive(args, positive)
     check_not_negative(args, not_negative)
-    for name in ("adam_beta1", "adam_beta2", "ema_decay"):
+    for name in ("adam_beta1", "adam_beta2", "ema_decay", "min_lr_rate"):
         if not 0 <= getattr(args, name) < 1:
             raise UsageError(f"--{name} is {getattr(args, name)}; it must lie in [0, 1).")
+    if args.min_lr_rate and args.lr_scheduler != "cosine":
+        raise UsageError(
+            f"--min_lr_rate {args.min_lr_rate:g}: --lr_scheduler {args.lr_scheduler} does not fall to it. Leave it "
+            "out, or give --lr_scheduler cosine."
+        )
     if args.dropout is not None and not 0 <= args.dropout < 1:
         raise UsageError(f"--dropout is {args.dropout}; it must lie in [0, 1).")
     check_group_size(args)
@@ -578,6 +601,7 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         ("fuse_lora", not args.lora_rank, "--lora_rank"),
         (f"output_loss timestep_balance {line_flags}", not args.lambda_kd_output, "--lambda_kd_output above 0"),
         (line_flags, getattr(args, "output_loss", "lift") != "lift", "--output_loss lift"),
+        ("feature_mask_sigma feature_weighting", not args.lambda_kd_feat, "--lambda_kd_feat above 0"),
         ("snr_gamma task_balance", not args.lambda_task, "--lambda_task above 0"),
         (
             "logit_mean logit_std",

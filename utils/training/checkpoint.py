@@ -45,6 +45,9 @@ HARMLESS_ARGUMENTS = frozenset(
     ).split()
 )
 
+# flags that checkpoints of an earlier version may lack -> what was done without them
+ADDED_ARGUMENTS = {"feature_mask_sigma": 0.0, "feature_weighting": "constant", "min_lr_rate": 0.0}
+
 
 class Stateful(Protocol):
     """What changes during a run besides tensors: the log, the validation's distances."""
@@ -230,7 +233,8 @@ class Checkpoints:
 
     def _refuse_another_run(self, state: dict) -> None:
         now = {**vars(self.args), **self.facts}
-        then = {**state["arguments"], **state["facts"]}
+        arguments = ADDED_ARGUMENTS | state["arguments"]
+        then = {**arguments, **state["facts"]}
         now, then = ({name: without_root(value) for name, value in each.items()} for each in (now, then))
         changed = [
             f"{name} was {then.get(name)}, is {now.get(name)}"
@@ -241,7 +245,7 @@ class Checkpoints:
         ]
         rates = state["lr_scheduler"]
         changed += changed_curves(
-            state["arguments"],
+            arguments,
             vars(self.args),
             state["step"],
             peaks=(rates["base_lrs"][0], self.lr_scheduler.base_lrs[0]),

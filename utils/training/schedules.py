@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What follows the length of a run, `--max_train_steps`: the learning rate, and the weight of the fine term."""
+"""What follows the length of a run, `--max_train_steps`: the learning rate, and weights of loss terms."""
 
 import math
+from argparse import Namespace
 from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch.optim.lr_scheduler import LambdaLR
 
+from utils.distillation.features import feature_weight
 from utils.distillation.losses import fine_weight
 
 RATES = ("linear", "cosine", "cosine_with_restarts", "polynomial")
-WEIGHTS = ("linear", "cosine")
+# flag -> (what it weighs, its values that follow the length, the weight by value and progress, what it needs)
+WEIGHTS = {
+    "weighting": ("the fine term", ("linear", "cosine"), fine_weight, "lambda_kd_output"),
+    "feature_weighting": ("the feature loss", ("linear",), feature_weight, "lambda_kd_feat"),
+}
 
 
 def count_steps(args, num_rows: int, num_processes: int) -> None:
@@ -21,12 +28,26 @@ def count_steps(args, num_rows: int, num_processes: int) -> None:
         args.num_train_epochs = None
 
 
+def make_lr_scheduler(args, optimizer: torch.optim.Optimizer) -> LambdaLR:
+    """That of `--lr_scheduler`, as diffusers', to be stepped once for every optimizer step. With `--min_lr_rate` the
+    cosine c(step) from 1 to 0 becomes min_lr_rate + (1 - min_lr_rate) * c(step), from the end of the warm-up on."""
+    schedule = get_scheduler(
+        args.lr_scheduler, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
+    )
+    if args.min_lr_rate:
+        share, least = schedule.lr_lambdas[0], args.min_lr_rate
+
+        def raised(step: int) -> float:
+            return share(step) if step < args.lr_warmup_steps else least + (1 - least) * share(step)
+
+        schedule.lr_lambdas = [raised] * len(schedule.lr_lambdas)  # at step 0 they agree
+    return schedule
+
+
 def learning_rate(arguments: dict[str, Any], peak: float, step: int) -> float:
     """That after `step` optimizer steps of a run with these `arguments` of the command line."""
     optimizer = torch.optim.SGD([torch.zeros(())], lr=peak)
-    steps = {"num_warmup_steps": arguments["lr_warmup_steps"], "num_training_steps": arguments["max_train_steps"]}
-    schedule = get_scheduler(arguments["lr_scheduler"], optimizer, **steps)
-    return peak * schedule.lr_lambdas[0](step)
+    return peak * make_lr_scheduler(Namespace(**arguments), optimizer).lr_lambdas[0](step)
 
 
 def changed_curves(
@@ -49,13 +70,11 @@ def changed_curves(
             [learning_rate(each, peak, rate_step) for each, peak in runs],
             [learning_rate(each, peak, end) for (each, peak), end in zip(runs, ends, strict=True)],
         )
-    weighting = now.get("weighting")
-    if weighting in WEIGHTS and then.get("weighting") == weighting and now["lambda_kd_output"]:
-        curves[f"--weighting {weighting}"] = (
-            "the weight of the fine term",
-            [fine_weight(weighting, min(1, step / end)) for end in ends],
-            [fine_weight(weighting, 1)] * 2,
-        )
+    for name, (term, following, weight, needed) in WEIGHTS.items():
+        value = now[name]
+        if value in following and then[name] == value and now[needed]:
+            here, last = [weight(value, min(1, step / end)) for end in ends], [weight(value, 1)] * 2
+            curves[f"--{name} {value}"] = (f"the weight of {term}", here, last)
     return [
         f"max_train_steps was {ends[0]:,}, is {ends[1]:,}, which {flag} follows ({what} after step {step:,} was to be "
         f"{here[0]:.3g}, is {here[1]:.3g}; at the end it was to be {last[0]:.3g}, is {last[1]:.3g})"
