@@ -23,7 +23,7 @@ import evaluate_fid
 import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.sd3 import SD3
-from utils.command_line import UsageError
+from utils.command_line import UsageError, call
 from utils.data.cache import check_cache
 from utils.data.cache_key import cache_settings
 from utils.distillation.features import Tapped, tap_pair
@@ -372,7 +372,7 @@ def test_it_is_analysed_and_evaluated(teachers, pictures, tmp_path, kind):
     given = ["--pretrained_model_name_or_path", teachers[kind], "--student_model_name_or_path", folder, *data]
     for probe in ("student_input", "teacher_trajectory"):
         flags = ["--shown_samples", "2", "--batch_size", "2", "--probe", probe, "--output_dir", tmp_path / probe]
-        analyze_error.main([str(word) for word in (*given, *flags)])
+        call(analyze_error, [str(word) for word in (*given, *flags)])
         analysis = json.loads((tmp_path / probe / "analysis.json").read_text())
         assert analysis["protocol"]["sampler"]["name"] == "Euler, shift 3"
         gaps = analysis["samples"]["pixel_difference_to_teacher"]
@@ -390,7 +390,7 @@ def test_it_is_analysed_and_evaluated(teachers, pictures, tmp_path, kind):
         tmp_path / "evaluated",
     ]
     flags += ["--feature_extractor", "assets/classifier", "--reference_images", pictures, "--num_cpu_threads", "1"]
-    evaluate_fid.main([str(word) for word in flags])
+    call(evaluate_fid, [str(word) for word in flags])
     protocol = json.loads((tmp_path / "evaluated" / "metrics.json").read_text())["protocol"]
     assert protocol["samples"]["scheduler"] == "FlowMatchEulerDiscreteScheduler"
     assert protocol["samples"]["max_sequence_length"] == 77
