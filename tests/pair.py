@@ -26,6 +26,7 @@ import utils.distillation.balance
 import utils.distributed
 from utils.backbones.diffusion import Diffusion
 from utils.backbones.flow import Flow
+from utils.command_line import call
 from utils.training.log import RunLog
 from utils.training.validation import Validation
 
@@ -89,7 +90,7 @@ def run(job: dict, rank: int) -> int:
     seen = {"rows": [], "timesteps": [], "encoded": [], "checkpoints": [], "sampled": 0}
     record(job, seen)
     try:
-        train_place.main(job["argv"])
+        call(train_place, job["argv"])
         code = 0
     except SystemExit as stop:
         code = stop.code

@@ -21,7 +21,7 @@ from utils.backbones.weights import find_weights, stored_dtypes
 from utils.command_line import UsageError
 from utils.hub_folders import VAE, teacher_folder
 from utils.randomness import StepRandom
-from utils.students.lora import add_lora, fuse_saved_lora, save_lora, without_lora
+from utils.students.lora import WEIGHTS, add_lora, fuse_saved_lora, save_lora, without_lora
 from utils.students.sizes import full_config
 
 
@@ -210,6 +210,12 @@ class Latent(Backbone):
         """VAE and text encoders out of memory; they load again when they are needed again."""
         self.vae.free()
         self.conditions.free()
+
+    def adapters(self, folder: str) -> str:
+        """LoRA's, which the pipeline does not load of itself."""
+        if not self.args.lora_rank or self.args.fuse_lora:
+            return ""
+        return f'p.load_lora_weights({folder}, weight_name="{WEIGHTS}"); '
 
     def save(self, denoiser: ModelMixin, folder: Path) -> None:
         """The stock pipeline in `folder`: the denoiser's own files, everything else the teacher's, byte for byte."""
