@@ -92,7 +92,7 @@ def open_sampler(args, flag: str, reference, prompts: list[str] | None, device) 
         use_scheduler(pipeline, args.scheduler)
     if args.clip_sample:
         use_clip_sample(pipeline, args.clip_sample == "true")
-    names = "seed num_inference_steps eta guidance_scale guidance_channels height width".split()
+    names = "seed num_inference_steps eta guidance_scale guidance_channels height width max_sequence_length".split()
     try:
         labels = read_class_labels(args, reference, pipeline, class_names(read_json(folder / "model_index.json")))
         options = {name: getattr(args, name) for name in names}

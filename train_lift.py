@@ -14,7 +14,7 @@ the residual after. The baselines are settings of the same sum:
 
 W is 1 for Stable Diffusion and about 4e-5 in pixels: the authors' weights in this per-element form, docs/paper.md.
 
-Left out on purpose: training that shards a model over GPUs (FSDP, DeepSpeed), fp8, and SD3's transformers.
+Left out on purpose: training that shards a model over GPUs (FSDP, DeepSpeed), and fp8.
 """
 
 import math

@@ -9,7 +9,7 @@ PLACE (Han, Yeo, Yoo, CVPR 2026) sorts the elements of every sample and channel 
 and in every group fits the teacher's prediction as a line of the student's: the line is aligned first, the residual
 after. The conventional baselines are settings of train_lift.py.
 
-Left out on purpose: training that shards a model over GPUs (FSDP, DeepSpeed), fp8, and SD3's transformers.
+Left out on purpose: training that shards a model over GPUs (FSDP, DeepSpeed), and fp8.
 """
 
 import math

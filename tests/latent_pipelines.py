@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiny complete Stable Diffusion and DiT pipelines, every part real, and pictures with captions or classes."""
+"""Tiny complete Stable Diffusion, DiT and SD3 pipelines, every part real, and pictures with captions or classes."""
 
 import json
 from pathlib import Path
@@ -11,13 +11,24 @@ from diffusers import (
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
     PNDMScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 WORDS = "abcdefghijklmnopqrstuvwxyz"
 SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -60,7 +71,7 @@ def build_unet(**changes) -> UNet2DConditionModel:
     return UNet2DConditionModel(**{**config, **changes})
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae(**changes) -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
@@ -69,6 +80,7 @@ def build_vae() -> AutoencoderKL:
         latent_channels=4,
         sample_size=SIDE,
         scaling_factor=0.5,
+        **changes,
     ).eval()
 
 
@@ -142,6 +154,39 @@ def save_dit(folder: Path, classes: int = 5, layers: int = 4, seed: int = 0, **c
         pipeline = DiTPipeline(transformer, build_vae(), scheduler)
         pipeline.register_to_config(id2label={str(i): f"{WORDS[i]}, {WORDS[i]}2" for i in range(classes)})
         pipeline.save_pretrained(folder)
+    return folder
+
+
+SD3 = {
+    **{"sample_size": SIDE // 2, "in_channels": 4, "out_channels": 4, "num_layers": 4, "attention_head_dim": 8},
+    **{"num_attention_heads": 2, "joint_attention_dim": 80, "caption_projection_dim": 16},
+    **{"pooled_projection_dim": 64, "pos_embed_max_size": 12, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"},
+}
+
+
+def build_t5_tokenizer() -> T5TokenizerFast:
+    pieces = ["<pad>", "</s>", "<unk>", "\u2581", *(f"\u2581{letter}" for letter in WORDS), *WORDS]
+    return T5TokenizerFast(vocab=[(piece, -float(i)) for i, piece in enumerate(pieces)], extra_ids=0)
+
+
+def save_sd3(folder: Path, t5: bool = True, shift: float = 3.0, seed: int = 0, **changes) -> Path:
+    """A `StableDiffusion3Pipeline` with dual attention, as 3.5's; CLIP's tokens are narrower than T5's."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokenizer, third, t5_encoder = build_tokenizer(), None, None
+        encoders = [build_text_encoder(tokenizer, CLIPTextModelWithProjection) for _ in range(2)]
+        if t5:
+            third = build_t5_tokenizer()
+            ids = {"pad_token_id": third.pad_token_id, "eos_token_id": third.eos_token_id}
+            sizes = {"d_model": 80, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2}
+            t5_encoder = T5EncoderModel(T5Config(vocab_size=len(third), **sizes, **ids)).eval()
+        transformer = SD3Transformer2DModel(**{**SD3, **changes}).eval()
+        vae = build_vae(shift_factor=0.1)
+        scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        one, two = encoders
+        StableDiffusion3Pipeline(
+            transformer, scheduler, vae, one, tokenizer, two, tokenizer, t5_encoder, third
+        ).save_pretrained(folder)
     return folder
 
 

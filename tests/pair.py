@@ -24,7 +24,8 @@ import train_place
 import utils.data.cache
 import utils.distillation.balance
 import utils.distributed
-from utils.backbones.process import Diffusion
+from utils.backbones.diffusion import Diffusion
+from utils.backbones.flow import Flow
 from utils.command_line import call
 from utils.training.log import RunLog
 from utils.training.validation import Validation
@@ -36,7 +37,7 @@ def record(job: dict, seen: dict) -> None:
     """Note what passes; change nothing but what the job asks for."""
     batches, end_step = train_place.training_batches, RunLog.end_step
     write, save = utils.data.cache._write, train_place.Checkpoints._write
-    validate, draw, noise_at = Validation.run, Validation._draw, Diffusion.noised
+    validate, draw, noise_at = Validation.run, Validation._draw, {kind: kind.noised for kind in (Diffusion, Flow)}
 
     def rows(dataset, args, accelerator, **span):
         seen["processes"], seen["rank"] = accelerator.num_processes, accelerator.process_index
@@ -46,7 +47,7 @@ def record(job: dict, seen: dict) -> None:
 
     def timesteps(self, clean, noise, timestep):
         seen["timesteps"].append(timestep.tolist())
-        return noise_at(self, clean, noise, timestep)
+        return noise_at[type(self)](self, clean, noise, timestep)
 
     def files(path, pieces):
         seen["encoded"].append(path.name)
@@ -77,7 +78,7 @@ def record(job: dict, seen: dict) -> None:
         utils.distributed.PATIENCE = timedelta(seconds=job["patience"])
     if "step_patience" in job:
         utils.distributed.STEP_PATIENCE = timedelta(seconds=job["step_patience"])
-    Diffusion.noised = timesteps
+    Diffusion.noised = Flow.noised = timesteps
     utils.distillation.balance.ENOUGH = 1  # as if many more samples had been seen
 
 

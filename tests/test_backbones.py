@@ -32,13 +32,26 @@ GIVEN = {
     "validation_guidance_scale": ["3"],
     "fuse_lora": [],
     "noise_offset": ["0.1"],
+    "snr_gamma": ["5"],
+    "antithetic_timesteps": [],
+    "input_perturbation": ["0.1"],
+    "weighting_scheme": ["mode"],
+    "logit_mean": ["1"],
+    "logit_std": ["2"],
+    "mode_scale": ["1"],
+    "max_sequence_length": ["77"],
 }
+
+
+def read(backbone) -> frozenset[str]:
+    return backbone.flags | backbone.process_class.flags
 
 
 def test_every_flag_of_a_family_is_tried_here():
     assert GIVEN.keys() == FAMILY_FLAGS.keys() and DECISIVE <= FAMILY_FLAGS.keys()
-    assert all(backbone.flags <= FAMILY_FLAGS.keys() for backbone in CLASSES)
-    assert all(backbone.instead.keys() <= DECISIVE - backbone.flags for backbone in CLASSES)
+    assert all(read(backbone) <= FAMILY_FLAGS.keys() for backbone in CLASSES)
+    for backbone in CLASSES:
+        assert backbone.instead.keys() | backbone.process_class.instead.keys() <= DECISIVE - read(backbone)
 
 
 @pytest.mark.parametrize("name", GIVEN)
@@ -52,11 +65,11 @@ def test_a_flag_is_read_or_refused_or_warned_of(backbone, name, tmp_path):
         )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        if name in DECISIVE - backbone.flags:
+        if name in DECISIVE - read(backbone):
             with pytest.raises(UsageError, match=f"--{name} .* does not go with a {backbone.model_class.__name__}"):
                 backbone.check_flags(args)
         else:
             backbone.check_flags(args)
     warned = [str(warning.message) for warning in caught]
-    expected = name not in backbone.flags and name not in DECISIVE
+    expected = name not in read(backbone) and name not in DECISIVE
     assert bool(warned) == expected and all(f"--{name} has no effect here" in text for text in warned)

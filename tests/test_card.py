@@ -24,8 +24,8 @@ import train_place
 import utils.publishing.card
 from utils.backbones.base import Backbone
 from utils.backbones.conditions import Nothing, Prompts
+from utils.backbones.diffusion import Diffusion
 from utils.backbones.labels import Labels
-from utils.backbones.process import Diffusion
 from utils.commands import string
 from utils.distillation.equations import equations
 from utils.distillation.losses import place_loss
@@ -194,7 +194,7 @@ def test_a_folder_that_looks_like_a_hub_id_is_a_folder(student, tmp_path, monkey
 
 
 def labels(num_classes: int) -> Labels:
-    return Labels(Namespace(label_column=None, proportion_empty_prompts=None), num_classes)
+    return Labels(Namespace(label_column=None, proportion_empty_prompts=None), num_classes, {})
 
 
 def prompts() -> Prompts:

@@ -18,11 +18,13 @@ from diffusers import (
     DDPMScheduler,
     DiffusionPipeline,
     DiTPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
 )
-from diffusers.training_utils import EMAModel
-from latent_pipelines import save_captioned, save_classes, save_dit, save_pipeline
+from diffusers.training_utils import EMAModel, compute_density_for_timestep_sampling
+from latent_pipelines import save_captioned, save_classes, save_dit, save_pipeline, save_sd3
 from PIL import Image
 from safetensors.torch import load_file
 from test_html_report import Page, check_alone
@@ -55,6 +57,7 @@ class Kind:
     data: list  # flags
     flags: list  # how the student is made, and what else this kind alone understands
     encode: Callable  # (pipeline, batch, captions, rng, args) -> what the denoiser sees of a batch, by stock parts
+    noise: Callable  # (pipeline, clean, rng, args) -> Noised, by the stock scheduler
     script: str = "train_place"
     loss: Callable = place_loss
     prompt: tuple = ()  # what the stock pipeline is called with
@@ -99,11 +102,32 @@ def latents(pipeline, batch, captions, rng, args) -> tuple[torch.Tensor, dict]:
     return scale * (posterior.mean + posterior.std * noise), {"encoder_hidden_states": embeds, **added}
 
 
+def diffused(pipeline, clean, rng, args) -> Noised:
+    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
+    timestep = rng.integers(1000, BATCH)
+    noise = rng.normal(clean.shape)
+    if args.noise_offset:
+        noise = noise + args.noise_offset * rng.normal((*clean.shape[:2], 1, 1))
+    a = scheduler.alphas_cumprod[timestep].reshape(-1, 1, 1, 1)
+    x_t = a.sqrt() * clean + (1 - a).sqrt() * noise
+    velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
+    target = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[scheduler.config.prediction_type]
+    return Noised(x_t, timestep, timestep, clean, target, None)
+
+
+def flowed(pipeline, clean, rng, _args) -> Noised:
+    scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config)
+    share = compute_density_for_timestep_sampling("logit_normal", BATCH, 0.0, 1.0, generator=rng.generator)
+    step = (share * 1000).long()
+    time, noise = scheduler.timesteps[step], rng.normal(clean.shape)
+    return Noised(scheduler.scale_noise(clean, time, noise), 999 - step, time, clean, noise - clean, None)
+
+
 def build_ddpm(folder: Path, prediction_type: str = "epsilon", **more) -> Kind:
     DDPMPipeline(build_unet(), DDPMScheduler(prediction_type=prediction_type)).save_pretrained(folder / "teacher")
     data = ["--dataset_name", save_images(folder / "data", count=ROWS)]
     flags = ["--pruning_ratio", "0.5", "--student_init", "magnitude"]
-    return Kind(folder, DDPMPipeline, folder / "teacher", data, flags, pixels, **more)
+    return Kind(folder, DDPMPipeline, folder / "teacher", data, flags, pixels, diffused, **more)
 
 
 def build_latent(folder: Path, name: str, pipeline_class: type, **more) -> Kind:
@@ -111,7 +135,7 @@ def build_latent(folder: Path, name: str, pipeline_class: type, **more) -> Kind:
     data = ["--train_data_dir", save_captioned(folder / "images", ROWS)]
     flags = "--student_preset bk_small --proportion_empty_prompts 0.4 --noise_offset 0.1 --cache_variants 2".split()
     more |= {"prompt": ("a b",), "cached": True}
-    return Kind(folder, pipeline_class, teacher, data, flags, latents, **more)
+    return Kind(folder, pipeline_class, teacher, data, flags, latents, diffused, **more)
 
 
 def classes(pipeline, batch, _captions, rng, args) -> tuple[torch.Tensor, dict]:
@@ -126,7 +150,25 @@ def build_dit(folder: Path) -> Kind:
     teacher, data = save_dit(folder / "teacher"), ["--train_data_dir", save_classes(folder / "images", ROWS)]
     flags = "--student_depth 2 --proportion_empty_prompts 0.4 --noise_offset 0.1 --cache_variants 2".split()
     more = {"prompt": ([3], 1.0), "cached": True, "component": "transformer"}
-    return Kind(folder, DiTPipeline, teacher, data, flags, classes, **more)
+    return Kind(folder, DiTPipeline, teacher, data, flags, classes, diffused, **more)
+
+
+def prompted(pipeline, batch, captions, rng, args) -> tuple[torch.Tensor, dict]:
+    posterior, vae = pipeline.vae.encode(batch["pixels"] / 127.5 - 1).latent_dist, pipeline.vae.config
+    latent = posterior.mean + posterior.std * rng.normal(posterior.mean.shape)
+    dropped = rng.uniform((len(captions),)) < args.proportion_empty_prompts
+    prompts = ["" if drop else caption for drop, caption in zip(dropped, captions, strict=True)]
+    told = {"device": "cpu", "do_classifier_free_guidance": False, "max_sequence_length": args.max_sequence_length}
+    embeds, _, pooled, _ = pipeline.encode_prompt(prompts, None, None, **told)
+    clean = (latent - vae.shift_factor) * vae.scaling_factor
+    return clean, {"encoder_hidden_states": embeds, "pooled_projections": pooled}
+
+
+def build_sd3(folder: Path) -> Kind:
+    teacher, data = save_sd3(folder / "teacher"), ["--train_data_dir", save_captioned(folder / "images", ROWS)]
+    flags = "--student_depth 2 --proportion_empty_prompts 0.4 --cache_variants 2 --max_sequence_length 24".split()
+    more = {"prompt": ("a b",), "cached": True, "component": "transformer"}
+    return Kind(folder, StableDiffusion3Pipeline, teacher, data, flags, prompted, flowed, **more)
 
 
 KINDS = {
@@ -135,11 +177,12 @@ KINDS = {
     "sd2": lambda folder: build_latent(folder, "sd2", StableDiffusionPipeline, script="train_lift", loss=lift_loss),
     "xl": lambda folder: build_latent(folder, "xl", StableDiffusionXLPipeline),
     "dit": build_dit,
+    "sd3": build_sd3,
 }
 
 
-# by default two kinds: sd2's target is tried on pixels too, what xl and dit have of their own in files of theirs
-SLOW = {"sd2", "xl", "dit"}
+# by default two kinds: sd2's target is tried on pixels too, what the others have of their own in files of theirs
+SLOW = {"sd2", "xl", "dit", "sd3"}
 
 
 @pytest.fixture(
@@ -249,8 +292,7 @@ def assert_traced(kind: Kind) -> None:
     dataset = ImageRows(load_rows(args), backbone.transform(args), 3, variants=args.cache_variants, quiet=True)
     student, _ = backbone.make_student(args, sample_batch(dataset, BATCH, 3))
     pipeline = kind.pipeline_class.from_pretrained(kind.teacher)
-    scheduler = DDPMScheduler.from_config(pipeline.scheduler.config)
-    captions = dataset.captions(ROWS) if kind.encode is latents else [None] * ROWS
+    captions = dataset.captions(ROWS) if kind.encode in (latents, prompted) else [None] * ROWS
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3, weight_decay=0, eps=1e-3)
     ema = EMAModel(student.parameters(), decay=args.ema_decay)
     for step, (rate, expected) in enumerate(zip(RATES, losses(folder), strict=True)):
@@ -260,23 +302,17 @@ def assert_traced(kind: Kind) -> None:
         batch = dataset.__getitems__(rows)
         with torch.no_grad():
             clean, condition = kind.encode(pipeline, batch, [captions[row] for _, row in rows], rng, args)
-        timestep = rng.integers(1000, BATCH)
-        noise = rng.normal(clean.shape)
-        if args.noise_offset:
-            noise = noise + args.noise_offset * rng.normal((*clean.shape[:2], 1, 1))
-        a = scheduler.alphas_cumprod[timestep].reshape(-1, 1, 1, 1)
-        x_t = a.sqrt() * clean + (1 - a).sqrt() * noise
-        velocity = a.sqrt() * noise - (1 - a).sqrt() * clean
-        target = {"epsilon": noise, "v_prediction": velocity, "sample": clean}[scheduler.config.prediction_type]
-        prediction = student(x_t, timestep=timestep, **condition).sample
+        noised = kind.noise(pipeline, clean, rng, args)
+        prediction = student(noised.x_t, timestep=noised.time, **condition).sample
         with torch.no_grad():
-            teacher_prediction = getattr(pipeline, kind.component)(x_t, timestep=timestep, **condition).sample
+            teacher = getattr(pipeline, kind.component)
+            teacher_prediction = teacher(noised.x_t, timestep=noised.time, **condition).sample
         loss = 0.0
-        if kind.component == "transformer":  # which predicts variances too
-            learned, noised = LearnedVariance(scheduler), Noised(x_t, timestep, timestep, clean, target, None)
+        if kind.pipeline_class is DiTPipeline:  # which predicts variances too
+            learned = LearnedVariance(DDPMScheduler.from_config(pipeline.scheduler.config))
             (prediction, ours), (teacher_prediction, theirs) = prediction.chunk(2, 1), teacher_prediction.chunk(2, 1)
             loss = learned.bound(prediction, ours, noised) + learned.distance(ours, theirs, noised)
-        loss = loss + F.mse_loss(prediction, target) + kind.loss(prediction, teacher_prediction).loss
+        loss = loss + F.mse_loss(prediction, noised.target) + kind.loss(prediction, teacher_prediction).loss
         assert loss.item() == pytest.approx(expected, rel=1e-4), step
         optimizer.param_groups[0]["lr"] = 1e-3 * rate
         loss.backward()

@@ -15,7 +15,7 @@ from torch import nn
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 import train_place
-from utils.backbones.process import Diffusion
+from utils.backbones.diffusion import Diffusion
 from utils.randomness import StepRandom
 from utils.training.arguments import parse_args
 from utils.training.log import tracker_names

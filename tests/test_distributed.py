@@ -20,6 +20,7 @@ import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.utils import DistributedType
 from conftest import read_log
+from diffusers import SD3Transformer2DModel
 from safetensors.torch import load_file
 
 from utils.distributed import PATIENCE
@@ -136,7 +137,21 @@ def dit(python, tmp_path_factory):
     return runs
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("latent", "dit")]
+@pytest.fixture(scope="module")
+def flow(python, tmp_path_factory):
+    """A Stable Diffusion 3 student on one process and on two, its times weighted."""
+    folder = tmp_path_factory.mktemp("flow")
+    teacher = latent_pipelines.save_sd3(folder / "sd3", t5=False)
+    data = latent_pipelines.save_captioned(folder / "captioned")
+    narrow = latent_pipelines.SD3 | {"num_attention_heads": 1, "caption_projection_dim": 8, "num_layers": 2}
+    SD3Transformer2DModel(**narrow).save_pretrained(folder / "narrow")
+    flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--weighting_scheme", "cosmap"]
+    runs = latent_jobs(python, folder, *flags)
+    runs.encoded = ["latents-00-000000.safetensors", "text-000000.safetensors", "empty.safetensors"]
+    return runs
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("latent", "dit", "flow")]
 
 
 @pytest.fixture(params=["pixel", *SLOW])

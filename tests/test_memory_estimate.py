@@ -18,7 +18,7 @@ from utils.distillation.features import Tapped
 from utils.students import blocks
 from utils.training import memory
 
-SHAPES = ["default", "text", "checkpointing"]
+SHAPES = ["default", "text", "tokens", "checkpointing"]
 
 
 def flags_of(shape: str, tmp_path) -> list:
@@ -31,6 +31,13 @@ def flags_of(shape: str, tmp_path) -> list:
         return [
             *("--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--student_preset", "bk_small"),
             *("--train_batch_size", 16, "--mixed_precision", "bf16", "--use_ema"),
+        ]
+    if shape == "tokens":
+        teacher = latent_pipelines.save_sd3(tmp_path / "sd3", num_attention_heads=4, caption_projection_dim=32)
+        data = latent_pipelines.save_captioned(tmp_path / "captioned")
+        return [
+            *("--pretrained_model_name_or_path", teacher, "--train_data_dir", data, "--student_depth", 3),
+            *("--train_batch_size", 16, "--mixed_precision", "bf16", "--use_ema", "--lambda_kd_feat", 1),
         ]
     unet = {**TINY_UNET, "sample_size": 32, "block_out_channels": (32, 64)}
     DDPMPipeline(build_unet(**unet), DDPMScheduler()).save_pretrained(tmp_path / "teacher")

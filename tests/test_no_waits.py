@@ -10,6 +10,7 @@ import latent_pipelines
 import pytest
 import torch
 from accelerate.state import PartialState
+from diffusers import SD3Transformer2DModel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -101,11 +102,16 @@ def test_no_step_of_a_pixel_student_waits(waits):
     assert waits(*EVERYTHING) == []
 
 
-def test_no_step_with_a_latent_cache_waits(run, waits, tmp_path):
-    teacher = latent_pipelines.save_pipeline(tmp_path / "sd1")
-    latent_pipelines.build_unet(layers_per_block=1).save_pretrained(tmp_path / "narrow")
-    flags = ["--pretrained_model_name_or_path", teacher, "--student_model_name_or_path", tmp_path / "narrow"]
-    flags += ["--latent_cache_dir", tmp_path / "cache", "--dataset_name", "", "--noise_offset", "0.1"]
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sd3", marks=pytest.mark.slow)])
+def test_no_step_with_a_latent_cache_waits(run, waits, tmp_path, kind):
+    if kind == "sd1":
+        teacher, more = latent_pipelines.save_pipeline(tmp_path / "teacher"), ["--noise_offset", "0.1"]
+        latent_pipelines.build_unet(layers_per_block=1).save_pretrained(tmp_path / "student")
+    else:
+        teacher, more = latent_pipelines.save_sd3(tmp_path / "teacher"), ["--weighting_scheme", "sigma_sqrt"]
+        SD3Transformer2DModel(**latent_pipelines.SD3 | {"num_layers": 2}).save_pretrained(tmp_path / "student")
+    flags = ["--pretrained_model_name_or_path", teacher, "--student_model_name_or_path", tmp_path / "student"]
+    flags += ["--latent_cache_dir", tmp_path / "cache", "--dataset_name", "", *more]
     data = ["--train_data_dir", latent_pipelines.save_captioned(tmp_path / "captioned")]
     run("train_place", *flags, *data, "--max_train_steps", 1, "--validation_shown_samples", 0, output="cached")
     assert waits(*flags, "--use_ema", "--gradient_accumulation_steps", 2) == []

@@ -10,9 +10,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
 from test_blocks import SD21_BASE
-from test_depth import DIT_XL
+from test_depth import DIT_XL, SD3_MEDIUM
 from test_students import CIFAR, HUB_256
 
 import analyze_error
@@ -23,7 +23,7 @@ import utils.analysis.arguments
 import utils.evaluation.arguments
 from utils.backbones.loading import read_json_config
 from utils.students.blocks import student_config
-from utils.students.depth import depth_config
+from utils.students.depth import depth_config, even_layers
 from utils.students.sizes import full_config, model_size, paper_parameters
 from utils.students.width import width_config
 from utils.training.arguments import parse_args
@@ -163,7 +163,8 @@ def test_all_pixel_recipes_have_a_pixel_feature_weight(recipes):
         script = "train_lift.py" if "train_lift.py" in path.read_text() else "train_place.py"
         args = recipes.get(path.stem) or parse([f"@{path}"], script)
         parse([f"@{path}"], "train_lift.py")  # the other columns of a table
-        assert args.student_preset or args.kept_layers or args.lambda_kd_feat < 1e-4, path.name
+        own = args.student_preset or args.kept_layers or args.student_depth
+        assert own or args.lambda_kd_feat < 1e-4, path.name
     assert {path.stem for path in (ROOT / "recipes").glob("ddpm_*place*.args")} == {x for x in PAPER if "ddpm" in x}
 
 
@@ -193,6 +194,22 @@ def test_a_recipes_head_tells_what_it_is(recipes, name):
         assert cells[:3] == numbers and float(cells[3]) == row.feature and float(cells[4]) == row.ema
         assert cells[5:7] == [f"{row.ours}M ({row.paper}M)", f"{row.fid:.2f}"]
         assert f" {cells[7]} A100-hours" in f" {said}"
+
+
+def test_the_recipe_of_sd3_says_what_it_is():
+    args, said = parse(["@recipes/sd3_medium_d12.args"]), heads("sd3_medium_d12")[0]
+    kept = even_layers(SD3_MEDIUM["num_layers"], args.student_depth)
+    sizes = [
+        model_size(config, SD3Transformer2DModel)
+        for config in (SD3_MEDIUM, depth_config(SD3_MEDIUM, kept, SD3Transformer2DModel))
+    ]
+    assert " of ".join(f"{size.parameters / 1e6:,.1f}M" for size in reversed(sizes)) in said
+    images = args.train_batch_size * args.gradient_accumulation_steps * args.max_train_steps
+    assert args.gradient_checkpointing
+    hours = 2 * (sizes[0].macs + 4 * sizes[1].macs) * images / SPEED / 3600
+    assert int(re.search(r"(\d+) A100-hours", said)[1]) == round(hours)
+    assert "not the authors'" in said and "Not run by us" in said and "gated" in said and "Community License" in said
+    assert args.lambda_kd_feat == pytest.approx(0.01 / args.student_depth, rel=1e-2)
 
 
 @pytest.mark.slow

@@ -31,7 +31,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from utils.backbones.base import Configs
 from utils.backbones.ddpm import DDPM
-from utils.backbones.process import Diffusion
+from utils.backbones.diffusion import Diffusion
 from utils.evaluation.conditions import read_prompts
 from utils.evaluation.cost import Meter, cost
 from utils.evaluation.pipelines import denoiser_of, load_pipeline, pipeline_files, pipeline_folder, use_scheduler

@@ -29,7 +29,7 @@ import train_lift
 from utils.backbones import choose_backbone
 from utils.backbones.base import Configs
 from utils.backbones.clip_prompts import zeros_when_empty
-from utils.backbones.process import Diffusion, ddpm_scheduler
+from utils.backbones.diffusion import Diffusion, ddpm_scheduler
 from utils.backbones.saving import load_back
 from utils.backbones.stable_diffusion import StableDiffusion
 from utils.command_line import UsageError

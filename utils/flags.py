@@ -12,6 +12,8 @@ from utils.output_dir import LOCK
 
 # Pillow's filters, by the names of diffusers' flag
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+# where a flow's training looks, or what its loss weighs there, as in diffusers
+WEIGHTING_SCHEMES = ("logit_normal", "mode", "sigma_sqrt", "cosmap", "none")
 SHARED = {
     # the model on the Hub
     "pretrained_model_name_or_path": {
@@ -40,6 +42,11 @@ SHARED = {
     "image_column": {"default": "image", "help": "column of the images (default: image)"},
     "caption_column": {
         "help": "column of the captions, a string or a list of which one is drawn (default: text)",
+    },
+    "max_sequence_length": {
+        "type": int,
+        "help": "tokens of Stable Diffusion 3's T5, up to 512; where its pipeline goes without T5, tokens of zeros "
+        "(default: 256, the stock pipeline's; diffusers' training scripts have 77)",
     },
     "label_column": {"help": "column of the class labels, integers that the teacher knows (default: label)"},
     "split": {"help": "of the dataset (default: train), or a subfolder of the folder of images (default: all of it)"},

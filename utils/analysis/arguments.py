@@ -92,7 +92,7 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     )
     add_shared(
         group,
-        "guidance_channels prompts feature_extractor inception_path",
+        "guidance_channels prompts max_sequence_length feature_extractor inception_path",
         prompts={
             "help": "text file, one prompt a line; sample i has the i-th, over and over. Default: captions of the "
             "data, with an extractor as many as there are samples"
@@ -138,8 +138,8 @@ def for_backbone(args: argparse.Namespace) -> argparse.Namespace:
     """The training scripts' flags that a backbone reads: off, but for what this script has, under its names."""
     from utils.backbones.base import FAMILY_FLAGS  # with torch, for which --help need not wait
 
-    off = dict.fromkeys(("student_config", "dropout", "taylor_timesteps", "snr_gamma"))
-    off |= {"random_flip": False, "antithetic_timesteps": False, "input_perturbation": 0.0, "lambda_task": 1.0}
+    off = dict.fromkeys(("student_config", "dropout", "taylor_timesteps"))
+    off |= {"random_flip": False, "lambda_task": 1.0}
     own = {
         "validation_prompts": read_prompts_file(args.prompts) if args.prompts else None,
         "validation_guidance_scale": args.guidance_scale,
@@ -163,7 +163,8 @@ def _check(args: argparse.Namespace) -> None:
         args.split = args.split or "train"
     check_positive(
         args,
-        "resolution num_timesteps num_images num_inference_steps shown_samples num_samples batch_size num_cpu_threads",
+        "resolution max_sequence_length num_timesteps num_images num_inference_steps shown_samples num_samples "
+        "batch_size num_cpu_threads",
     )
     check_not_negative(args, "seed guidance_scale")
     check_group_size(args)

@@ -13,6 +13,7 @@ BACKBONES = {
     "UNet2DModel": ("utils.backbones.ddpm", "DDPM"),
     "StableDiffusionPipeline": ("utils.backbones.stable_diffusion", "StableDiffusion"),
     "StableDiffusionXLPipeline": ("utils.backbones.stable_diffusion", "StableDiffusion"),
+    "StableDiffusion3Pipeline": ("utils.backbones.sd3", "SD3"),
     "DiTPipeline": ("utils.backbones.dit", "DiT"),
 }
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The contract of a backbone: what the scripts ask of a denoiser, and the answers that all families share.
 
-A backbone composes a process (`process.py`), a condition (`conditions.py`) and a denoiser's class. To add a family,
-write one file with a subclass and name its pipelines in `__init__.py`; nothing else in the repository knows one.
+A backbone composes a process (`diffusion.py` or `flow.py`), a condition (`conditions.py`) and a denoiser's class. To
+add a family, write one file with a subclass and name its pipelines in `__init__.py`; nothing else in the repository
+knows one.
 
 What a subclass must say: `component`, `model_class`, `make_student`, `feature_pairs`, `sampling_pipeline`, `save`.
 What it may say otherwise: everything else. Shapes: B batch, C channels of what the denoiser sees, *S its places.
@@ -20,8 +21,10 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from utils.backbones.conditions import Nothing
+from utils.backbones.diffusion import Diffusion
+from utils.backbones.flow import Flow
 from utils.backbones.loading import OLD_NAMES, TEACHER, component_config, load_component, read_json_config
-from utils.backbones.process import Diffusion, Noised
+from utils.backbones.process import Noised, Process
 from utils.backbones.stand_in import InFloat32
 from utils.command_line import UsageError
 from utils.data.transforms import ImageTransform
@@ -36,11 +39,15 @@ FAMILY_FLAGS = {
     **dict.fromkeys(("pruning_ratio", "student_preset", "lora_rank", "latent_cache_dir")),
     **dict.fromkeys(("student_depth", "kept_layers", "layer_choice", "label_column", "validation_guidance_channels")),
     **dict.fromkeys(("caption_column", "proportion_empty_prompts", "pretrained_vae_model_name_or_path")),
-    **dict.fromkeys(("cache_variants", "validation_prompts", "validation_guidance_scale")),
+    **dict.fromkeys(("cache_variants", "validation_prompts", "validation_guidance_scale", "max_sequence_length")),
     "fuse_lora": False,
+    **dict.fromkeys(("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "snr_gamma")),
+    "antithetic_timesteps": False,
+    "input_perturbation": 0.0,
     "noise_offset": 0.0,
 }
 DECISIVE = {"pruning_ratio", "student_preset", "student_depth", "kept_layers", "lora_rank", "latent_cache_dir"}
+DECISIVE |= Diffusion.flags | Flow.flags
 
 
 class Prediction(NamedTuple):
@@ -58,7 +65,7 @@ class Configs(NamedTuple):
     student: dict
     resolution: int  # pixels a side
     vae: dict | None  # of latent families
-    process: Diffusion
+    process: Process
 
 
 class Backbone:
@@ -66,12 +73,12 @@ class Backbone:
 
     component: ClassVar[str]  # the denoiser's folder in its pipeline: unet, transformer
     model_class: ClassVar[type[ModelMixin]]
-    process_class: ClassVar[type[Diffusion]] = Diffusion
+    process_class: ClassVar[type[Process]] = Diffusion
     bounded: ClassVar[bool] = True  # clean data lie in [-1, 1]
     must_match: ClassVar[Sequence[str]] = ("in_channels", "out_channels")  # config keys, in teacher and student
     sampled_by: ClassVar[str] = "DiffusionPipeline"  # of diffusers, what a sample of the student is drawn with
     told: ClassVar[str] = "teachers and students here are unconditional"
-    flags: ClassVar[frozenset[str]] = frozenset()  # those of FAMILY_FLAGS that it reads
+    flags: ClassVar[frozenset[str]] = frozenset()  # those of FAMILY_FLAGS that it reads, its process's left out
     instead: ClassVar[dict[str, str]] = {}  # a decisive flag that it does not read -> what to do here
 
     image_channels: int  # of the images that `sample` gives
@@ -88,7 +95,7 @@ class Backbone:
         """The teacher on the CPU, in `teacher_dtype`, eval mode, no gradients; none where none is named.
 
         Raises:
-            UsageError: see `check` and `Diffusion.load`.
+            UsageError: see `check` and `Process.load`.
         """
         configs, teacher = cls.check(args), None
         if args.pretrained_model_name_or_path:
@@ -173,12 +180,12 @@ class Backbone:
     @classmethod
     def check_flags(cls, args) -> None:
         """Flags of other families: refused or warned of, see `FAMILY_FLAGS`."""
-        for name in sorted(FAMILY_FLAGS.keys() - cls.flags):
+        for name in sorted(FAMILY_FLAGS.keys() - cls.flags - cls.process_class.flags):
             if getattr(args, name) == FAMILY_FLAGS[name]:
                 continue
             called = getattr(args, "called", {}).get(name, name)  # analyze_error.py has other names for some
             if name in DECISIVE:
-                instead = cls.instead.get(name, "leave it out")
+                instead = {**cls.process_class.instead, **cls.instead}.get(name, "leave it out")
                 found = f"--{called} {getattr(args, name)}"
                 raise UsageError(f"{found} does not go with a {cls.model_class.__name__} teacher: {instead}.")
             warnings.warn(
@@ -330,7 +337,8 @@ class Backbone:
     def sampling_code(self, folder: str, num_inference_steps: int, condition: Any) -> str:
         """A line of Python that saves one picture of the student, as `sample` draws it and stock diffusers alone;
         `folder` is written as a string of Python's, `condition` is one of `of_samples`."""
-        load = f"p = P.from_pretrained({folder}); {self.adapters(folder)}"
+        load = ", ".join([folder, *(f"{part}=None" for part in self.conditions.absent)])
+        load = f"p = P.from_pretrained({load}); {self.adapters(folder)}"
         given = self.sampling_arguments(num_inference_steps, condition)
         return f'from diffusers import {self.sampled_by} as P; {load}p({given}).images[0].save("sample.png")'
 

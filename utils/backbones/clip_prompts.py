@@ -36,14 +36,13 @@ def zeros_when_empty(name_or_path: str, revision: str | None) -> bool:
     return index.get("force_zeros_for_empty_prompt", default)
 
 
-def check_text(unet: Mapping[str, Any], parts: Mapping[str, Part], said: str) -> None:
-    """Refuse text encoders that do not fit their tokenizers or the U-Net, whose config is whole.
+def clip_configs(encoders: Mapping[str, Part], parts: Mapping[str, Part], said: str) -> dict[str, CLIPTextConfig]:
+    """Of CLIP text encoders, by name, each found to fit its tokenizer among the `parts`.
 
     Raises:
-        UsageError: `said` names the flag.
+        UsageError: one does not fit; `said` names the flag.
     """
-    names, lengths = [name for name in parts if name.startswith("text_encoder")], {}
-    texts = {name: CLIPTextConfig.from_pretrained(parts[name].folder) for name in names}
+    lengths, texts = {}, {name: CLIPTextConfig.from_pretrained(part.folder) for name, part in encoders.items()}
     for name, text in texts.items():
         tokenizer = CLIPTokenizer.from_pretrained(parts[tokenizer_of(name)].folder)
         lengths[tokenizer_of(name)] = tokenizer.model_max_length
@@ -63,7 +62,17 @@ def check_text(unet: Mapping[str, Any], parts: Mapping[str, Part], said: str) ->
                 f"{said}: its {name} reads an attention mask (use_attention_mask), which nobody gives it."
             )
     if len(set(lengths.values())) > 1:
-        raise UsageError(f"{said}: its tokenizers give different numbers of tokens: {lengths}. XL takes one number.")
+        raise UsageError(f"{said}: its tokenizers give different numbers of tokens: {lengths}. It takes one number.")
+    return texts
+
+
+def check_text(unet: Mapping[str, Any], parts: Mapping[str, Part], said: str) -> None:
+    """Refuse text encoders that do not fit their tokenizers or the U-Net, whose config is whole.
+
+    Raises:
+        UsageError: `said` names the flag.
+    """
+    texts = clip_configs({name: parts[name] for name in parts if name.startswith("text_encoder")}, parts, said)
     width, read = sum(text.hidden_size for text in texts.values()), text_width(unet)
     if width != read:
         raise UsageError(

@@ -23,6 +23,7 @@ class Nothing:
     tokenizers: Sequence = ()  # one for each `input_ids_<i>` of a batch
     share_dropped = 0.0  # of a batch, by `drop`
     components: Sequence[str] = ()  # folders of the teacher's pipeline whose weights decide what a cache holds
+    absent: Sequence[str] = ()  # parts that the stock pipeline goes without, and loads only where it is told so
 
     def transform(self, *image_settings, **more_settings) -> ImageTransform:
         """A picklable row -> tensors of a batch; all settings as `ImageTransform` takes them."""

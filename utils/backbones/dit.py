@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DiT: latent transformers that are told a class, `DiTTransformer2DModel` teachers (Peebles and Xie 2023)."""
 
-import inspect
 import warnings
-from collections.abc import Iterator
 
 from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
@@ -11,39 +9,30 @@ from torch import Tensor, nn
 
 from utils.backbones.base import Configs, Prediction, vae_factor
 from utils.backbones.labels import Labels
-from utils.backbones.latent import Latent
 from utils.backbones.process import Noised
 from utils.backbones.stand_in import GuidedLabels
+from utils.backbones.transformer import Transformer
 from utils.backbones.variance import LearnedVariance
 from utils.command_line import UsageError
 from utils.data.labels import class_names
-from utils.distillation.features import Tapped
-from utils.randomness import StepRandom
-from utils.students import depth
-from utils.students.sizes import full_config, model_size, model_table, set_dropout
-
-SCORED_DRAWS = 8  # of noise and times for one batch, whose losses score the layers
+from utils.students.sizes import full_config
 
 
-class DiT(Latent):
+class DiT(Transformer):
     """Denoises latents with a `DiTTransformer2DModel`. One that predicts variances gives them beside its output."""
 
     component, model_class, pipeline_class = "transformer", DiTTransformer2DModel, DiTPipeline
     must_match = "in_channels out_channels sample_size num_embeds_ada_norm".split()
-    flags = Latent.flags | {"label_column", "validation_guidance_channels", *depth.FLAGS}
-    vae_unread = (*Latent.vae_unread, "shift_factor")
-    instead = {
-        "pruning_ratio": "a transformer is made shallower, not narrower. Give --student_depth or --kept_layers",
-        "lora_rank": "diffusers has no adapters for it. Leave it out",
-    }
+    flags = Transformer.flags | {"label_column", "validation_guidance_channels"}
+    vae_unread = (*Transformer.vae_unread, "shift_factor")
+    instead = Transformer.instead | {"lora_rank": "diffusers has no adapters for it. Leave it out"}
 
     def __init__(self, args, teacher: DiTTransformer2DModel, configs: Configs):
         super().__init__(args, teacher, configs)
         pipeline = DiTPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
         self.conditions = Labels(args, teacher.config.num_embeds_ada_norm, class_names(pipeline))
         self.variance = LearnedVariance(self.process.scheduler)
-        scale, default = args.validation_guidance_scale, inspect.signature(DiTPipeline.__call__).parameters
-        self.sampling_options = {"guidance_scale": default["guidance_scale"].default if scale is None else scale}
+        self.sampling_options = {"guidance_scale": self.guidance_scale()}
 
     @classmethod
     def check_denoiser(cls, config: dict, flag: str) -> None:
@@ -76,50 +65,13 @@ class DiT(Latent):
                 "its pipeline samples no other. Leave the flag out."
             )
 
-    @classmethod
-    def divisor(cls, config: dict) -> int:
-        """The side of a token."""
-        return config["patch_size"]
-
-    @classmethod
-    def student_config(cls, args, teacher: dict) -> tuple[str, dict]:
-        """(the flag that says what the student is, its config); scored layers are chosen later, not their number."""
-        if chosen := depth.even_choice(args, teacher, cls.model_class):
-            flag, kept = chosen
-            return flag, depth.depth_config(teacher, kept, cls.model_class)
-        return super().student_config(args, teacher)
-
     def make_student(self, args, batch: dict[str, Tensor]) -> tuple[DiTTransformer2DModel, str]:
-        """The student in float32 and a table of what it is made of. Layers are scored on `batch`."""
-        if chosen := depth.even_choice(args, self.teacher.config, self.model_class):
-            kept, scores = chosen[1], None
-            if args.layer_choice == "scored" and args.kept_layers is None:
-                scores = depth.layer_scores(self.teacher, self._diffusion_losses(batch, args.seed))
-                kept = depth.best_layers(scores, len(kept), last_stays=False)
-            student, report = depth.make_depth_student(self.teacher, kept, scores)
-            table = report.table()
-        else:
-            student = self.given_student(args)
-            table = model_table(*(model_size(m.config, self.model_class) for m in (self.teacher, student)))
-        set_dropout(student, args.dropout)
+        """As `Transformer.make_student`, without the labels that each of a DiT's layers would drop of its own."""
+        student, table = super().make_student(args, batch)
         for module in student.modules():
-            if isinstance(module, LabelEmbedding):  # in every layer, and each would drop labels of its own
+            if isinstance(module, LabelEmbedding):
                 module.dropout_prob = 0.0
-        return student.train(), table
-
-    def _diffusion_losses(self, batch: dict[str, Tensor], seed: int) -> Iterator[Tensor]:
-        """The teacher's diffusion loss on one real batch, at several draws of noise and times."""
-        device = next(iter(batch.values())).device
-        teacher = Tapped(self.teacher.to(device))
-        for draw in range(SCORED_DRAWS):
-            rng = StepRandom(seed, draw, device=device)
-            clean, condition = self.encode(batch, rng)
-            noised = self.add_noise(clean, rng)
-            yield self.task_terms(self.predict(teacher, noised, condition), noised)["task"]
-
-    def feature_pairs(self, student: DiTTransformer2DModel) -> list[tuple[str, str]]:
-        """(student layer, teacher layer) that it was made of, or that lies where it does."""
-        return depth.feature_pairs(student, self.teacher)
+        return student, table
 
     def read(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """(what LIFT and PLACE compare, the variance where the denoiser predicts one), both (B, C, H, W)."""

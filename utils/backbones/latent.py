@@ -2,6 +2,7 @@
 """What families of latent denoisers have in common: a frozen VAE, a cache, the teacher's other files kept."""
 
 import copy
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,13 +15,13 @@ from torch import Tensor, nn
 from utils.backbones.base import Backbone, Configs, vae_factor
 from utils.backbones.encoders import Frozen
 from utils.backbones.folder import Part, parts_to_copy
-from utils.backbones.loading import TEACHER, component_config, pipeline_class_name
+from utils.backbones.loading import TEACHER, component_config, pipeline_index
 from utils.backbones.saving import save_student
 from utils.backbones.weights import find_weights, stored_dtypes
 from utils.command_line import UsageError
 from utils.hub_folders import VAE, teacher_folder
 from utils.randomness import StepRandom
-from utils.students.lora import save_lora, without_lora
+from utils.students.lora import WEIGHTS, add_lora, fuse_saved_lora, save_lora, without_lora
 from utils.students.sizes import full_config
 
 
@@ -35,7 +36,7 @@ class Latent(Backbone):
         "latents_std",
     )  # of its config: would be left out in silence
     flags = frozenset(
-        "proportion_empty_prompts noise_offset pretrained_vae_model_name_or_path validation_guidance_scale "
+        "proportion_empty_prompts pretrained_vae_model_name_or_path validation_guidance_scale "
         "latent_cache_dir cache_variants".split()
     )
 
@@ -73,6 +74,12 @@ class Latent(Backbone):
         cls.check_parts(args, configs, cls.parts(args))
         return configs
 
+    def guidance_scale(self) -> float:
+        """Of samples: what the flag says, else the stock pipeline's own."""
+        default = inspect.signature(self.pipeline_class.__call__).parameters["guidance_scale"].default
+        given = self.args.validation_guidance_scale
+        return default if given is None else given
+
     @classmethod
     def teacher_dtype(cls, args) -> torch.dtype:
         """That of its files: they stay mapped, once for all processes of a host (in another dtype each would hold a
@@ -88,12 +95,12 @@ class Latent(Backbone):
     @classmethod
     def parts(cls, args) -> dict[str, Part]:
         """What the export copies: all of the teacher's parts but the denoiser."""
-        name = pipeline_class_name(args.pretrained_model_name_or_path, args.revision, TEACHER)
-        return parts_to_copy(args, getattr(diffusers, name), cls.component, cls.parts_loaded(name))
+        index = pipeline_index(args.pretrained_model_name_or_path, args.revision, TEACHER)
+        return parts_to_copy(args, getattr(diffusers, index["_class_name"]), cls.component, cls.parts_loaded(index))
 
     @classmethod
-    def parts_loaded(cls, pipeline_name: str) -> str:
-        """The names of those that training loads."""
+    def parts_loaded(cls, index: dict) -> str:
+        """The names of those that training loads; `index` is the pipeline's model_index.json."""
         return "vae"
 
     @classmethod
@@ -131,6 +138,21 @@ class Latent(Backbone):
         if other:
             return component_config(AutoencoderKL, "vae", other, "--pretrained_vae_model_name_or_path")
         return component_config(AutoencoderKL, "vae", args.pretrained_model_name_or_path, TEACHER, args.revision)
+
+    def given_student(self, args) -> ModelMixin:
+        """As `Backbone.given_student`; adapters that lie beside one are added to its weights."""
+        student = super().given_student(args)
+        if args.student_model_name_or_path:
+            flag = "--student_model_name_or_path"
+            fuse_saved_lora(student, self.component, args.student_model_name_or_path, flag)
+        return student
+
+    def adapted(self, student: ModelMixin, table: str) -> str:
+        """With `--lora_rank` give the student adapters, which alone train then; the table of what it is made of."""
+        if not self.args.lora_rank:
+            return table
+        count = add_lora(student, self.args.lora_rank, self.args.seed)
+        return f"{table}\ntrainable: {count:,} parameters of LoRA adapters of rank {self.args.lora_rank}"
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Where the teacher is now: there the encoders run."""
@@ -188,6 +210,12 @@ class Latent(Backbone):
         """VAE and text encoders out of memory; they load again when they are needed again."""
         self.vae.free()
         self.conditions.free()
+
+    def adapters(self, folder: str) -> str:
+        """LoRA's, which the pipeline does not load of itself."""
+        if not self.args.lora_rank or self.args.fuse_lora:
+            return ""
+        return f'p.load_lora_weights({folder}, weight_name="{WEIGHTS}"); '
 
     def save(self, denoiser: ModelMixin, folder: Path) -> None:
         """The stock pipeline in `folder`: the denoiser's own files, everything else the teacher's, byte for byte."""

@@ -29,8 +29,15 @@ def read_json_config(path: str, flag: str) -> dict:
 
 def pipeline_class_name(name_or_path: str, revision: str | None, flag: str) -> str:
     """The `_class_name` of a pipeline's model_index.json. Raises UsageError naming `flag` where there is none."""
+    return pipeline_index(name_or_path, revision, flag)["_class_name"]
+
+
+def pipeline_index(name_or_path: str, revision: str | None, flag: str) -> dict:
+    """A pipeline's model_index.json. Raises UsageError naming `flag` where there is none that names its class."""
     try:
-        return DiffusionPipeline.load_config(name_or_path, revision=revision)["_class_name"]
+        index = DiffusionPipeline.load_config(name_or_path, revision=revision)
+        index["_class_name"]  # which every pipeline names
+        return index
     except (OSError, ValueError, KeyError, TypeError) as error:  # the last two: JSON of something else
         where = "that folder has no model_index.json" if Path(name_or_path).is_dir() else "no such folder here"
         if Path(name_or_path).is_file():

@@ -4,7 +4,6 @@
 Rombach et al. 2022; XL: Podell et al. 2023.
 """
 
-import inspect
 import logging
 
 import diffusers
@@ -19,8 +18,6 @@ from utils.backbones.latent import Latent
 from utils.backbones.loading import TEACHER, pipeline_class_name, read_json_config
 from utils.command_line import UsageError
 from utils.students import blocks
-from utils.students.lora import WEIGHTS as LORA_WEIGHTS
-from utils.students.lora import add_lora, fuse_saved_lora
 from utils.students.sizes import full_config, model_size, model_table, set_dropout
 
 logger = logging.getLogger(__name__)
@@ -65,21 +62,19 @@ class StableDiffusion(Latent):
 
     def guidance_scale(self) -> float:
         """Of samples: what the flag says, else the stock pipeline's own; none for a teacher as the turbo models."""
-        if (given := self.args.validation_guidance_scale) is not None:
-            return given
-        if self.process.looks_guided_already():
+        if self.args.validation_guidance_scale is None and self.process.looks_guided_already():
             flag = getattr(self.args, "called", {}).get("validation_guidance_scale", "validation_guidance_scale")
             logger.warning(
                 f"The teacher predicts the noise, and its scheduler spaces timesteps from the last one on, as turbo "
                 f"models' do: samples are drawn without guidance. --{flag} gives them some."
             )
             return 0.0
-        return inspect.signature(self.pipeline_class.__call__).parameters["guidance_scale"].default
+        return super().guidance_scale()
 
     @classmethod
-    def parts_loaded(cls, pipeline_name: str) -> str:
+    def parts_loaded(cls, index: dict) -> str:
         """The names of the parts that training loads."""
-        second = " text_encoder_2 tokenizer_2" if pipeline_name == XL else ""
+        second = " text_encoder_2 tokenizer_2" if index["_class_name"] == XL else ""
         return f"vae text_encoder tokenizer{second}"
 
     @classmethod
@@ -125,28 +120,18 @@ class StableDiffusion(Latent):
         """The student in float32 and a table of what it is made of; with `--lora_rank` only its adapters train."""
         if args.student_model_name_or_path:
             student = self.given_student(args)
-            flag = "--student_model_name_or_path"
-            fuse_saved_lora(student, self.component, args.student_model_name_or_path, flag)
             table = model_table(*(model_size(m.config, self.model_class) for m in (self.teacher, student)))
         else:
             config = args.student_preset or read_json_config(args.student_config, "--student_config")
             student, report = blocks.make_block_student(self.teacher, config, args.seed)
             table = report.table()
         set_dropout(student, args.dropout)
-        if args.lora_rank:
-            count = add_lora(student, args.lora_rank, args.seed)
-            table += f"\ntrainable: {count:,} parameters of LoRA adapters of rank {args.lora_rank}"
+        table = self.adapted(student, table)
         return student.train(), table
 
     def feature_pairs(self, student: UNet2DConditionModel) -> list[tuple[str, str]]:
         """(student block, teacher block): outputs of the matching down, mid and up blocks, as BK-SDM."""
         return blocks.feature_pairs(student, self.teacher)
-
-    def adapters(self, folder: str) -> str:
-        """LoRA's, which the pipeline does not load of itself."""
-        if not self.args.lora_rank or self.args.fuse_lora:
-            return ""
-        return f'p.load_lora_weights({folder}, weight_name="{LORA_WEIGHTS}"); '
 
     def sampling_pipeline(self, denoiser: nn.Module) -> DiffusionPipeline:
         """Without text encoders: the prompts come as embeddings."""

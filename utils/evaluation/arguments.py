@@ -91,6 +91,14 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: the pipeline's own)")
     group.add_argument("--height", type=int, help="pixels of a sample, where the pipeline takes it")
     group.add_argument("--width", type=int, help="pixels of a sample, where the pipeline takes it")
+    add_shared(
+        group,
+        "max_sequence_length",
+        max_sequence_length={
+            "help": "tokens of a prompt, such as those of Stable Diffusion 3's T5 (default: the pipeline's own; of a "
+            "student trained with another number its card has it)"
+        },
+    )
     group.add_argument(
         "--class_labels",
         type=int,
@@ -241,7 +249,7 @@ def _check(args: argparse.Namespace) -> None:
     """Raises UsageError for values out of range and for flags that contradict each other; fills in the defaults."""
     positive = (
         "batch_size num_inference_steps height width max_reference_samples resolution cleanfid_res kid_subset_size "
-        "compare_num_samples num_cpu_threads"
+        "compare_num_samples num_cpu_threads max_sequence_length"
     )
     check_positive(args, positive)
     check_not_negative(args, "dataloader_num_workers")
@@ -341,7 +349,7 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
     """The table of `warn_of_idle_flags`."""
     samples_flags = (
         "revision variant dtype allow_pickle_weights num_inference_steps scheduler eta guidance_scale height width "
-        "guidance_channels class_labels label_column keep_images compare_to clip_sample"
+        "max_sequence_length guidance_channels class_labels label_column keep_images compare_to clip_sample"
     )
     return [
         (samples_flags, bool(args.images), "--pretrained_model_name_or_path"),

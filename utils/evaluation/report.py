@@ -15,7 +15,7 @@ from utils.publishing.readable import LABELS, cost_rows
 # what of a sampler's protocol another model must share for its numbers to compare
 SAMPLING = (
     *("num_inference_steps", "scheduler", "clip_sample", "eta", "guidance_scale", "guidance_channels"),
-    *("height", "width", "class_labels", "prompts", "dtype", "seed"),
+    *("height", "width", "max_sequence_length", "class_labels", "prompts", "dtype", "seed"),
 )
 
 

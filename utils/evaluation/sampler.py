@@ -23,6 +23,7 @@ from utils.randomness import VALIDATION_STREAM, seed_from
 
 # the noise of a run's own validation, so that the same seed, steps and batch size measure the very same samples
 STREAM = VALIDATION_STREAM
+SETTINGS = ("num_inference_steps", "guidance_scale", "height", "width", "max_sequence_length")  # of a pipeline's call
 
 
 class Sampler:
@@ -38,6 +39,7 @@ class Sampler:
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        max_sequence_length: int | None = None,
         class_labels: Sequence[int] | None = None,
         guidance_channels: int | None = None,
         prompts: Sequence[str] | None = None,
@@ -58,6 +60,7 @@ class Sampler:
             "guidance_scale": guidance_scale,
             "height": height,
             "width": width,
+            "max_sequence_length": max_sequence_length,
         }
         self.options = {name: value for name, value in given.items() if value is not None}
         self._check()
@@ -134,7 +137,7 @@ class Sampler:
             "scheduler": type(scheduler).__name__,
             "clip_sample": scheduler.config.clip_sample if clips(scheduler) else None,
             "scheduler_config": {k: v for k, v in dict(scheduler.config).items() if not k.startswith("_")},
-            **{name: self._default(name) for name in ("num_inference_steps", "guidance_scale", "height", "width")},
+            **{name: self._default(name) for name in SETTINGS},
             "eta": step_takes["eta"].default if self.eta is None and "eta" in step_takes else self.eta,
             "guidance_channels": self.guidance_channels,
             "class_labels": described(self.class_labels, LISTED),

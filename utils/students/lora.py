@@ -15,12 +15,15 @@ from utils.command_line import UsageError
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+TEXT_ATTENTION = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")  # of an MMDiT's text; others have none
 
 
 def add_lora(denoiser: ModelMixin, rank: int, seed: int) -> int:
     """Freeze `denoiser` and give its attention trainable adapters, which change nothing at first; how many
     parameters they have."""
-    config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=list(ATTENTION))
+    config = LoraConfig(
+        r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=[*ATTENTION, *TEXT_ATTENTION]
+    )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         denoiser.add_adapter(config)
@@ -38,7 +41,10 @@ def without_lora(denoiser: ModelMixin, fuse: bool) -> ModelMixin:
 
 def save_lora(denoiser: ModelMixin, pipeline_class: type, component: str, folder: Path) -> None:
     """Write `WEIGHTS`, which the `load_lora_weights` of the `pipeline_class` reads into its `component`."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(denoiser))
+    layers = get_peft_model_state_dict(denoiser)
+    converted = convert_state_dict_to_diffusers(layers)
+    if not any("lora_A" in name for name in converted):  # it has no names for an MMDiT's text: of a mixture half loads
+        layers = converted
     pipeline_class.save_lora_weights(folder, **{f"{component}_lora_layers": layers}, safe_serialization=True)
 
 

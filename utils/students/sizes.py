@@ -21,6 +21,7 @@ from diffusers import (
 from torch.utils.flop_counter import FlopCounterMode
 
 TEXT_TOKENS = 77  # what the CLIP text encoders of Stable Diffusion pad every prompt to
+T5_TOKENS = 256  # that follow these in Stable Diffusion 3, unless its stock pipeline is told another number
 
 
 def full_config(config: Mapping[str, Any], model_class: type[ModelMixin] = UNet2DModel) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def height_width(sample_size: int | tuple[int, int]) -> tuple[int, int]:
 def example_inputs(model: ModelMixin) -> dict[str, Any]:
     """Arguments of one forward of one sample, all zeros, on the default device. A new denoiser registers its own.
 
-    `sample` is (1, C, H, W) at the config's sample_size; text is (1, 77, D).
+    `sample` is (1, C, H, W) at the config's sample_size; text is (1, 77, D), of Stable Diffusion 3 (1, 333, D).
     """
     raise TypeError(f"no example inputs are registered for {type(model).__name__}")
 
@@ -74,7 +75,7 @@ def _(model: SD3Transformer2DModel) -> dict[str, Any]:
     return {
         "hidden_states": inputs.pop("sample"),
         "timestep": inputs["timestep"].float(),
-        "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS, config.joint_attention_dim),
+        "encoder_hidden_states": torch.zeros(1, TEXT_TOKENS + T5_TOKENS, config.joint_attention_dim),
         "pooled_projections": torch.zeros(1, config.pooled_projection_dim),
     }
 

@@ -14,6 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from utils.command_line import ArgumentParser, Switch, UsageError, bundled, warn_of_idle_flags
 from utils.download_cache import use_download_cache
 from utils.flags import (
+    WEIGHTING_SCHEMES,
     add_hub_arguments,
     add_shared,
     check_background,
@@ -201,6 +202,7 @@ def _data(parser: argparse.ArgumentParser) -> None:
         help="crops and flips of each image, one an epoch in turn (default: 1 with --latent_cache_dir, else ever new "
         "ones)",
     )
+    add_shared(group, "max_sequence_length")
     group.add_argument("--max_train_samples", type=int, help="use the first this many rows, to try things out")
 
 
@@ -292,6 +294,18 @@ def _loss(parser: argparse.ArgumentParser) -> None:
         "--antithetic_timesteps",
         action=Switch,
         help="draw timesteps in pairs (t, T - 1 - t), as DDIM and the authors do in pixels: a steadier loss",
+    )
+    group.add_argument(
+        "--weighting_scheme",
+        choices=WEIGHTING_SCHEMES,
+        help="of a flow (Stable Diffusion 3): times are drawn by logit_normal or mode; or uniformly, and the "
+        "diffusion loss alone is weighed by sigma_sqrt (sigma ** -2), cosmap, or by none (default: logit_normal, "
+        "diffusers')",
+    )
+    group.add_argument("--logit_mean", type=float, help="of logit_normal; below 0 noisier (default: 0)")
+    group.add_argument("--logit_std", type=float, help="of logit_normal (default: 1)")
+    group.add_argument(
+        "--mode_scale", type=float, help="of mode, from -1 to 1.75; 0 is uniform (default: 1.29, diffusers')"
     )
 
 
@@ -442,7 +456,7 @@ def _validation(parser: argparse.ArgumentParser) -> None:
         "--validation_guidance_scale",
         type=float,
         help="classifier-free guidance of samples, 0 for none (default: the stock pipeline's own, 7.5, for XL 5, for "
-        "DiT 4; none where the teacher's scheduler is as a turbo model's)",
+        "Stable Diffusion 3 7, for DiT 4; none where the teacher's scheduler is as a turbo model's)",
     )
     group.add_argument(
         "--validation_guidance_channels",
@@ -471,7 +485,7 @@ def _check(args: argparse.Namespace) -> None:
         "snr_gamma adam_epsilon logging_steps checkpointing_steps checkpoints_total_limit validation_steps "
         "validation_num_inference_steps validation_num_samples validation_batch_size max_train_minutes "
         "num_cpu_threads lora_rank cache_variants num_train_epochs ema_inv_gamma ema_power taylor_timesteps "
-        "student_depth"
+        "student_depth max_sequence_length logit_std"
     )
     not_negative = (
         "lambda_task lambda_kd_output lambda_kd_feat dataloader_num_workers lr_warmup_steps adam_weight_decay seed "
@@ -494,6 +508,10 @@ def _check(args: argparse.Namespace) -> None:
     if args.pruning_ratio is not None and not 0 < args.pruning_ratio < 1:
         raise UsageError(f"--pruning_ratio is {args.pruning_ratio}; it must lie between 0 and 1, both excluded.")
 
+    if args.mode_scale is not None and not -1 <= args.mode_scale <= 2 / (math.pi - 2):
+        raise UsageError(
+            f"--mode_scale is {args.mode_scale}; it must lie in [-1, 1.75], beyond which draws share times."
+        )
     if args.proportion_empty_prompts is not None and not 0 <= args.proportion_empty_prompts <= 1:
         raise UsageError(f"--proportion_empty_prompts is {args.proportion_empty_prompts}; it must lie in [0, 1].")
 
@@ -585,6 +603,17 @@ def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
         (line_flags, getattr(args, "output_loss", "lift") != "lift", "--output_loss lift"),
         ("feature_mask_sigma feature_weighting", not args.lambda_kd_feat, "--lambda_kd_feat above 0"),
         ("snr_gamma task_balance", not args.lambda_task, "--lambda_task above 0"),
+        (
+            "logit_mean logit_std",
+            args.weighting_scheme not in (None, "logit_normal"),
+            "--weighting_scheme logit_normal",
+        ),
+        ("mode_scale", args.weighting_scheme != "mode", "--weighting_scheme mode"),
+        (
+            "weighting_scheme",
+            not args.lambda_task and args.weighting_scheme in ("sigma_sqrt", "cosmap"),
+            "--lambda_task above 0",
+        ),
         ("lr_warmup_steps", args.lr_scheduler == "constant", "an --lr_scheduler with a warm-up"),
         ("dataset_config_name", not args.dataset_name, "--dataset_name"),
         ("train_split", not (args.dataset_name or args.train_data_dir), "--dataset_name or --train_data_dir"),
