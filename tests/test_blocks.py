@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from diffusers.models.attention_processor import Attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from benchmarks.published import SD14, SD21, SD21_BASE, SDXL
 from utils.distillation.features import Tapped
 from utils.students.blocks import (
     PRESETS,
@@ -20,51 +21,6 @@ from utils.students.blocks import (
 )
 from utils.students.sizes import example_inputs, model_size
 
-# unet/config.json of the published models, but for keys that repeat diffusers' defaults
-SD14 = {
-    "_class_name": "UNet2DConditionModel",
-    "_diffusers_version": "0.2.2",
-    "act_fn": "silu",
-    "attention_head_dim": 8,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "center_input_sample": False,
-    "cross_attention_dim": 768,
-    "down_block_types": ["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
-    "downsample_padding": 1,
-    "flip_sin_to_cos": True,
-    "freq_shift": 0,
-    "in_channels": 4,
-    "layers_per_block": 2,
-    "mid_block_scale_factor": 1,
-    "norm_eps": 1e-05,
-    "norm_num_groups": 32,
-    "out_channels": 4,
-    "sample_size": 64,
-    "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
-}
-SD21_BASE = SD14 | {
-    "attention_head_dim": [5, 10, 20, 20],
-    "cross_attention_dim": 1024,
-    "dual_cross_attention": False,
-    "num_class_embeds": None,
-    "only_cross_attention": False,
-    "use_linear_projection": True,
-}
-SD21 = SD21_BASE | {"sample_size": 96, "upcast_attention": True}
-SDXL = SD14 | {
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "attention_head_dim": [5, 10, 20],
-    "block_out_channels": [320, 640, 1280],
-    "cross_attention_dim": 2048,
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "projection_class_embeddings_input_dim": 2816,
-    "reverse_transformer_layers_per_block": None,
-    "sample_size": 128,
-    "transformer_layers_per_block": [1, 2, 10],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    "use_linear_projection": True,
-}
 TINY = {"sample_size": 16, "norm_num_groups": 8, "cross_attention_dim": 16}
 TINY_SD1 = SD14 | TINY | {"block_out_channels": [32, 64, 64, 64], "attention_head_dim": 4}
 TINY_SD2 = SD21_BASE | TINY | {"block_out_channels": [16, 32, 32, 32], "attention_head_dim": [2, 4, 8, 8]}

@@ -5,6 +5,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel
 
+from benchmarks.published import DIT_XL, SD3_MEDIUM, SD35_LARGE, SD35_MEDIUM
 from utils.students import depth
 from utils.students.sizes import example_inputs, model_size, paper_parameters
 
@@ -15,17 +16,6 @@ SD3 = {
     **{"pos_embed_max_size": 16, "dual_attention_layers": (0, 1, 3), "qk_norm": "rms_norm"},
 }
 KINDS = {"dit": (DiTTransformer2DModel, DIT), "sd3": (SD3Transformer2DModel, SD3)}
-# transformer/config.json of the published models, but for keys that repeat diffusers' defaults
-DIT_XL = {"out_channels": 8, "num_layers": 28, "attention_bias": True}
-SD3_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 192}
-SD35_MEDIUM = SD3_MEDIUM | {
-    "pos_embed_max_size": 384,
-    "dual_attention_layers": list(range(13)),
-    "qk_norm": "rms_norm",
-}
-SD35_LARGE = SD3_MEDIUM | {
-    **{"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"},
-}
 
 
 @pytest.fixture(scope="module", params=KINDS)

@@ -11,9 +11,6 @@ from typing import NamedTuple
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
-from test_blocks import SD21_BASE
-from test_depth import DIT_XL, SD3_MEDIUM
-from test_students import CIFAR, HUB_256
 
 import analyze_error
 import evaluate_fid
@@ -21,6 +18,7 @@ import train_lift
 import train_place
 import utils.analysis.arguments
 import utils.evaluation.arguments
+from benchmarks.published import CIFAR, DIT_XL, HUB_256, SD3_MEDIUM, SD21_BASE
 from utils.backbones.loading import read_json_config
 from utils.students.blocks import student_config
 from utils.students.depth import depth_config, even_layers

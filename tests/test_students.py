@@ -10,34 +10,12 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.published import CELEBA_64, CIFAR, HUB_256, unet_config
 from utils.evaluation.cost import CPU_ATTENTION
 from utils.students.coupling import Coupling
 from utils.students.sizes import model_size, model_table
 from utils.students.width import check_width_prunable, prune_width, taylor_scores, width_config
 
-
-def unet_config(widths, attention, **changes):
-    """A `UNet2DModel` config with attention in the given down stages, mirrored on the way up."""
-    down = ["AttnDownBlock2D" if stage in attention else "DownBlock2D" for stage in range(len(widths))]
-    up = [name.replace("Down", "Up") for name in reversed(down)]
-    return dict(block_out_channels=tuple(widths), down_block_types=tuple(down), up_block_types=tuple(up)) | changes
-
-
-HUB = dict(
-    attention_head_dim=None,
-    norm_eps=1e-6,
-    flip_sin_to_cos=False,
-    freq_shift=1,
-    downsample_padding=0,
-    act_fn="silu",
-    mid_block_scale_factor=1,
-    center_input_sample=False,
-    time_embedding_type="positional",
-    layers_per_block=2,
-)
-CIFAR = unet_config((128, 256, 256, 256), {1}, sample_size=32, **HUB)
-HUB_256 = unet_config((128, 128, 256, 256, 512, 512), {4}, sample_size=256, **HUB)
-CELEBA_64 = unet_config((128, 256, 256, 256, 512), {2}, sample_size=64, **HUB)
 GREY = dict(in_channels=1, out_channels=1, norm_num_groups=4, sample_size=16)
 SMALL = unet_config((32, 64, 128), {1}, attention_head_dim=4, layers_per_block=1, **GREY)
 # Half of every width: groups of the concatenation 64 + 32 straddle those of its parts, and equal widths share streams.
