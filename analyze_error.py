@@ -14,8 +14,15 @@ what the coarse part cost. --probe says where the lines are fitted. Nothing is t
 
 import importlib.metadata
 import platform
+from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+
+from utils.analysis.arguments import HOW_TO_READ, for_backbone, parse_args
+from utils.command_line import UsageError, announce, run, start
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = start(parse_args, __doc__)
 
 import numpy as np
 import torch
@@ -23,12 +30,10 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
 
-from utils.analysis.arguments import HOW_TO_READ, for_backbone, parse_args
 from utils.analysis.corrected import WHO, probe_denoisers
 from utils.analysis.error import ErrorStatistics, summarize
 from utils.analysis.report import FIGURES, MAPS_FILE, error_table, save_analysis, save_figures, weight_hashes
 from utils.backbones import choose_backbone
-from utils.command_line import UsageError, run
 from utils.data.rows import ImageRows, fingerprint, load_rows, sample_batch
 from utils.devices import use_cpu_threads
 from utils.distillation.features import Tapped
@@ -184,9 +189,8 @@ def error_maps(statistics: list[ErrorStatistics], inputs: list[torch.Tensor], ti
     }
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(args: Namespace) -> None:
     """Load, measure, sample, write: in the order of the lines."""
-    args = parse_args(__doc__, argv)
     accelerator = Accelerator(mixed_precision="no")
     if accelerator.num_processes > 1:
         raise UsageError(f"analyze_error.py is one process, found {accelerator.num_processes}: start it with python.")
@@ -250,6 +254,7 @@ def main(argv: list[str] | None = None) -> None:
     analysis["samples"], pictures = measure_samples(args, backbone, student, images, extractor, real)
     analysis["protocol"]["undecodable_rows"] = len((real or images).bad_rows)
     save_analysis(analysis, folder)
+    announce("drawing the figures")
     save_figures(analysis, maps, pictures, folder)
     print(f"{error_table(analysis)}\n\n{HOW_TO_READ}\n")
     unlock_output_dir(args.output_dir)
@@ -257,4 +262,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGS)

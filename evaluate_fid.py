@@ -15,17 +15,23 @@ function of (seed, index), whatever the number of processes; a run that was stop
 
 import shutil
 import warnings
+from argparse import Namespace
 from pathlib import Path
+
+from utils.command_line import ROOT, UsageError, announce, run, start
+from utils.evaluation.arguments import METRICS, PR_NEIGHBOURS, parse_args
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = start(parse_args, __doc__)
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from utils.command_line import UsageError, run
+from utils.commands import python, shell_line
 from utils.devices import DTYPES
 from utils.distributed import main_process_first, on_main_process, process_settings, wait_for_everyone
-from utils.evaluation.arguments import METRICS, PR_NEIGHBOURS, parse_args
 from utils.evaluation.cost import Meter, cost, free, measure
 from utils.evaluation.image_sets import ImageSet, image_files
 from utils.evaluation.measure import Measured, measure_images
@@ -178,9 +184,8 @@ def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict]
     return costs
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(args: Namespace) -> None:
     """Check, measure the reference, sample, measure the samples, report: in the order of the lines."""
-    args = parse_args(__doc__, argv)
     accelerator = Accelerator(kwargs_handlers=process_settings())
     check_processes(accelerator)
     args.num_cpu_threads = block_threads(args.num_cpu_threads, accelerator)
@@ -252,6 +257,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Metrics and the report
     if accelerator.is_main_process:
+        announce(f"computing {', '.join(args.metrics)}")
         counts, warned = [each.statistics.count for each in (generated, real)], []
         if "fid" in args.metrics:
             warned += [rank_warning(each, extractor.protocol["dimensions"]) for each in counts]
@@ -298,11 +304,12 @@ def main(argv: list[str] | None = None) -> None:
         print(f"Saved: {folder / 'metrics.json'}, with the protocol; samples: {folder / 'samples.png'}")
         if args.update_model_card:
             print(f"Updated: {update_model_card(Path(args.pretrained_model_name_or_path), content)}")
-        print("Next: python analyze_error.py --help, for where a student's error lies")
+        analysis = [python(), ROOT / "analyze_error.py", "--help"]
+        print(f"Next: where a student's error lies\n    {shell_line(analysis)}")
     wait_for_everyone(accelerator)
     accelerator.end_training()
     unlock_output_dir(args.output_dir)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGS)

@@ -13,34 +13,11 @@ Left out on purpose: training that shards a model over GPUs (FSDP, DeepSpeed), f
 """
 
 import math
+from argparse import Namespace
 from pathlib import Path
 
-import torch
-from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
-
-from utils.backbones import choose_backbone
-from utils.command_line import run
-from utils.data.cache import encoded_once, open_dataset
-from utils.data.rows import sample_batch, training_batches
-from utils.devices import apply_speed_flags, use_cpu_threads
-from utils.distillation.balance import TimestepBalance
-from utils.distillation.features import feature_loss, tap_pair
-from utils.distillation.losses import fine_weight, place_loss
-from utils.distributed import on_main_process, process_settings, refuse_unsupported
-from utils.output_dir import check_output_dir, lock_output_dir, prepare_output_dir, unlock_output_dir
-from utils.publishing.card import write_card
-from utils.publishing.hub import check_push, prepare_push, push
+from utils.command_line import run, start
 from utils.training.arguments import parse_args
-from utils.training.checkpoint import Checkpoints
-from utils.training.log import RunLog, error_per_sample, tracker_names
-from utils.training.memory import memory_estimate
-from utils.training.optimizer import ema_warmup, make_optimizer, stepped, with_gradients
-from utils.training.report import plan, save_arguments, summary
-from utils.training.schedules import count_steps
-from utils.training.stop import Stop
-from utils.training.validation import Validation, evaluated
 
 
 def add_method_arguments(group) -> None:
@@ -67,9 +44,37 @@ def method_name(args) -> str:
     return " + ".join(parts + ["feature distillation"] * (args.lambda_kd_feat > 0))
 
 
-def main(argv: list[str] | None = None) -> None:
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = start(parse_args, __doc__, add_method_arguments)
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+
+from utils.backbones import choose_backbone
+from utils.data.cache import encoded_once, open_dataset
+from utils.data.rows import sample_batch, training_batches
+from utils.devices import apply_speed_flags, use_cpu_threads
+from utils.distillation.balance import TimestepBalance
+from utils.distillation.features import feature_loss, tap_pair
+from utils.distillation.losses import fine_weight, place_loss
+from utils.distributed import on_main_process, process_settings, refuse_unsupported
+from utils.output_dir import check_output_dir, lock_output_dir, prepare_output_dir, unlock_output_dir
+from utils.publishing.card import write_card
+from utils.publishing.hub import check_push, prepare_push, push
+from utils.training.checkpoint import Checkpoints
+from utils.training.log import RunLog, error_per_sample, tracker_names
+from utils.training.memory import memory_estimate
+from utils.training.optimizer import ema_warmup, make_optimizer, stepped, with_gradients
+from utils.training.report import plan, save_arguments, summary
+from utils.training.schedules import count_steps
+from utils.training.stop import Stop
+from utils.training.validation import Validation, evaluated
+
+
+def main(args: Namespace) -> None:
     """Train, validate, save: in the order of the lines."""
-    args = parse_args(__doc__, add_method_arguments, argv)
     refuse_unsupported(args)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -215,4 +220,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGS)

@@ -74,6 +74,7 @@ def run_once(steps: int, argv: list[str]) -> None:
     import resource
 
     import train_place
+    from utils.command_line import call
     from utils.training.log import RunLog
 
     class Done(Exception):
@@ -89,7 +90,7 @@ def run_once(steps: int, argv: list[str]) -> None:
 
     RunLog.end_step = timed
     try:
-        train_place.main(argv)
+        call(train_place, argv)
     except Done:
         pass
     seconds = [after - before for before, after in zip(times[1:], times[2:], strict=False)]

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from accelerate.state import AcceleratorState, PartialState
 
 import train_place
+from utils.command_line import call
 
 
 class Skip(Exception):
@@ -27,7 +28,7 @@ def train(command: list[str]) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     with quiet():
-        train_place.main(command)
+        call(train_place, command)
 
 
 def wanted_words(description: str) -> list[str]:

@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from utils.backbones.base import Backbone, Prediction  # noqa: E402
-from utils.command_line import UsageError, run  # noqa: E402
+from utils.command_line import UsageError, call, run  # noqa: E402
 
 KEY_BYTES = 16
 
@@ -118,7 +118,7 @@ def main() -> None:
     if len(sys.argv) < 3 or sys.argv[2] not in ("train_lift.py", "train_place.py"):
         raise UsageError(f"give RECORD, train_lift.py or train_place.py, and its flags.\n\n{__doc__}")
     record_teacher(Path(sys.argv[1]))
-    importlib.import_module(sys.argv[2].removesuffix(".py")).main(sys.argv[3:])
+    call(importlib.import_module(sys.argv[2].removesuffix(".py")), sys.argv[3:])
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import train_place  # noqa: E402
 from utils.backbones.ddpm import DDPM  # noqa: E402
+from utils.command_line import call  # noqa: E402
 
 CELEBA = {
     "sample_size": 64,
@@ -192,7 +193,7 @@ def main() -> None:
         flags += ["--validation_shown_samples", "1"]
         flags += ["--validation_num_inference_steps", "1", "--lr_scheduler", "constant", "--report_to", "none"]
         instrument(timers, bare_every=2)
-        train_place.main(flags)
+        call(train_place, flags)
     steps, bare = timers.steps[WARM_UP:-1], timers.bare[WARM_UP // 2 :]  # the last step validates and saves
     names = ("data", "noising", "teacher forward", "student forward", "losses", "backward", "clip and optimizer")
     names += ("EMA", "logging")

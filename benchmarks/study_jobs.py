@@ -18,7 +18,7 @@ from study_rows import COMMON
 import evaluate_fid
 import train_lift
 import train_place
-from utils.command_line import UsageError
+from utils.command_line import UsageError, call
 from utils.files import read_json, versions, write_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,7 +101,7 @@ def train(folder: Path, script: str, flags: list[str], record: Path | None) -> f
     def job() -> None:
         if record:
             record_teacher(record)
-        SCRIPTS[script].main([*COMMON, *flags, "--output_dir", str(folder / "student")])
+        call(SCRIPTS[script], [*COMMON, *flags, "--output_dir", str(folder / "student")])
 
     log = folder / "train.txt"
     log.unlink(missing_ok=True)
@@ -118,7 +118,7 @@ def evaluate(folder: Path, what: list[str], samples: int, reference: list[str], 
         str(work / "reference"),
     ]
     flags += ["--output_dir", str(folder / "evaluation"), "--overwrite_output_dir"]
-    seconds = apart("evaluate_fid.py", folder / "evaluation.txt", evaluate_fid.main, flags)
+    seconds = apart("evaluate_fid.py", folder / "evaluation.txt", call, evaluate_fid, flags)
     return read_json(folder / "evaluation" / "metrics.json")["metrics"], seconds
 
 

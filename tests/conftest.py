@@ -22,6 +22,7 @@ from accelerate.state import AcceleratorState, PartialState  # noqa: E402
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
 from forks import ForkServer  # noqa: E402
 
+from utils.command_line import call  # noqa: E402
 from utils.output_dir import unlock_output_dir  # noqa: E402
 from utils.randomness import seed_from  # noqa: E402
 
@@ -150,7 +151,7 @@ def run_script(
     PartialState._reset_state()
     torch.manual_seed(seed_from(len(argv)))  # another ambient seed each time: nothing may depend on it
     try:
-        importlib.import_module(script).main(argv)
+        call(importlib.import_module(script), argv)
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

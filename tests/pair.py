@@ -25,6 +25,7 @@ import utils.data.cache
 import utils.distillation.balance
 import utils.distributed
 from utils.backbones.process import Diffusion
+from utils.command_line import call
 from utils.training.log import RunLog
 from utils.training.validation import Validation
 
@@ -88,7 +89,7 @@ def run(job: dict, rank: int) -> int:
     seen = {"rows": [], "timesteps": [], "encoded": [], "checkpoints": [], "sampled": 0}
     record(job, seen)
     try:
-        train_place.main(job["argv"])
+        call(train_place, job["argv"])
         code = 0
     except SystemExit as stop:
         code = stop.code

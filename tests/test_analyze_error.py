@@ -20,8 +20,8 @@ from torch import nn
 
 import analyze_error
 import utils.analysis.error
-from utils.analysis.arguments import for_backbone, parse_args
-from utils.analysis.corrected import PROBES, WHO, CorrectedDenoiser, probe_denoisers
+from utils.analysis.arguments import PROBES, for_backbone, parse_args
+from utils.analysis.corrected import WHO, CorrectedDenoiser, probe_denoisers
 from utils.analysis.error import (
     ErrorStatistics,
     group_map,
@@ -35,6 +35,7 @@ from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_f
 from utils.analysis.report import FIGURES, save_figures
 from utils.backbones import choose_backbone
 from utils.backbones.ddpm import DDPM
+from utils.command_line import call
 from utils.distillation.losses import place_loss
 from utils.metrics.distances import frechet_distance
 from utils.metrics.extractors import FeatureExtractor
@@ -823,6 +824,6 @@ def test_an_output_folder_that_is_a_file(analyze, save, tmp_path):
 
 def test_help_teaches(capsys):
     with pytest.raises(SystemExit):
-        analyze_error.main(["--help"])
+        call(analyze_error, ["--help"])
     text = capsys.readouterr().out
     assert "python analyze_error.py --pretrained_model_name_or_path" in text and "How to read it" in text

@@ -11,7 +11,7 @@ import pytest
 
 import train_lift
 import train_place
-from utils.command_line import ArgumentParser
+from utils.command_line import ArgumentParser, call
 from utils.publishing.card import _quoted
 from utils.recipe_files import read_lines, split_line
 from utils.training.arguments import DEFAULT_RECIPE, parse_args
@@ -463,7 +463,7 @@ def test_every_argument_is_explained(script):
 def test_help_renders(script, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "119")
     with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(script).main(["--help"])
+        call(importlib.import_module(script), ["--help"])
     assert stopped.value.code == 0
     said = capsys.readouterr().out
     for action in actions(script):

@@ -145,7 +145,7 @@ def script_process(python):
     def start(*flags, seed: int, code: str = "pass") -> Process:
         command = (
             f"import random, numpy, torch; random.seed({seed}); numpy.random.seed({seed}); torch.manual_seed({seed});"
-            f"{code}; import sys, train_place; train_place.main(sys.argv[1:])"
+            f"{code}; import sys, train_place, utils.command_line as c; c.call(train_place, sys.argv[1:])"
         )
         return python.start("-c", command, *flags)
 

@@ -5,6 +5,7 @@ import argparse
 import importlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import warnings
@@ -12,17 +13,24 @@ from pathlib import Path
 
 import datasets
 import huggingface_hub
+import psutil
 import pytest
+import torch
+from accelerate import Accelerator
 from conftest import build_unet
 from diffusers import DDPMPipeline, DDPMScheduler
 from hub_server import USER, HubServer
 
 from utils.analysis import arguments as analysis
 from utils.command_line import ROOT, ArgumentParser, Switch, UsageError, bundled, without_root
+from utils.devices import cpu_share, use_cpu_threads
 from utils.distributed import on_main_process
 from utils.download_cache import use_download_cache
 from utils.evaluation import arguments as evaluation
+from utils.evaluation.parallel import block_threads
+from utils.launcher import VARIABLES
 from utils.publishing.card import _recipe
+from utils.threads import POLICIES
 from utils.training import arguments as training
 
 TRAINING = ("train_lift", "train_place")
@@ -396,7 +404,34 @@ def test_main_processes_refuse_for_all():
 
 @pytest.mark.parametrize("path", [*(f"{script}.py" for script in SCRIPTS), "utils/publishing/hub.py"])
 def test_every_script_tells_its_errors_so(path):
-    assert (ROOT / path).read_text().endswith('\n\nif __name__ == "__main__":\n    run(main)\n')
+    arguments = "main" if "hub" in path else "main, ARGS"
+    assert (ROOT / path).read_text().endswith(f'\n\nif __name__ == "__main__":\n    run({arguments})\n')
+
+
+def cpu_seconds(*words) -> tuple[subprocess.CompletedProcess, float]:
+    """What a process said, and what it and all that it started have taken of the processor."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = script_process(*words)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_waits_for_no_library(script):
+    done, seconds = cpu_seconds(str(ROOT / f"{script}.py"), "--help")
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith(f"usage: {script}.py [@recipe")
+    assert seconds < 1  # a tenth here; torch alone takes 1.4, all that the scripts import 5 to 7
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_wrong_flag_is_refused_before_anything_is_loaded(script):
+    """In the same time, and with nothing before or behind the sentence, whatever a library says when it is loaded."""
+    done, seconds = cpu_seconds("-X", "importtime", str(ROOT / f"{script}.py"), "--sed", "3")
+    *imported, sentence = done.stderr.splitlines()
+    assert done.returncode == 2 and sentence.startswith(f"{script}.py: error: unrecognized arguments: --sed")
+    loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in imported}
+    assert not loaded & {"torch", "diffusers", "transformers", "accelerate", "datasets", "numpy"}
+    assert seconds < 1
 
 
 def test_a_script_as_a_user_runs_it(tmp_path):
@@ -405,9 +440,73 @@ def test_a_script_as_a_user_runs_it(tmp_path):
     assert done.stderr == "analyze_error.py: error: --validation_split is now --split. See --help.\n"
 
 
-def test_the_parser_needs_no_torch():
-    done = script_process("-c", "import sys, utils.command_line, utils.flags; assert 'torch' not in sys.modules")
-    assert done.returncode == 0, done.stderr
+@pytest.mark.slow  # it loads them
+def test_a_run_says_at_once_what_it_waits_for(tmp_path):
+    """The first line comes before the libraries do; what is then refused stands behind it."""
+    done = script_process("-X", "importtime", str(ROOT / "evaluate_fid.py"), *NEEDED["evaluate_fid"].split())
+    lines = done.stderr.splitlines()
+    first = lines.index("evaluate_fid.py: loading torch, diffusers and transformers ...")
+    assert not [line for line in lines[:first] if line.endswith("| torch")]
+    assert [line for line in lines[first:] if line.endswith("| torch")]
+    own = [line for line in lines if not line.startswith("import time:")]
+    assert done.returncode == 2 and own[-1].startswith("evaluate_fid.py: error: ")
+
+
+# How threads wait
+
+
+def started(**environment) -> dict:
+    """What a script finds after `start`: the environment that torch will read, and whether it is there already."""
+    code = "import json, os, sys, utils.command_line as c, utils.threads as t; c.start(lambda: None); "
+    code += "print(json.dumps({'torch': 'torch' in sys.modules, **{n: os.environ.get(n) for n in t.POLICIES}}))"
+    unset = dict.fromkeys(POLICIES, "")
+    variables = {name: value for name, value in {**os.environ, **unset, **environment}.items() if value}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=variables)
+    assert done.stderr == "-c: loading torch, diffusers and transformers ...\n"
+    return json.loads(done.stdout)
+
+
+def test_threads_sleep_in_wait():
+    assert started() == {"torch": False, **dict.fromkeys(POLICIES), "OMP_WAIT_POLICY": "PASSIVE"}
+
+
+@pytest.mark.parametrize("name, value", zip(POLICIES, ("ACTIVE", "30000", "200"), strict=True))
+def test_a_users_wish_how_threads_wait_holds(name, value):
+    assert started(**{name: value}) == {"torch": False, **dict.fromkeys(POLICIES), name: value}
+
+
+@pytest.mark.parametrize(
+    "flag, own, launchers, expected",
+    [
+        (3, "5", None, 3),  # --num_cpu_threads wins over all
+        (None, "5", None, 5),
+        (None, "1", None, 1),
+        (None, "4,2", None, 4),
+        (None, "many", None, "share"),
+        (None, None, None, "share"),
+        (None, "1", {}, "share"),  # `accelerate launch` sets it where nobody has
+        (None, "1", {"OMP_NUM_THREADS": "1"}, 1),
+        (None, "6", {}, 6),  # accelerate launch --num_cpu_threads_per_process 6
+    ],
+)
+def test_who_says_how_many_threads(flag, own, launchers, expected, monkeypatch):
+    """`launchers`: the environment of the process that started this one, None without a launcher."""
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    if launchers is not None:
+        monkeypatch.setenv(next(iter(VARIABLES)), "no")
+        monkeypatch.setattr(psutil.Process, "environ", lambda self: launchers)
+    accelerator, before = Accelerator(cpu=True), torch.get_num_threads()
+    try:
+        use_cpu_threads(argparse.Namespace(num_cpu_threads=flag), accelerator)
+        assert torch.get_num_threads() == (cpu_share(accelerator) if expected == "share" else expected)
+    finally:
+        torch.set_num_threads(before)
+    wanted = cpu_share(accelerator) if expected == "share" else expected
+    assert block_threads(flag, accelerator) == wanted
 
 
 def test_idle_flags_are_warned_of_once_each():

@@ -34,6 +34,7 @@ from transformers import (
 )
 
 import evaluate_fid
+from utils.command_line import call
 from utils.evaluation.arguments import METRICS
 from utils.evaluation.image_sets import ImageSet, image_files
 from utils.metrics.extractors import load_extractor
@@ -84,7 +85,7 @@ def evaluate(flags, tmp_path):
         AcceleratorState._reset_state(reset_partial_state=True)
         PartialState._reset_state()
         torch.manual_seed(len(given))  # nothing ambient matters
-        evaluate_fid.main(flags(*given, output=output))
+        call(evaluate_fid, flags(*given, output=output))
         return json.loads((tmp_path / output / "metrics.json").read_text())
 
     return run

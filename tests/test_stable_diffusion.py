@@ -29,6 +29,7 @@ import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.encoders import Frozen
 from utils.backbones.stable_diffusion import StableDiffusion
+from utils.command_line import call
 from utils.data.cache import CachedRows, encoded_once, open_dataset
 from utils.data.cache_key import FORMAT
 from utils.data.rows import ImageRows, StreamSampler, load_rows, training_batches
@@ -527,7 +528,7 @@ def test_analyze_error(train, teachers, pictures, tmp_path, monkeypatch):
     drawn = []  # conditions of the samples, of student, corrected student and teacher in turn
     sample = StableDiffusion.sample
     monkeypatch.setattr(StableDiffusion, "sample", lambda *a: drawn.append(a[-1]) or sample(*a))
-    analyze_error.main([str(word) for word in argv])
+    call(analyze_error, [str(word) for word in argv])
     analysis = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
     captions = [json.loads(line)["text"] for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     assert sum(drawn[::3], []) == [*captions, *captions[:2]]
@@ -548,7 +549,7 @@ def test_evaluate_fid(train, teachers, pictures, tmp_path):
     argv += ["--feature_extractor", "assets/classifier", "--metrics", "fid", "--output_dir", tmp_path / "evaluation"]
     argv += ["--compare_to", teachers["sd1"], "--compare_num_samples", "3"]
     argv += ["--reference_cache_dir", tmp_path / "statistics"]
-    evaluate_fid.main([str(word) for word in argv])
+    call(evaluate_fid, [str(word) for word in argv])
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics["metrics"]
     assert Image.open(tmp_path / "evaluation" / "samples.png").size[0] > 64

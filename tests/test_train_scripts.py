@@ -47,7 +47,7 @@ def test_the_scripts_differ_in_their_method_alone():
     # docstring and method flags go; what is left may differ in the import of the loss and the lines that call it
     bodies = [
         re.sub(r'(?s)""".*?"""', "", text, count=1).split("def add_method_arguments")[0]
-        + text[text.index("def main(") :]
+        + text[text.index('if __name__ == "__main__":') :]
         for text in (lift, place)
     ]
     changed = [

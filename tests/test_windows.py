@@ -91,7 +91,7 @@ def test_signals_that_are_not_there_are_not_waited_for(monkeypatch):
 def test_a_script_runs_without_what_windows_lacks(python, teacher_dir, data_dir, tmp_path):
     flags = ["--pretrained_model_name_or_path", teacher_dir, "--dataset_name", data_dir, "--pruning_ratio", "0.5"]
     flags += ["--max_train_steps", "2", "--train_batch_size", "4", "--validation_num_inference_steps", "2"]
-    code = f"{TAKE_AWAY}\nimport train_place; train_place.main(sys.argv[1:])"
+    code = f"{TAKE_AWAY}\nimport train_place, utils.command_line as c; c.call(train_place, sys.argv[1:])"
     process = python.start("-c", code, *flags, "--output_dir", str(tmp_path / "student"))
     assert process.wait() == 0, process.stderr[-3000:]
     assert "Saved:" in process.stdout and "GiB" in process.stdout

@@ -5,6 +5,7 @@ import argparse
 import contextlib
 import difflib
 import itertools
+import json
 import os
 import re
 import signal
@@ -13,8 +14,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 
+from utils.launcher import launcher, launching_words
 from utils.recipe_files import read_lines, split_line
+from utils.threads import sleep_in_wait
 
 ROOT = Path(__file__).resolve().parent.parent
 ALONE = 5  # seconds: a launcher that has seen the main process fail ends the others in less
@@ -172,12 +176,37 @@ def warn_of_idle_flags(
                 warnings.warn(f"--{name} has no effect here: it goes with {partner}.", stacklevel=3)
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call a script's `main` as its last line. A UsageError becomes one sentence on stderr and exit code 2, read once
-    however many processes raise it; everything else keeps its traceback. Our own warnings are one line each."""
+def announce(waiting_for: str) -> None:
+    """Say what the next seconds or minutes are spent on, once for each machine; above a progress bar, if there is
+    one."""
+    if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
+        write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
+        write(f"{Path(sys.argv[0]).name}: {waiting_for} ...", file=sys.stderr)
+
+
+def start(parse: Callable[..., argparse.Namespace], *arguments) -> argparse.Namespace:
+    """What a script's `parse` says of the command line, before the script imports what takes seconds: --help and a
+    wrong flag do not wait for torch, and its threads are told how to wait while it can still hear of it."""
+    sleep_in_wait()
+    args = run(parse, *arguments)
+    announce("loading torch, diffusers and transformers")
+    return args
+
+
+def call(script: ModuleType, argv: Sequence[str]) -> None:
+    """An imported script's `main` with this command line, as a notebook or a benchmark calls it; it raises what it
+    finds wrong."""
+    method = [script.add_method_arguments] if hasattr(script, "add_method_arguments") else []
+    script.main(script.parse_args(script.__doc__, *method, argv))
+
+
+def run(function: Callable, *arguments):
+    """Call a script's `main`, or what parses its command line. A UsageError becomes one sentence on stderr and exit
+    code 2, read once however many processes raise it; everything else keeps its traceback. Our own warnings are one
+    line each."""
     warnings.showwarning = _show_warning
     try:
-        main()
+        return function(*arguments)
     except UsageError as error:
         rank = int(os.environ.get("RANK", 0))
         if rank:  # the main process says it, and its launcher ends this one meanwhile; or this one is alone
@@ -186,8 +215,19 @@ def run(main: Callable[[], None]) -> None:
         if not (rank and error.everywhere):
             process = f" of process {rank}" if rank else ""
             sentence = str(error).rsplit("UsageError: ", 1)[-1]  # a data worker's comes inside of its traceback
-            print(f"{Path(sys.argv[0]).name}: error{process}: {sentence.rstrip()}", file=sys.stderr, flush=True)
+            _tell(f"{Path(sys.argv[0]).name}: error{process}: {sentence.rstrip()}")
         raise SystemExit(2) from None
+
+
+def _tell(sentence: str) -> None:
+    """To the reader, and to the launcher, which ends with a report of its own: torchrun's has room for the sentence,
+    `accelerate launch` for one process has none."""
+    print(sentence, file=sys.stderr, flush=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        details = {"py_callstack": sentence, "timestamp": str(int(time.time()))}
+        Path(path).write_text(json.dumps({"message": {"message": sentence, "extraInfo": details}}))
+    elif launcher() == "accelerate" and not {"-q", "--quiet"} & set(launching_words()):
+        print("What follows is accelerate's: `accelerate launch -q`, or python, would not say it.", file=sys.stderr)
 
 
 def _show_warning(message, category, filename, lineno, file=None, line=None) -> None:

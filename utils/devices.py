@@ -12,6 +12,8 @@ from accelerate.logging import get_logger
 from packaging.version import Version
 from torch import nn
 
+from utils.threads import wanted_threads
+
 try:
     import resource
 except ImportError:  # Windows
@@ -40,9 +42,10 @@ def peak_process_memory() -> int:
 
 
 def use_cpu_threads(args, accelerator: Accelerator) -> None:
-    """On the CPU, take this process's share of the cores: `accelerate launch` sets OMP_NUM_THREADS to 1."""
+    """On the CPU, threads as `--num_cpu_threads` says, else OMP_NUM_THREADS, else this process's share of the
+    cores."""
     if accelerator.device.type == "cpu":
-        torch.set_num_threads(args.num_cpu_threads or cpu_share(accelerator))
+        torch.set_num_threads(args.num_cpu_threads or wanted_threads() or cpu_share(accelerator))
 
 
 def apply_speed_flags(args, accelerator: Accelerator, student: nn.Module, teacher: nn.Module | None) -> None:

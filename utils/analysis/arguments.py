@@ -4,8 +4,6 @@
 import argparse
 from collections.abc import Sequence
 
-from utils.analysis.corrected import PROBES
-from utils.backbones.base import FAMILY_FLAGS
 from utils.command_line import ArgumentParser, UsageError, bundled, warn_of_idle_flags
 from utils.download_cache import use_download_cache
 from utils.flags import (
@@ -21,6 +19,10 @@ from utils.flags import (
 )
 from utils.output_dir import check_output_dir
 
+PROBES = {  # name -> what the lines of "corrected" are
+    "student_input": "fitted in every step where the corrected student is, as the authors' DiT code does",
+    "teacher_trajectory": "fitted along the teacher's own trajectory, as the authors' DDPM code does",
+}
 RENAMED = {
     "--validation_split": "--split",
     "--validation_num_samples": "--num_samples (and the images seen at every timestep are --num_images)",
@@ -133,6 +135,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
 
 def for_backbone(args: argparse.Namespace) -> argparse.Namespace:
     """The training scripts' flags that a backbone reads: off, but for what this script has, under its names."""
+    from utils.backbones.base import FAMILY_FLAGS  # with torch, for which --help need not wait
+
     off = dict.fromkeys(("student_config", "dropout", "taylor_timesteps", "snr_gamma"))
     off |= {"random_flip": False, "antithetic_timesteps": False, "input_perturbation": 0.0, "lambda_task": 1.0}
     own = {

@@ -3,7 +3,7 @@
 
 The paper's probe exists in two versions in the authors' code, and which of them its numbers are of is not known. Both
 move the student's every prediction along a line to the teacher's, b0 + b1 * e_S, one for each sample and channel. They
-differ in where the line is fitted, here in float64: see `PROBES`.
+differ in where the line is fitted, here in float64: see `PROBES` in `arguments.py`.
 """
 
 from collections import deque
@@ -13,10 +13,6 @@ from torch import Tensor, nn
 from utils.analysis.error import least_squares_line
 from utils.backbones.stand_in import StandIn
 
-PROBES = {  # name -> what the lines of "corrected" are
-    "student_input": "fitted in every step where the corrected student is, as the authors' DiT code does",
-    "teacher_trajectory": "fitted along the teacher's own trajectory, as the authors' DDPM code does",
-}
 WHO = ("student", "corrected", "teacher")  # whose samples are compared, in the order in which they are shown
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.analysis.corrected import PROBES
+from utils.analysis.arguments import PROBES
 from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure, samples_figure
 from utils.files import sha256, write_file
 

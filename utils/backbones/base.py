@@ -69,6 +69,7 @@ class Backbone:
     process_class: ClassVar[type[Diffusion]] = Diffusion
     bounded: ClassVar[bool] = True  # clean data lie in [-1, 1]
     must_match: ClassVar[Sequence[str]] = ("in_channels", "out_channels")  # config keys, in teacher and student
+    sampled_by: ClassVar[str] = "DiffusionPipeline"  # of diffusers, what a sample of the student is drawn with
     told: ClassVar[str] = "teachers and students here are unconditional"
     flags: ClassVar[frozenset[str]] = frozenset()  # those of FAMILY_FLAGS that it reads
     instead: ClassVar[dict[str, str]] = {}  # a decisive flag that it does not read -> what to do here
@@ -325,6 +326,21 @@ class Backbone:
             **self.sampling_options,
         ).images
         return to_uint8(images)
+
+    def sampling_code(self, folder: str, num_inference_steps: int) -> str:
+        """A line of Python that saves one picture of the student, as `sample` draws it and stock diffusers alone;
+        `folder` is written as a string of Python's."""
+        call = self.conditions.call
+        options = {"num_inference_steps": num_inference_steps, **self.sampling_options}
+        given = [call] * bool(call) + [f"{name}={value}" for name, value in options.items() if name not in call]
+        load = f"p = P.from_pretrained({folder}); {self.adapters(folder)}"
+        return (
+            f'from diffusers import {self.sampled_by} as P; {load}p({", ".join(given)}).images[0].save("sample.png")'
+        )
+
+    def adapters(self, folder: str) -> str:
+        """The statement of `sampling_code` that loads what lies beside the student's own weights."""
+        return ""
 
     def save(self, denoiser: ModelMixin, folder: Path) -> None:
         """Write the stock pipeline to `folder`."""

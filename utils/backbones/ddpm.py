@@ -26,6 +26,7 @@ class DDPM(Backbone):
 
     component, model_class = "unet", UNet2DModel
     flags = frozenset({"pruning_ratio"})
+    sampled_by = "DDIMPipeline"  # whatever the teacher's is: DDPM's own needs every step
     instead = {
         "student_preset": "a pixel U-Net is made narrower with --pruning_ratio, or built from --student_config",
         "student_depth": "a pixel U-Net is made narrower with --pruning_ratio, or built from --student_config",

@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin
 
 from utils.backbones.weights import find_weights
-from utils.command_line import UsageError
+from utils.command_line import UsageError, announce
 from utils.devices import DTYPE_KEYWORD
 from utils.hub_folders import teacher_folder
 
@@ -40,6 +40,7 @@ class Frozen:
             UsageError: it cannot be loaded; names the flag.
         """
         if self.model is None:
+            announce(f"loading the {self.subfolder} of {getattr(self.args, self.argument)}")
             device, dtype = self.place()
             self.model = self._loaded(self.dtype or dtype).to(device).eval().requires_grad_(False)
         return self.model

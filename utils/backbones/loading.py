@@ -8,7 +8,7 @@ import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
 from utils.backbones.weights import find_weights
-from utils.command_line import UsageError
+from utils.command_line import UsageError, announce
 from utils.devices import DTYPE_KEYWORD
 
 TEACHER = "--pretrained_model_name_or_path"
@@ -83,6 +83,7 @@ def load_component(
     dtype: torch.dtype = torch.float32,
 ) -> ModelMixin:
     """The model whose config `component_config` finds. Raises UsageError naming `flag`."""
+    announce(f"loading the {folder} of {name_or_path}")
     for subfolder in (folder, None):
         try:
             model_class.load_config(name_or_path, subfolder=subfolder, revision=revision)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from utils.backbones.folder import MODELS, Part, index_of, load_whole, parts_of, quietly
 from utils.backbones.weights import copy_component, stored_dtypes
-from utils.command_line import UsageError
+from utils.command_line import UsageError, announce
 
 
 def save_pipeline(pipeline: DiffusionPipeline, component: str, folder: Path) -> None:
@@ -58,6 +58,7 @@ def load_back(folder: Path, pipeline_class: type, component: str, denoiser: Mode
     Raises:
         RuntimeError: a part does not load, or the parts do not go together; says where the student's weights are.
     """
+    announce(f"loading {folder} back, as others will")
     try:
         for name, kind in parts_of(folder, pipeline_class, f"--output_dir {folder}", needed=component).items():
             if not issubclass(kind, MODELS):

@@ -19,6 +19,7 @@ from utils.backbones.latent import Latent
 from utils.backbones.loading import TEACHER, pipeline_class_name, read_json_config
 from utils.command_line import UsageError
 from utils.students import blocks
+from utils.students.lora import WEIGHTS as LORA_WEIGHTS
 from utils.students.lora import add_lora, fuse_saved_lora
 from utils.students.sizes import full_config, model_size, model_table, set_dropout
 
@@ -140,6 +141,12 @@ class StableDiffusion(Latent):
     def feature_pairs(self, student: UNet2DConditionModel) -> list[tuple[str, str]]:
         """(student block, teacher block): outputs of the matching down, mid and up blocks, as BK-SDM."""
         return blocks.feature_pairs(student, self.teacher)
+
+    def adapters(self, folder: str) -> str:
+        """LoRA's, which the pipeline does not load of itself."""
+        if not self.args.lora_rank or self.args.fuse_lora:
+            return ""
+        return f'p.load_lora_weights({folder}, weight_name="{LORA_WEIGHTS}"); '
 
     def sampling_pipeline(self, denoiser: nn.Module) -> DiffusionPipeline:
         """Without text encoders: the prompts come as embeddings."""

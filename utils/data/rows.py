@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
-from utils.command_line import UsageError
+from utils.command_line import UsageError, announce
 from utils.data.columns import undecoded
 from utils.data.folders import BUILDER, folder_rows, is_image_folder
 from utils.data.images import UnreadableImage, file_content
@@ -42,6 +42,7 @@ def load_rows(args, split: str | None = None, *, split_flag: str | None = None) 
     name = args.dataset_name or args.train_data_dir
     if not name:
         raise UsageError("Give --dataset_name or --train_data_dir: images are needed here, a cache is not enough.")
+    announce(f"opening {name}")
     flag = "--dataset_name" if args.dataset_name else "--train_data_dir"
     if args.train_data_dir:
         rows = folder_rows(name, flag, split, split_flag)

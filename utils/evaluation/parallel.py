@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from utils.command_line import UsageError
 from utils.data.rows import as_is
 from utils.devices import cpu_share
+from utils.threads import wanted_threads
 
 
 def blocks(count: int, size: int) -> list[range]:
@@ -40,11 +41,12 @@ def check_processes(accelerator: Accelerator) -> None:
 
 
 def block_threads(wanted: int | None, accelerator: Accelerator) -> int:
-    """Blocks that this process works on at once: `wanted`, by default one for each of its cores; on a GPU one."""
+    """Blocks that this process works on at once: `wanted`, else OMP_NUM_THREADS, else one for each of
+    its cores; on a GPU one."""
     if accelerator.device.type != "cpu":
         return 1
     torch.set_num_threads(1)
-    return wanted or cpu_share(accelerator)
+    return wanted or wanted_threads() or cpu_share(accelerator)
 
 
 @contextlib.contextmanager

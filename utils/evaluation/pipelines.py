@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
-from utils.command_line import UsageError
+from utils.command_line import UsageError, announce
 from utils.devices import DTYPE_KEYWORD
 from utils.files import loaded_files
 
@@ -48,6 +48,7 @@ def load_pipeline(
     Raises:
         UsageError: it does not load; safetensors alone are read unless `pickled`.
     """
+    announce(f"loading the pipeline of {flag}")
     try:
         parts = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name, part in parts.items() if part == [None, None]}  # such as T5, left out of an SD3

@@ -11,7 +11,7 @@ import threading
 import torch
 from torch import Tensor
 
-from utils.command_line import UsageError
+from utils.command_line import UsageError, announce
 from utils.metrics.inception import InceptionExtractor
 from utils.metrics.transformers_models import check_weights, describe, from_pretrained, preprocess
 from utils.pixels import as_rgb
@@ -68,6 +68,7 @@ class FeatureExtractor:
         # Here and not above: importing transformers takes seconds, which scripts that only read --help should not pay.
         from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification, PreTrainedModel
 
+        announce(f"loading {name_or_path} ({flag})")
         self.name, self.flag = str(name_or_path), flag
         auto_class = AutoModelForImageClassification if with_probabilities else AutoModel
         needs = "config.json, model.safetensors and preprocessor_config.json"

@@ -11,7 +11,6 @@ is a pipeline of its own, and can be pushed as one.
 import contextlib
 import gc
 import json
-import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,7 +18,8 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from utils.command_line import ArgumentParser, UsageError, run
+from utils.command_line import ROOT, ArgumentParser, UsageError, run
+from utils.commands import from_folder, python
 from utils.files import is_stray
 from utils.flags import add_hub_arguments
 from utils.publishing.card import card_for_hub
@@ -104,8 +104,8 @@ def _refused(name: str) -> Iterator[None]:
     except Exception as error:  # of the network, of HTTP, of the library's own checks: all mean no push
         raise UsageError(
             f"--push_to_hub: the Hub refused {name}, or could not be asked. Give a token that may write there with "
-            "`hf auth login`, HF_TOKEN or --hub_token; or train without --push_to_hub and push later with python -m "
-            f"utils.publishing.hub. ({type(error).__name__}: {error})"
+            "`hf auth login`, HF_TOKEN or --hub_token; or train without --push_to_hub and push the student's folder "
+            f"later: {push_command('FOLDER', '--hub_model_id', name)} ({type(error).__name__}: {error})"
         ) from error
 
 
@@ -133,9 +133,13 @@ def push(folder: str | Path, repo_id: str) -> None:
     gc.collect()  # the upload's progress bar goes with the error, so that the command is the last line of all
     raise SystemExit(
         f"The push to {repo_id} failed ({reason}). Nothing is lost: the student is in {folder.resolve()}. Push it "
-        "later, from the root of this repository, with\n"
-        f"    python -m utils.publishing.hub {shlex.quote(str(folder.resolve()))} --hub_model_id {repo_id}"
+        f"later with\n    {push_command(folder.resolve(), '--hub_model_id', repo_id)}"
     )
+
+
+def push_command(*arguments: str | Path) -> str:
+    """This module's, from any folder; Python finds it at the root of the repository alone."""
+    return from_folder(ROOT, [python(), "-m", "utils.publishing.hub", *arguments])
 
 
 def operations(folder: Path, repo_id: str) -> list[CommitOperationAdd]:

@@ -15,7 +15,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from utils.command_line import UsageError
+from utils.command_line import UsageError, announce
 from utils.students.sizes import full_config, model_size, model_table
 
 PRESETS = {"d14": 14, "d7": 7, "d4": 4}  # layers left of DiT-XL's 28, as TinyFusion (Fang et al. 2025) names them
@@ -155,6 +155,7 @@ def layer_scores(teacher: ModelMixin, losses: Iterable[Tensor]) -> list[float]:
     `losses` yields scalar losses of `teacher`, each computed when it is asked for (a generator). Only what follows the
     last layer is differentiated. To first order this is what leaving the layer out changes in the loss.
     """
+    announce("scoring the teacher's layers on real images (--layer_choice scored)")
     layers: Sequence[nn.Module] = getattr(teacher, BLOCKS)
     changes: dict[int, Tensor] = {}  # layer -> out - in (B, N, D), of the forward that is under way
     last: list[Tensor] = []

@@ -15,7 +15,7 @@ import torch
 from diffusers import UNet2DModel
 from torch import Tensor
 
-from utils.command_line import UsageError
+from utils.command_line import UsageError, announce
 from utils.students.coupling import Coupling, cut
 from utils.students.sizes import WidthReport, full_config, height_width, model_size
 
@@ -115,6 +115,7 @@ def taylor_scores(teacher: UNet2DModel, losses: Iterable[Tensor]) -> dict[str, T
     loss raises. Returns parameter name -> float32 scores (shape of the parameter).
     Raises ValueError for no loss at all, and for a loss that is not a finite scalar with a graph to the teacher.
     """
+    announce("scoring the teacher's channels on real images (--student_init taylor)")
     parameters = dict(teacher.named_parameters())
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters.values()]
     modes = [(module, module.training) for module in teacher.modules()]

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from utils.command_line import announce
 from utils.devices import DTYPES
 from utils.distillation.losses import place_loss
 
@@ -70,6 +71,7 @@ def memory_estimate(args, accelerator: Accelerator, student: nn.Module, teacher:
 
     `student` as it is before `accelerator.prepare`: a wrapped one would move its inputs to a device.
     """
+    announce("estimating the memory of a step")
     trained = [p for p in student.parameters() if p.requires_grad]
     gradients = _size(trained)
     optimizer = sum(_optimizer_state(p.numel(), args.use_8bit_adam) for p in trained)

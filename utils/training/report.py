@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from utils.commands import python_code, string
 from utils.devices import peak_process_memory
 from utils.files import PACKAGES, versions, write_json
 from utils.training.log import RunLog
@@ -17,13 +18,14 @@ def plan(args, accelerator: Accelerator, dataset, sizes: str, memory: str | None
     `memory` as `utils.training.memory` estimates it."""
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     images = batch * args.max_train_steps
+    threads = f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""
     distance = " and the best by Frechet distance" if args.validation_feature_extractor else ""
     return "\n".join(
         [
             sizes,
             "",
             f"devices      {accelerator.num_processes} x {accelerator.device.type}, mixed precision "
-            f"{accelerator.mixed_precision}",
+            f"{accelerator.mixed_precision}{threads}",
             f"batch        {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
             f"{accelerator.num_processes} processes = {batch}",
             f"data         {dataset}; {args.max_train_steps:,} steps see {images:,}, "
@@ -71,9 +73,6 @@ def summary(args, log: RunLog, validation, dataset) -> str:
         )
     if dataset.bad_rows:
         lines.append(f"{len(dataset.bad_rows)} images could not be decoded; the next good ones stood in for them")
-    call = validation.backbone.conditions.call.replace('"', "'")
-    lines.append(
-        'Next: python -c "from diffusers import DiffusionPipeline as P; '
-        f"P.from_pretrained('{folder}')({call}).images[0].save('sample.png')\""
-    )
+    code = validation.backbone.sampling_code(string(folder.resolve()), args.validation_num_inference_steps)
+    lines.append(f"Next: a picture, sample.png in the current folder\n    {python_code(code)}")
     return "\n".join(lines)

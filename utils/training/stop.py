@@ -9,29 +9,49 @@ import time
 import torch
 from accelerate import Accelerator
 
+from utils.commands import same_command
 from utils.distributed import hosts
 from utils.training.checkpoint import Checkpoints
 
-SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGBREAK")  # of which Windows has no SIGUSR1, and others no SIGBREAK
+# of which Windows has no SIGUSR1 and no SIGHUP, and others no SIGBREAK
+SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGBREAK")
 
 
 class Stop:
-    """SIGTERM, SIGUSR1, Ctrl-C or `--max_train_minutes` make the loop save a checkpoint after the optimizer step it is
-    in. A second signal ends the process at once. Whichever process is asked to, all stop after the same step."""
+    """SIGTERM, SIGUSR1, Ctrl-C, the end of the terminal or `--max_train_minutes` make the loop save a checkpoint after
+    the optimizer step it is in. A second signal ends the process at once. Whichever process is asked, all stop after
+    the same step.
+
+    After Ctrl-C a launcher that leads its session, as in a container, ends at once and takes the terminal with it; the
+    SIGHUP that then comes is no second wish. Under nohup there is none."""
 
     def __init__(self, max_train_minutes: float | None, accelerator: Accelerator):
         self.accelerator = accelerator
         self.deadline = time.monotonic() + 60 * max_train_minutes if max_train_minutes else math.inf
         self.received: int | None = None
         self.hosts = hosts(accelerator)  # asking them does not wait for a GPU
+        self.terminal = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+        if getattr(signal, "SIGHUP", None) in numbers and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)
         self.before = {number: signal.signal(number, self._receive) for number in numbers}
 
     def _receive(self, number, _frame):
+        if hung_up := signal.Signals(number).name == "SIGHUP":
+            self._leave_terminal()
         if self.received is not None:
+            if hung_up:
+                return
             os._exit(128 + number)
         self.received = number
         print(f"\n{signal.Signals(number).name}: saving after this step; once more to end at once.", flush=True)
+
+    def _leave_terminal(self) -> None:
+        """Write to nowhere what would go to the terminal: to write there is an error when it has gone."""
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in self.terminal:
+            os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
     def exit_if_asked(self, checkpoints: Checkpoints, step: int) -> None:
         """Save, say how to go on, and leave: with 128 + the signal, or 124 when the time is up."""
@@ -39,9 +59,8 @@ class Stop:
         if code == 0:
             return
         path = checkpoints.save(step)
-        self.accelerator.print(
-            f"Stopped at step {step}, saved {path}. Go on: the same command with --resume_from_checkpoint latest"
-        )
+        go_on = same_command("--resume_from_checkpoint", "latest", "--no-overwrite_output_dir")
+        self.accelerator.print(f"Stopped at step {step}, saved {path}. Go on:\n    {go_on}")
         raise SystemExit(code)
 
     def _exit_code(self) -> int:

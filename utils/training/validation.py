@@ -15,6 +15,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from utils.backbones.stand_in import InAutocast
+from utils.command_line import announce
 from utils.data.rows import ImageRows, load_rows
 from utils.distributed import on_main_process
 from utils.files import write_json
@@ -108,6 +109,7 @@ class Validation:
 
     def _grid(self, student: nn.Module, step: int) -> None:
         """Upper row(s) teacher, lower row(s) student, column by column from the same noise."""
+        announce(f"sampling the grid of step {step:,}")
         count = self.args.validation_shown_samples
         rows = [self._draw(student, 0, count)]
         if self.backbone.teacher is not None:
