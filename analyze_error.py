@@ -42,6 +42,7 @@ from utils.metrics.distances import frechet_distance, rank_warning
 from utils.metrics.extractors import load_extractor
 from utils.metrics.statistics import FeatureStatistics
 from utils.output_dir import lock_output_dir, unlock_output_dir
+from utils.publishing.html_report import report_measurement
 from utils.randomness import ENCODE_STREAM, NOISE_STREAM, VALIDATION_STREAM, StepRandom, seed_from, shuffled
 
 MAPS = 5  # timesteps with error maps
@@ -259,6 +260,8 @@ def main(args: Namespace) -> None:
     print(f"{error_table(analysis)}\n\n{HOW_TO_READ}\n")
     unlock_output_dir(args.output_dir)
     print(f"Saved in {folder}: analysis.json, {MAPS_FILE}, {', '.join(FIGURES)}")
+    page = report_measurement(args.student_model_name_or_path, folder, "analysis", ("analysis.json", *FIGURES))
+    print(f"Report: {page}")
 
 
 if __name__ == "__main__":

@@ -38,10 +38,11 @@ from utils.evaluation.measure import Measured, measure_images
 from utils.evaluation.parallel import block_threads, check_processes
 from utils.evaluation.pipelines import load_pipeline, pipeline_files, pipeline_folder, use_clip_sample, use_scheduler
 from utils.evaluation.reference import measure_reference, open_reference
-from utils.evaluation.report import COSTS, open_card, report, update_model_card
+from utils.evaluation.report import open_card, report, update_model_card
 from utils.evaluation.sample_folder import SampleFolder, clear_evaluation
 from utils.evaluation.sampler import Sampler, read_prompts
 from utils.files import sha256, versions, write_json
+from utils.grids import image_grid, writable
 from utils.metrics.clip import ClipScorer
 from utils.metrics.distances import (
     clip_score,
@@ -54,10 +55,13 @@ from utils.metrics.distances import (
 )
 from utils.metrics.extractors import load_extractor
 from utils.output_dir import check_output_dir, lock_output_dir, unlock_output_dir
-from utils.pixels import image_grid
+from utils.publishing.html_report import report_measurement
+from utils.publishing.readable import COSTS
+from utils.publishing.readable import sampler as sampler_sentence
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
 GRID_IMAGES = 32
+FILES = ("metrics.json", "samples.png")
 PIPELINE = "--pretrained_model_name_or_path"
 
 
@@ -170,18 +174,38 @@ def check_counts(args, count: int, reference) -> None:
             )
 
 
-def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict], prompts, accelerator) -> dict:
-    """What the pipeline costs by the `records` of its blocks; with `--compare_to`, the other too, and ratios."""
+def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict], prompts, accelerator):
+    """What the pipeline costs by the `records` of its blocks; with `--compare_to`, the other too, and ratios; and the
+    first samples of that other one that this process drew, (C, H, W) each, by number."""
+    shown: dict[int, torch.Tensor] = {}
+
+    def keep(block: range, images: torch.Tensor, _record: dict) -> None:
+        shown.update({index: image for index, image in zip(block, images, strict=True) if index < GRID_IMAGES})
+
     costs = {"cost": cost(sampler.pipeline, records, files, accelerator.num_processes)}
     if args.compare_to:
         free(sampler)
         other, other_files = open_sampler(args, "--compare_to", prompts, accelerator.device)
         meter = Meter(other, accelerator.device, args.num_cpu_threads)
         number = args.compare_num_samples or (1 + meter.threads) * args.batch_size * accelerator.num_processes
-        records = measure(meter, accelerator, number, args.batch_size, "sampling --compare_to")
+        records = measure(meter, accelerator, number, args.batch_size, "sampling --compare_to", keep)
         costs["compare_to"] = cost(other.pipeline, records, list(other_files.values()), accelerator.num_processes)
         costs["ratios"] = {key: costs["cost"][key] / costs["compare_to"][key] for key in COSTS}
-    return costs
+    return costs, shown
+
+
+def samples_grid(args, images: ImageSet, others: dict[int, torch.Tensor], words: list[str], title: str):
+    """The first samples; above them those of `--compare_to`, `others`, from the same noise, where there are any.
+    `words` say what samples are of, over and over."""
+    numbers = sorted(number for number in others if number < len(images)) or range(min(GRID_IMAGES, len(images)))
+    measured = args.images or args.pretrained_model_name_or_path
+    own, other = (Path(name or "").resolve().name for name in (measured, args.compare_to))
+    rows = {own: images.__getitems__(list(numbers))}
+    if others:
+        other = "--compare_to" if other == own else other
+        rows = {other: torch.stack([others[number] for number in numbers]), **rows}
+    columns = writable([words[number % len(words)] for number in numbers]) if words else ()
+    return image_grid(rows, columns=columns, title=title)
 
 
 def main(args: Namespace) -> None:
@@ -251,9 +275,11 @@ def main(args: Namespace) -> None:
         images.resize_to(args.resolution)
     generated = measure_images(images, extractor, accelerator, args, "features", clip=clip, prompts=prompts)
 
-    costs = {}
+    costs, others, words = {}, {}, sampler.described() if sampler else []
     if sampler:
-        costs = compare_costs(args, sampler, list(files.values()), samples.block_records(), prompts, accelerator)
+        costs, others = compare_costs(
+            args, sampler, list(files.values()), samples.block_records(), prompts, accelerator
+        )
 
     # Metrics and the report
     if accelerator.is_main_process:
@@ -296,12 +322,17 @@ def main(args: Namespace) -> None:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", content)
-        image_grid([images.__getitems__(range(min(GRID_IMAGES, count)))]).save(folder / "samples.png")
+        title = sampler_sentence(content["protocol"]["samples"])
+        samples_grid(args, images, others, words, title).save(folder / "samples.png")
         if sampler and not args.keep_images:
             for path in (samples.images, samples.records):
                 shutil.rmtree(path)
         print(f"\n{report(content)}")
         print(f"Saved: {folder / 'metrics.json'}, with the protocol; samples: {folder / 'samples.png'}")
+        page = report_measurement(
+            None if args.images else args.pretrained_model_name_or_path, folder, "evaluation", FILES
+        )
+        print(f"Report: {page}")
         if args.update_model_card:
             print(f"Updated: {update_model_card(Path(args.pretrained_model_name_or_path), content)}")
         analysis = [python(), ROOT / "analyze_error.py", "--help"]

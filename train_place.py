@@ -62,6 +62,7 @@ from utils.distillation.losses import fine_weight, place_loss
 from utils.distributed import on_main_process, process_settings, refuse_unsupported
 from utils.output_dir import check_output_dir, lock_output_dir, prepare_output_dir, unlock_output_dir
 from utils.publishing.card import write_card
+from utils.publishing.html_report import write_report
 from utils.publishing.hub import check_push, prepare_push, push
 from utils.training.checkpoint import Checkpoints
 from utils.training.log import RunLog, error_per_sample, tracker_names
@@ -211,7 +212,8 @@ def main(args: Namespace) -> None:
         with evaluated(denoiser, ema):
             backbone.save(denoiser, Path(args.output_dir))
         validation.measure_references()
-        write_card(args, backbone, method=method_name(args), sizes=sizes, distances=validation.distances)
+        write_card(args, backbone, validation, method=method_name(args), sizes=sizes)
+        write_report(Path(args.output_dir))
     accelerator.end_training()
     unlock_output_dir(args.output_dir)
     accelerator.print(summary(args, log, validation, dataset))

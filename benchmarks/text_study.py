@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from PIL import Image
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,10 +25,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT))
 from make_text_teacher import NOUNS, load_split  # noqa: E402
 
+from utils.grids import image_grid  # noqa: E402
 from utils.metrics.distances import frechet_distance  # noqa: E402
 from utils.metrics.extractors import load_extractor  # noqa: E402
 from utils.metrics.statistics import FeatureStatistics  # noqa: E402
-from utils.pixels import image_grid  # noqa: E402
 from utils.randomness import seed_from  # noqa: E402
 
 ROWS = {
@@ -111,9 +110,9 @@ def main() -> None:
         pictures[name] = images[: 2 * len(NOUNS)]
         print(f"{name:<22}{distance:>10.2f}{table[name]['accuracy']:>9.1%}", flush=True)
         (args.output / "table.json").write_text(json.dumps(table, indent=1) + "\n")
-    grid: Image.Image = image_grid(list(pictures.values()), columns=2 * len(NOUNS))
-    grid.save(args.output / "samples.png")
-    print(f"Saved {args.output / 'table.json'} and samples.png, a row each: {', '.join(pictures)}")
+    words = [NOUNS[i % len(NOUNS)] for i in range(2 * len(NOUNS))]
+    image_grid(pictures, columns=words, per_line=len(words)).save(args.output / "samples.png")
+    print(f"Saved {args.output / 'table.json'} and samples.png, a row each")
 
 
 if __name__ == "__main__":

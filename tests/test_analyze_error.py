@@ -4,6 +4,7 @@
 import hashlib
 import json
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -33,6 +34,7 @@ from utils.analysis.error import (
 )
 from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure, samples_figure
 from utils.analysis.report import FIGURES, save_figures
+from utils.analysis.takeaways import coarse_fine_takeaway, error_maps_takeaway, line_takeaway, samples_takeaway
 from utils.backbones import choose_backbone
 from utils.backbones.ddpm import DDPM
 from utils.command_line import call
@@ -737,8 +739,66 @@ def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path)
     analysis = analysis_of(*predictions(), timesteps=1)
     for warning in (None, "8 samples in 64 dimensions"):
         analysis["samples"] = {"frechet_distance": dict.fromkeys(rows, 1.5), "warning": warning}
+        analysis["samples"]["pixel_difference_to_teacher"] = {"student": 4.0, "corrected": 3.0, "teacher": 0.0}
         save_figures(analysis, maps, rows, tmp_path)
         assert ("Frechet 1.50" in texts(figures["samples.png"])) == (warning is None)
+        assert ("25% nearer" in texts(figures["samples.png"])) == (warning is not None)
+
+
+def rows_of(totals: list[float], shares: list[float], slopes: list[float]) -> dict:
+    """An analysis of which a takeaway is made: timesteps 100, 300 ... of 1000."""
+    rows = [
+        {"timestep": 200 * i + 100, "total": total, "coarse_share": share, "slope": {"median": slope}}
+        for i, (total, share, slope) in enumerate(zip(totals, shares, slopes, strict=True))
+    ]
+    return {"protocol": {"num_train_timesteps": 1000}, "timesteps": rows, "mean": {"coarse_share": 0.12}}
+
+
+@pytest.mark.parametrize(
+    "totals, shares, said",
+    [
+        ([6, 1, 1, 1, 1], [0.1, 0.4, 0.2, 0.4, 0.5], "60% of the error is in the cleanest fifth .* 12% .* 700 on"),
+        ([1, 1, 1, 1, 6], [0.4] * 5, "60% of the error is in the noisiest fifth .* a third or more everywhere"),
+        ([1, 1, 6, 1, 1], [0.1, 0.3, 0.2, 0.1, 0.1], "60% .* in the middle fifth .* at most 30%, at timestep 300"),
+        ([0, 0], [None, None], "predicts what the teacher predicts"),
+        ([3, 1], [0.1, 0.1], "removes 12% of the error, at most 10%, at timestep 100"),
+    ],
+)
+def test_what_the_chart_of_the_error_says(totals, shares, said):
+    assert re.search(said, coarse_fine_takeaway(rows_of(totals, shares, [1.0] * len(totals))))
+
+
+def test_what_the_other_figures_say():
+    said = line_takeaway(rows_of([1] * 3, [0] * 3, [1.05, 0.9, 1]))
+    assert "shrink" in said and "timestep 300: median slope 0.900" in said
+    assert "stretch" in line_takeaway(rows_of([1], [0], [1.2]))
+    assert "within 0.5% of 1" in line_takeaway(rows_of([1, 1], [0, 0], [1.001, 0.999]))
+    samples = {"frechet_distance": {"student": 50.0, "corrected": 20.0, "teacher": 10.0}}
+    assert "50 to 20, 75% of the way to the teacher's 10" in samples_takeaway({"samples": samples})
+    samples["frechet_distance"] |= {"teacher": 60.0}  # a student that is better has no way to go
+    assert "the teacher's is 60" in samples_takeaway({"samples": samples})
+    gaps = {"student": 4.0, "corrected": 5.0, "teacher": 0.0}
+    assert "25% farther" in samples_takeaway({"samples": {"pixel_difference_to_teacher": gaps}})
+    error = np.ones((2, 10, 10))
+    error[1, 0] = 91  # a tenth of the image, 91 % of the error
+    assert error_maps_takeaway({"timestep": np.array([5, 500]), "mean_error": error}) == (
+        "At timestep 500, the tenth of the image with the largest mean error holds 91% of it."
+    )
+    assert error_maps_takeaway({"timestep": np.array([5]), "mean_error": 0 * error[:1]}) == ""
+
+
+def test_takeaways_stand_above_and_legends_hide_nothing(figures, tmp_path):
+    analysis = analysis_of(*predictions((4, 3, 6, 7)), timesteps=5)
+    line_figure(analysis, tmp_path / "line.png", line_takeaway(analysis))
+    coarse_fine_figure(analysis, tmp_path / "coarse_fine.png", coarse_fine_takeaway(analysis))
+    for name, figure in figures.items():
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        (said,) = (text for text in figure.texts if text.get_text() == figure.get_suptitle())
+        assert said.get_text() and all(axes.get_legend() is None and axes.get_ylabel() for axes in figure.axes), name
+        for axes in figure.axes:
+            box = axes.get_window_extent()
+            assert not legend.get_window_extent().overlaps(box) and said.get_window_extent().y0 > box.y1
 
 
 # What is refused, before anything is measured or written

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+import yaml
 from conftest import build_unet, read_log, run_script
 from hub_rules import card_errors
 from huggingface_hub import ModelCard
@@ -20,13 +22,17 @@ from PIL import Image
 
 import train_place
 import utils.publishing.card
+from utils.backbones.base import Backbone
 from utils.backbones.conditions import Nothing, Prompts
 from utils.backbones.labels import Labels
 from utils.backbones.process import Diffusion
+from utils.commands import string
 from utils.distillation.equations import equations
 from utils.distillation.losses import place_loss
+from utils.files import sha256
 from utils.publishing.card import card_for_hub, update_card, write_card
 from utils.publishing.model_index import without_paths
+from utils.publishing.repository import NAME, repository_url
 from utils.students.sizes import model_size
 from utils.training.arguments import parse_args
 
@@ -53,11 +59,22 @@ def rewritten(folder: Path, **changes) -> ModelCard:
     made_with = json.loads((folder / "args.json").read_text())
     made_with["arguments"] |= changes
     (folder / "args.json").write_text(json.dumps(made_with))
-    backbone = SimpleNamespace(
-        pipeline_class=diffusers.DDPMPipeline, component="unet", process=Diffusion, conditions=Nothing
-    )
-    write_card(Namespace(**made_with["arguments"]), backbone, method="METHOD", sizes="SIZES", distances={})
+    write_card(Namespace(**made_with["arguments"]), backbone_of(), measured(), method="METHOD", sizes="SIZES")
     return valid(folder)
+
+
+def backbone_of(kind=diffusers.DDPMPipeline, conditions=None, sampled_by="DDIMPipeline", **options) -> Backbone:
+    """As far as a card reads it."""
+    backbone = Backbone.__new__(Backbone)
+    backbone.pipeline_class, backbone.component, backbone.process = kind, "unet", Diffusion
+    backbone.conditions, backbone.sampled_by, backbone.sampling_options = conditions or Nothing(), sampled_by, options
+    backbone.teacher = None
+    return backbone
+
+
+def measured(condition=None, **distances) -> SimpleNamespace:
+    """What a card reads of a validation."""
+    return SimpleNamespace(distances=distances, condition=condition)
 
 
 def valid(folder: Path) -> ModelCard:
@@ -86,7 +103,7 @@ def test_a_card_of_a_folder(student, teacher_dir):
     assert "names no licence" in text
 
     namespace = {}
-    loading = block(text, "from diffusers import DDPMPipeline")
+    loading = block(text, "from diffusers import DDIMPipeline")
     assert loading.count("\n") == 2  # two lines that load, one that samples
     exec("\n".join(loading.splitlines()[:2]), namespace)
     sizes = [model_size(model.config) for model in (namespace["pipeline"].unet,)]
@@ -180,29 +197,39 @@ def labels(num_classes: int) -> Labels:
     return Labels(Namespace(label_column=None, proportion_empty_prompts=None), num_classes)
 
 
+def prompts() -> Prompts:
+    return Prompts(Namespace(caption_column=None, proportion_empty_prompts=None, **VALIDATION), [], [])
+
+
+VALIDATION = {"validation_prompts": None, "validation_shown_samples": 2}
 UNCONDITIONAL, TEXT = "unconditional-image-generation", "text-to-image"
+CAPTION = 'the height="1", in\n``` "quotes" | </script>'  # of the kind that a format takes for something else
 PIPELINES = [
-    ("DDPMPipeline", Nothing, UNCONDITIONAL, "pipeline()"),
-    ("DDIMPipeline", Nothing, UNCONDITIONAL, "pipeline()"),
-    ("DiTPipeline", labels(1000), UNCONDITIONAL, "pipeline(class_labels=[0])"),
-    ("DiTPipeline", labels(10), UNCONDITIONAL, "pipeline(class_labels=[0], guidance_scale=1)"),
-    ("StableDiffusionPipeline", Prompts, TEXT, 'pipeline("a photo of a cat")'),
-    ("StableDiffusionXLPipeline", Prompts, TEXT, 'pipeline("a photo of a cat")'),
+    ("DDPMPipeline", Nothing, None, UNCONDITIONAL, ""),
+    ("DDIMPipeline", Nothing, None, UNCONDITIONAL, ""),
+    ("DiTPipeline", lambda: labels(1000), 7, UNCONDITIONAL, "class_labels=[7], "),
+    ("DiTPipeline", lambda: labels(10), 7, UNCONDITIONAL, "class_labels=[7], guidance_scale=1, "),
+    ("StableDiffusionPipeline", prompts, CAPTION, TEXT, f"prompt={string(CAPTION)}, "),
+    ("StableDiffusionXLPipeline", prompts, "a cat", TEXT, 'prompt="a cat", '),
 ]
 
 
-@pytest.mark.parametrize("name, conditions, task, call", PIPELINES)
-def test_the_task_follows_from_what_the_pipeline_takes(student, name, conditions, task, call):
-    kind = getattr(diffusers, name)
-    backbone = SimpleNamespace(pipeline_class=kind, component="unet", process=Diffusion, conditions=conditions)
+@pytest.mark.parametrize("name, conditions, condition, task, told", PIPELINES)
+def test_a_card_calls_the_pipeline_with_what_the_data_hold(student, name, conditions, condition, task, told):
+    """And suggests the sampler that the samples in it were drawn with."""
+    kind, pixels = getattr(diffusers, name), name in ("DDPMPipeline", "DDIMPipeline")
+    options = {} if pixels else {"guidance_scale": 4.0, "height": 32}
+    backbone = backbone_of(kind, conditions(), "DDIMPipeline" if pixels else "DiffusionPipeline", **options)
     args = Namespace(**json.loads((student / "args.json").read_text())["arguments"])
-    write_card(args, backbone, method="m", sizes="s", distances={})
+    write_card(args, backbone, measured(condition), method="m", sizes="s")
     card = valid(student)
     assert card.data.pipeline_tag == task
     loading = block(str(card), "from diffusers")
-    assert loading.splitlines()[0] == f"from diffusers import {name}"
-    assert loading.splitlines()[2] == f"image = {call}.images[0]"
+    assert loading.splitlines()[0] == f"from diffusers import {'DDIMPipeline' if pixels else name}"
+    more = "" if pixels else ", height=32" if "guidance" in told else ", guidance_scale=4.0, height=32"
+    assert loading.splitlines()[2] == f"image = pipeline({told}num_inference_steps=2{more}).images[0]"
     compile(loading, "card", "exec")
+    assert f"Suggested: DDIM, eta 0, 2 steps{', guidance 4' * (not pixels)}, as the samples" in str(card)
 
 
 def test_a_missing_mid_block_is_said(student):
@@ -231,15 +258,136 @@ def test_metrics_come_later(student):
     results = {result.metric_type: result for result in card.data.eval_results}
     assert {name: result.metric_value for name, result in results.items()} == {"fid": 12.5, "kid": 0.001}
     assert results["fid"].dataset_name == "my faces" and results["fid"].dataset_type == "my-faces"
-    assert results["fid"].dataset_args == {
+    assert results["fid"].dataset_args == {"samples": "1000", "features": "inception"}
+    text = str(card)
+    assert "| FID, lower is better | 12.5 |" in text and "/home" not in text
+    whole = yaml.safe_load(block(text, "samples:"))
+    assert whole == {
         "samples": {"name": "student", "count": 1000, "sizes": [8, "x"]},
         "reference": {"dataset_name": "my faces", "split": "test"},
         "extractor": {"name": "inception"},
     }
-    assert "| frechet_distance | 12.5 |" in str(card) and "  count: 1000" in str(card)
+    sentence = "1,000 samples against the images of my faces, split test, on the features of inception"
+    assert text.index("## Evaluation") < text.index(sentence) < text.index("| FID")  # before the number
     assert card.data.to_dict()["model-index"][0]["name"] == "first"
     hub = ModelCard(card_for_hub(student, "somebody/tiny"))
     assert card_errors(str(hub)) == [] and hub.data.to_dict()["model-index"][0]["name"] == "tiny"
+
+
+EVERYTHING = {
+    "metrics": {
+        "frechet_distance": 12.345678,
+        "kernel_distance": 0.0123456,
+        "kernel_distance_stderr": 0.000456,
+        "precision": 0.654321,
+        "recall": 0.123456,
+        "inception_score": 3.21098,
+        "inception_score_std": 0.0456,
+        "clip_score": 31.41592,
+    },
+    "cost": {"parameters": 1000, "seconds_per_image": 0.0123456, "peak_memory_bytes": 3 * 2**20},
+    "compare_to": {"parameters": 2000, "seconds_per_image": 0.04, "peak_memory_bytes": 6 * 2**20},
+    "warnings": ["few samples."],
+    "protocol": {
+        "samples": {
+            **{"name": "/x/student", "scheduler": "DPMSolverMultistepScheduler", "num_inference_steps": 1000},
+            **{"eta": 0.5, "guidance_scale": 7.5, "seed": 123456, "count": 50000, "device": "cuda"},
+            "model_files": {f"unet/{i}.json": "0" * 64 for i in range(30)},
+        },
+        "reference": {"dataset_name": "some/very-long-name-of-faces", "dataset_config_name": "all", "split": "train"},
+        "extractor": {"name": "inception", "dimensions": 2048},
+        "arguments": {"compare_to": "/models/teacher"},
+    },
+}
+LONG_LICENCE = {"license": "other", "license_name": "a-licence", "license_link": "https://example.org/licence"}
+
+
+def test_the_front_matter_is_short_and_the_numbers_are_what_they_carry(student):
+    """At its longest: everything of the Hub, a licence of its own, every metric there is."""
+    (student / "metrics.json").write_text(json.dumps(EVERYTHING))
+    facts = json.loads((student / "card.json").read_text())
+    facts |= {"base_model": "google/ddpm-x", "datasets": ["some/faces"], "license": LONG_LICENCE}
+    facts |= {"size": {"teacher": {"parameters": 2000, "macs": 3}, "student": {"parameters": 1000, "macs": 1}}}
+    (student / "card.json").write_text(json.dumps(facts))
+    update_card(student)
+    text = str(valid(student))
+    header = text.split("\n---\n")[0]
+    assert "samples: 50000 by DPMSolverMultistep, 1000 steps, eta 0.5, guidance 7.5\n" in header
+    assert len(header.splitlines()) < 40 and "0" * 64 not in header and "0" * 64 in text
+    values = {result.metric_type: result.metric_value for result in ModelCard(text).data.eval_results}
+    assert values == {
+        **{"fid": 12.35, "kid": 0.01235, "precision": 0.654, "recall": 0.123},
+        **{"inception_score": 3.211, "clip_score": 31.42},
+    }
+    assert "| KID, lower is better | 0.01235 +- 0.00046 |" in text and "Warning: few samples." in text
+    assert "| parameters of the denoiser | 2,000 | 1,000 | 0.5 |" in text
+    assert "| | student | `teacher` | ratio |" in text and "cuda" in text.split("| | student | `teacher`")[0]
+    assert "| memory above the idle process | 3 MiB | 6 MiB | 0.5 |" in text
+    assert "| seconds an image, a process | 0.0123 s | 0.04 s | 0.309 |" in text
+    assert text.count("parameters of the denoiser") == 1  # not again in the second table
+
+
+def test_numbers_of_other_weights_are_left_out(student):
+    """A run that went on has made others since."""
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    for known, present in ((sha256(student / weights), True), ("0" * 64, False)):
+        content = json.loads(json.dumps(EVERYTHING))
+        content["protocol"]["samples"]["model_files"] = {weights: known}
+        (student / "metrics.json").write_text(json.dumps(content))
+        update_card(student)
+        assert ("## Evaluation" in (student / "README.md").read_text()) == present
+
+
+def test_two_distances_stand_apart_each_with_its_protocol(student):
+    (student / "metrics.json").write_text(json.dumps(EVERYTHING))
+    args = json.loads((student / "args.json").read_text())["arguments"] | {
+        "validation_feature_extractor": "/home/me/classifier",
+        "validation_num_samples": 64,
+    }
+    rewritten(student, **args)
+    write_card(Namespace(**args), backbone_of(), measured(teacher=1.23456, student=20.4), method="m", sizes="s")
+    sections = str(valid(student)).split("\n## ")
+    (evaluation,) = [section for section in sections if section.startswith("Evaluation\n")]
+    (training,) = [section for section in sections if section.startswith("Distance to real images in training\n")]
+    assert "12.35" in evaluation and "50,000 samples" in evaluation and "20.4" not in evaluation
+    assert "| teacher | 1.23 |" in training and "64 samples (DDIM, eta 0, 2 steps, seed 0)" in training
+    assert "`classifier`" in training and "12.35" not in training
+
+
+def test_a_card_of_an_earlier_version_is_written_again(student):
+    facts = json.loads((student / "card.json").read_text())
+    for name in ("size", "options", "repository"):
+        del facts[name]
+    (student / "card.json").write_text(json.dumps(facts))
+    assert update_card(student)
+    valid(student)
+
+
+REMOTES = {
+    "https://me:secret@example.org/me/code.git?token=secret#x": "https://example.org/me/code",
+    "https://example.org:8443/me/code": "https://example.org:8443/me/code",
+    "git@example.org:me/code.git": None,
+    "ssh://git@example.org/me/code.git": None,
+    "/home/me/code": None,
+    "http://localhost/code": None,
+    "http://10.0.0.3/code": None,
+    "https://git/code": None,
+    "https://code.internal/code": None,
+}
+
+
+@pytest.mark.parametrize("remote", REMOTES)
+def test_the_link_to_the_code_is_public_and_holds_no_secret(tmp_path, remote):
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    assert repository_url(tmp_path) is None
+    subprocess.run(["git", "-C", tmp_path, "remote", "add", "origin", remote], check=True)
+    assert repository_url(tmp_path) == REMOTES[remote]
+
+
+def test_the_code_is_named_with_a_link_where_there_is_one(student, monkeypatch):
+    assert f"Trained with `{NAME}`." in str(rewritten(student)) or repository_url()
+    monkeypatch.setattr("utils.publishing.card.repository_url", lambda: "https://example.org/me/code")
+    assert f"Trained with [{NAME}](https://example.org/me/code)." in str(rewritten(student))
 
 
 def test_any_metrics_will_do(student):
@@ -247,7 +395,8 @@ def test_any_metrics_will_do(student):
     (student / "metrics.json").write_text(json.dumps({"metrics": {"frechet_distance": 2}, "protocol": {"x": 1}}))
     update_card(student)
     (result,) = valid(student).data.eval_results
-    assert result.metric_type == "frechet_distance" and result.dataset_args == {"x": 1}
+    assert result.metric_type == "frechet_distance" and result.dataset_args is None
+    assert block((student / "README.md").read_text(), "x:") == "x: 1"
     assert (
         result.dataset_name == Path(json.loads((student / "args.json").read_text())["arguments"]["dataset_name"]).name
     )
@@ -312,7 +461,7 @@ def test_baselines_are_called_what_they_are(run):
     text = (
         run("train_lift", "--max_train_steps", "1", "--lambda_kd_output", "0", output="b") / "README.md"
     ).read_text()
-    assert "trained without distillation" in text and "distillation" not in ModelCard(text).data.tags
+    assert "trained without distillation" in text and "distillation" not in (ModelCard(text).data.tags or [])
     assert block(text, "loss   = 1 * diffusion") == "loss   = 1 * diffusion"
 
 

@@ -179,8 +179,11 @@ def test_what_is_written(evaluate, tmp_path, teacher_dir, capsys):
         assert f"{value:.6g}" in printed
     assert "Saved:" in printed and "Next:" in printed and "FID" not in printed  # no FID without inception
     names = sorted(path.name for path in (tmp_path / "evaluation").iterdir())
-    assert names == ["metrics.json", "samples.png"]  # the samples are gone
-    assert Image.open(tmp_path / "evaluation" / "samples.png").size == (8 * 68, 2 * 68 + 8)
+    assert names == ["metrics.json", "report.html", "samples.png"]  # the samples are gone
+    grid = np.asarray(Image.open(tmp_path / "evaluation" / "samples.png"))
+    height, width = grid.shape[:2]  # 8 pictures of the other pipeline above those of this one, labels on the left
+    above, below = (grid[height - bottom : height - bottom + 64, width - 8 * 68 :] for bottom in (144, 76))
+    assert width > 8 * 68 and height > 144 and (above == below).all() and above.std() > 10
 
 
 def test_blocks_and_images_do_not_depend_on_other_metrics_or_the_count(evaluate, tmp_path):
@@ -727,7 +730,8 @@ def test_the_card_of_a_training_run_gets_the_numbers_once(run, evaluate):
     found = evaluate(*given)
     for output in ("evaluation", "again"):
         results = ModelCard.load(student / "README.md").data.eval_results
-        assert sorted(result.metric_type for result in results) == sorted(found["metrics"]), output
+        wanted = sorted(found["metrics"].keys() - {"kernel_distance_stderr"})  # an error stands beside its number
+        assert sorted(result.metric_type for result in results) == wanted, output
         evaluate(*given, "--overwrite_output_dir", output="again")
     assert DDPMPipeline.from_pretrained(student) is not None
 

@@ -25,7 +25,7 @@ from utils.training.arguments import parse_args
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER_CARD = "---\nlicense: other\nlicense_name: teacher-licence\nlicense_link: LICENSE.md\n---\n# Teacher\n"
 PUBLISHED = {
-    *("README.md", "args.json", "log.jsonl", "losses.png", "samples.png", "model_index.json"),
+    *("README.md", "args.json", "log.jsonl", "losses.png", "samples.png", "model_index.json", "report.html"),
     *("scheduler/scheduler_config.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"),
 }
 

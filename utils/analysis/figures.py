@@ -6,6 +6,7 @@ global is touched and no display is needed.
 """
 
 import os
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -26,11 +27,13 @@ STYLE = {
 }
 TIMESTEP = "timestep $t$ (larger is noisier)"
 MANY = 40  # timesteps beyond which markers would hide the lines
+LETTERS_PER_INCH = 9.5  # of a takeaway
 COLUMNS = 16  # samples in a line; more go below
 
 
-def coarse_fine_figure(analysis: dict, path: str | os.PathLike) -> None:
-    """Size and share of the coarse and the fine part by timestep, and their size by PLACE group."""
+def coarse_fine_figure(analysis: dict, path: str | os.PathLike, takeaway: str = "") -> None:
+    """Size and share of the coarse and the fine part by timestep, and their size by PLACE group; above them all, as in
+    every figure, its `takeaway`."""
     rows, timesteps = analysis["timesteps"], [row["timestep"] for row in analysis["timesteps"]]
     last, group_size = analysis["protocol"]["num_train_timesteps"], analysis["protocol"]["group_size"]
     thin = len(rows) > MANY
@@ -104,10 +107,11 @@ def coarse_fine_figure(analysis: dict, path: str | os.PathLike) -> None:
             loc="outside lower center",
             ncols=4,
         )
+        _say(figure, takeaway)
         figure.savefig(path)
 
 
-def line_figure(analysis: dict, path: str | os.PathLike) -> None:
+def line_figure(analysis: dict, path: str | os.PathLike, takeaway: str = "") -> None:
     """Slope and intercept by timestep: median and quartiles over images, of each of up to four channels."""
     rows, timesteps = analysis["timesteps"], [row["timestep"] for row in analysis["timesteps"]]
     channels = len(rows[0]["channels"])
@@ -118,7 +122,7 @@ def line_figure(analysis: dict, path: str | os.PathLike) -> None:
         curves, labels = [rows], ["median"]
         band = "quartiles of images" + " and channels" * (channels > 1)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 3.5), layout="constrained")
+        figure = Figure(figsize=(8.4, 3.9), layout="constrained")
         figure.get_layout_engine().set(wspace=0.06)
         for axes, name, symbol, perfect in zip(
             figure.subplots(1, 2), ("slope", "intercept"), ("b_1", "b_0"), (1, 0), strict=True
@@ -129,11 +133,13 @@ def line_figure(analysis: dict, path: str | os.PathLike) -> None:
                 _draw_spread(axes, timesteps, spreads, label, band if c == 0 else None, CHANNELS[c])
             axes.set(
                 xlabel=TIMESTEP,
-                ylabel=f"{name} ${symbol}$" + " (units of the prediction)" * (name == "intercept"),
+                ylabel=f"{name} ${symbol}$" + ", in units\nof the prediction" * (name == "intercept"),
                 xlim=(0, analysis["protocol"]["num_train_timesteps"]),
             )
             axes.ticklabel_format(axis="y", useOffset=False)
-        axes.legend(fontsize=10)
+        # below the axes, where it hides nothing
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=10)
+        _say(figure, takeaway)
         figure.savefig(path)
 
 
@@ -149,7 +155,7 @@ def _draw_spread(axes, timesteps: list[int], spreads: list[dict], label: str, ba
     axes.plot(timesteps, middle, "-" if thin else "o-", color=color, linewidth=1 if thin else 1.5, ms=4, label=label)
 
 
-def samples_figure(rows: dict[str, np.ndarray], path: str | os.PathLike) -> None:
+def samples_figure(rows: dict[str, np.ndarray], path: str | os.PathLike, takeaway: str = "") -> None:
     """A row of pictures for every label, uint8 (B, H, W, C), column by column from the same noise; `COLUMNS` of them,
     and below the next ones."""
     count = len(next(iter(rows.values())))
@@ -165,10 +171,13 @@ def samples_figure(rows: dict[str, np.ndarray], path: str | os.PathLike) -> None
                 for axes in line[len(images) :]:
                     axes.set_visible(False)
                 _row_label(line, label)
+        _say(figure, takeaway)
         figure.savefig(path)
 
 
-def error_maps_figure(maps: dict[str, np.ndarray], group_size: int, path: str | os.PathLike) -> None:
+def error_maps_figure(
+    maps: dict[str, np.ndarray], group_size: int, path: str | os.PathLike, takeaway: str = ""
+) -> None:
     """Where the error is at a few timesteps: one image, its error, its PLACE groups, and the error of all images.
 
     `maps`: timestep (T,); image and image_error (T, C, H, W); group_rank, of channel 0, and mean_error (T, H, W).
@@ -199,6 +208,7 @@ def error_maps_figure(maps: dict[str, np.ndarray], group_size: int, path: str | 
             _row_label(line, label)
         for axes, timestep in zip(grid[0], maps["timestep"], strict=True):
             axes.set_title(f"$t$ = {timestep}", loc="center")
+        _say(figure, takeaway)
         figure.savefig(path)
 
 
@@ -221,3 +231,10 @@ def _picture_grid(rows: int, columns: int, width: float = 1.05, height: float = 
 
 def _row_label(line: np.ndarray, label: str) -> None:
     line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
+
+
+def _say(figure: Figure, takeaway: str) -> None:
+    """The takeaway above a figure, as wide as it is."""
+    letters = max(48, int(figure.get_figwidth() * LETTERS_PER_INCH))
+    if takeaway:
+        figure.suptitle(textwrap.fill(takeaway, letters), x=0.01, ha="left", fontsize=12, fontweight="bold")

@@ -9,6 +9,7 @@ import numpy as np
 
 from utils.analysis.arguments import PROBES
 from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure, samples_figure
+from utils.analysis.takeaways import coarse_fine_takeaway, error_maps_takeaway, line_takeaway, samples_takeaway
 from utils.files import sha256, write_file
 
 MAPS_FILE = "error_maps.npz"
@@ -35,14 +36,16 @@ def weight_hashes(name_or_path: str, component: str) -> dict[str, str] | None:
 
 
 def save_figures(analysis: dict, maps: dict, samples: dict[str, np.ndarray], folder: Path) -> None:
-    """All of `FIGURES`: `analysis` as in analysis.json, `maps` as in error_maps.npz, `samples` as `samples_figure`."""
+    """All of `FIGURES`, each with what it says above it: `analysis` as in analysis.json, `maps` as in error_maps.npz,
+    `samples` as `samples_figure`."""
     # few samples have a distance far above that of many: the table says so beside the numbers, a picture could not
     distances = {} if analysis["samples"].get("warning") else analysis["samples"].get("frechet_distance", {})
     rows = {who + (f"\nFrechet {distances[who]:.2f}" if distances else ""): images for who, images in samples.items()}
-    coarse_fine_figure(analysis, folder / FIGURES[0])
-    line_figure(analysis, folder / FIGURES[1])
-    samples_figure(rows, folder / FIGURES[2])
-    error_maps_figure(maps, analysis["protocol"]["group_size"], folder / FIGURES[3])
+    group_size = analysis["protocol"]["group_size"]
+    coarse_fine_figure(analysis, folder / FIGURES[0], coarse_fine_takeaway(analysis))
+    line_figure(analysis, folder / FIGURES[1], line_takeaway(analysis))
+    samples_figure(rows, folder / FIGURES[2], samples_takeaway(analysis))
+    error_maps_figure(maps, group_size, folder / FIGURES[3], error_maps_takeaway(maps))
 
 
 def error_table(analysis: dict) -> str:

@@ -327,16 +327,18 @@ class Backbone:
         ).images
         return to_uint8(images)
 
-    def sampling_code(self, folder: str, num_inference_steps: int) -> str:
+    def sampling_code(self, folder: str, num_inference_steps: int, condition: Any) -> str:
         """A line of Python that saves one picture of the student, as `sample` draws it and stock diffusers alone;
-        `folder` is written as a string of Python's."""
-        call = self.conditions.call
-        options = {"num_inference_steps": num_inference_steps, **self.sampling_options}
-        given = [call] * bool(call) + [f"{name}={value}" for name, value in options.items() if name not in call]
+        `folder` is written as a string of Python's, `condition` is one of `of_samples`."""
         load = f"p = P.from_pretrained({folder}); {self.adapters(folder)}"
-        return (
-            f'from diffusers import {self.sampled_by} as P; {load}p({", ".join(given)}).images[0].save("sample.png")'
-        )
+        given = self.sampling_arguments(num_inference_steps, condition)
+        return f'from diffusers import {self.sampled_by} as P; {load}p({given}).images[0].save("sample.png")'
+
+    def sampling_arguments(self, num_inference_steps: int, condition: Any) -> str:
+        """Those of the stock pipeline's call for one sample, as Python's."""
+        told = self.conditions.call(condition)
+        options = {"num_inference_steps": num_inference_steps, **self.sampling_options}
+        return ", ".join(f"{name}={value}" for name, value in {**told, **options, **told}.items())
 
     def adapters(self, folder: str) -> str:
         """The statement of `sampling_code` that loads what lies beside the student's own weights."""

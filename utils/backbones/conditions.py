@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from utils.backbones.encoders import Frozen
+from utils.commands import string
 from utils.data.transforms import CaptionedTransform, ImageTransform, tokenize
 from utils.randomness import StepRandom
 
@@ -22,7 +23,6 @@ class Nothing:
     tokenizers: Sequence = ()  # one for each `input_ids_<i>` of a batch
     share_dropped = 0.0  # of a batch, by `drop`
     components: Sequence[str] = ()  # folders of the teacher's pipeline whose weights decide what a cache holds
-    call = ""  # what a student's stock pipeline is called with, for one sample to show
 
     def transform(self, *image_settings, **more_settings) -> ImageTransform:
         """A picklable row -> tensors of a batch; all settings as `ImageTransform` takes them."""
@@ -56,9 +56,18 @@ class Nothing:
         """What the samples `first` and on are of, over and over: of `num_rows` first rows of the data."""
         return [None] * count
 
+    def described(self, conditions: Sequence) -> list[str]:
+        """Those of `of_samples` in words, for people; empty where there is nothing to say."""
+        return []
+
     def pipeline_arguments(self, conditions: Sequence) -> dict[str, Any]:
         """Those of the stock pipeline's call for as many samples."""
         return {"batch_size": len(conditions)}
+
+    def call(self, condition: Any) -> dict[str, str]:
+        """What a student's stock pipeline is told for one sample, to be shown: keyword -> Python's code of its
+        value."""
+        return {}
 
     def example(self) -> dict[str, Any]:
         """The denoiser's keywords for one sample, for the shapes of things."""
@@ -72,7 +81,6 @@ class Prompts(Nothing):
     """Text, by frozen encoders. A family says in `embed_tokens` and `keywords` what its denoiser reads of them."""
 
     micro_conditioning = False  # whether the denoiser is told the image's size and crop too
-    call = '"a photo of a cat"'
     zeros_when_empty = False  # whether no prompt is told as zeros, and not as the embeddings of ""
 
     def __init__(self, args, tokenizers: Sequence, encoders: Sequence[Frozen]):
@@ -153,6 +161,14 @@ class Prompts(Nothing):
         """`--validation_prompts`, else captions of the data's first rows, as many as a grid has samples."""
         prompts = self.given or dataset.captions(num_rows or self.num_rows or count)
         return [prompts[i % len(prompts)] for i in range(first, first + count)]
+
+    def described(self, conditions: Sequence[str]) -> list[str]:
+        """The prompts."""
+        return list(conditions)
+
+    def call(self, condition: str) -> dict[str, str]:
+        """The prompt."""
+        return {"prompt": string(condition)}
 
     def free(self) -> None:
         """The text encoders."""

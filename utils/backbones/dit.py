@@ -38,7 +38,8 @@ class DiT(Latent):
 
     def __init__(self, args, teacher: DiTTransformer2DModel, configs: Configs):
         super().__init__(args, teacher, configs)
-        self.conditions = Labels(args, teacher.config.num_embeds_ada_norm)
+        index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+        self.conditions = Labels(args, teacher.config.num_embeds_ada_norm, index.get("id2label"))
         self.variance = LearnedVariance(self.process.scheduler)
         scale, default = args.validation_guidance_scale, inspect.signature(DiTPipeline.__call__).parameters
         self.sampling_options = {"guidance_scale": default["guidance_scale"].default if scale is None else scale}

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class labels as a condition: read from a column of the data, or from the folders that images lie in."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,14 +73,14 @@ class LabelTransform(ImageTransform):
 class Labels(Nothing):
     """One of `num_classes` classes, or none, whose label is `num_classes`."""
 
-    def __init__(self, args, num_classes: int):
-        self.label_column, self.num_classes = args.label_column or "label", num_classes
+    def __init__(self, args, num_classes: int, names: Mapping[str, str] | None = None):
+        """`names`: the teacher's, by number, as `id2label` of its pipeline."""
+        self.label_column, self.num_classes, self.names = args.label_column or "label", num_classes, names or {}
         self.share_dropped = 0.1 if args.proportion_empty_prompts is None else args.proportion_empty_prompts
 
-    @property
-    def call(self) -> str:
-        """Without guidance where `DiTPipeline`'s label of none, 1000, is not this model's."""
-        return "class_labels=[0]" if self.num_classes == 1000 else "class_labels=[0], guidance_scale=1"
+    def call(self, condition: int) -> dict[str, str]:
+        """The class; without guidance where `DiTPipeline`'s label of none, 1000, is not this model's."""
+        return {"class_labels": f"[{condition}]"} | ({} if self.num_classes == 1000 else {"guidance_scale": "1"})
 
     def transform(self, *image_settings, **more_settings) -> LabelTransform:
         """Pixels and labels."""
@@ -103,6 +104,10 @@ class Labels(Nothing):
     def of_samples(self, dataset, first: int, count: int, num_rows: int | None = None) -> list[int]:
         """All classes in turn."""
         return [number % self.num_classes for number in range(first, first + count)]
+
+    def described(self, conditions: Sequence[int]) -> list[str]:
+        """The first of each class's names, or its number."""
+        return [self.names.get(str(label), f"class {label}").split(",")[0] for label in conditions]
 
     def pipeline_arguments(self, conditions) -> dict[str, Any]:
         """Of the stock pipeline's call."""

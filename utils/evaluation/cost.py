@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a pipeline costs: parameters, multiply-adds, time, memory, bytes on disk. Measured while it samples."""
+"""What a pipeline costs: parameters, multiply-adds, time, memory, bytes on disk. Measured while it samples.
 
+Memory is that above an idle process, which has the libraries loaded and nothing else: the weights, and what sampling
+adds to what is there. The mark of a whole process says 1 GiB of a small pipeline and of one twenty times its size.
+"""
+
+import contextlib
+import ctypes
 import functools
 import gc
 import re
@@ -8,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -37,6 +44,9 @@ class Meter:
         self.forwards, self.forwards_per_image = 0, 0.0  # through the denoiser; guidance sends each sample twice
         self.macs: int | None = None  # of one forward of one sample
         self.counting = False
+        self.weights = _touch_weights(sampler.pipeline)
+        _give_back()
+        self.used_before = used_memory(device)  # by the process, its weights, and whatever else is kept
         reset_peak_memory(device)
 
     def draw(self, own: Sequence[range], keep: Callable[[range, torch.Tensor, dict], None] | None = None):
@@ -65,7 +75,8 @@ class Meter:
             "warmed_up": warmed_up,
             "forwards_per_image": self.forwards_per_image,
             "macs": self.macs,
-            "peak_memory_bytes": peak_memory(self.device),
+            # what sampling added, and the weights: what a process needs that does nothing else
+            "peak_memory_bytes": max(0, peak_memory(self.device) - self.used_before) + self.weights,
         }
         if keep:
             keep(block, images, record)
@@ -86,11 +97,14 @@ class Meter:
             self.macs = counter.get_total_flops() // 2 // batch_size
 
 
-def measure(meter: Meter, accelerator: Accelerator, num_samples: int, batch_size: int, description: str) -> list[dict]:
-    """The records of `num_samples` samples, drawn by all processes as an evaluation draws them, and thrown away."""
+def measure(
+    meter: Meter, accelerator: Accelerator, num_samples: int, batch_size: int, description: str, keep=None
+) -> list[dict]:
+    """The records of `num_samples` samples, drawn by all processes as an evaluation draws them; they are thrown away,
+    unless `keep`, as `Meter.draw`, keeps them."""
     own = blocks(num_samples, batch_size)[accelerator.process_index :: accelerator.num_processes]
     quiet = not accelerator.is_local_main_process
-    bar = tqdm(meter.draw(own), desc=description, total=len(own), unit="block", disable=quiet)
+    bar = tqdm(meter.draw(own, keep), desc=description, total=len(own), unit="block", disable=quiet)
     return gather_object(list(bar))
 
 
@@ -126,6 +140,29 @@ def free(sampler: Sampler) -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def _touch_weights(pipeline: DiffusionPipeline) -> int:
+    """Bytes of a pipeline's parameters and buffers, all brought into memory: safetensors reads them when they are
+    first needed, and what is measured from here on should not depend on that."""
+    parts = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    tensors = {id(t): t for part in parts for t in (*part.parameters(), *part.buffers())}.values()
+    for tensor in tensors:
+        tensor.sum()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _give_back() -> None:
+    """What is freed goes back to the system, where the C library is one that is asked for it: what is sampled would be
+    put there, unseen."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes now, of what `peak_memory` says the highest of."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else psutil.Process().memory_info().rss
 
 
 def reset_peak_memory(device: torch.device) -> None:

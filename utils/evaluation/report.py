@@ -10,32 +10,12 @@ from utils.command_line import UsageError
 from utils.files import write_json, written_beside
 from utils.publishing.card import update_card
 from utils.publishing.model_index import card_evaluation, eval_results
+from utils.publishing.readable import LABELS, cost_rows
 
-LABELS = {  # key in metrics.json -> (with Inception features, with others), each with what is better
-    "frechet_distance": ("FID, lower is better", "Frechet distance, lower is better"),
-    "kernel_distance": ("KID, lower is better", "kernel distance, lower is better"),
-    "kernel_distance_stderr": ("  its standard error over subsets",) * 2,
-    "precision": ("precision, of 1", "precision, of 1"),
-    "recall": ("recall, of 1", "recall, of 1"),
-    "inception_score": ("Inception Score, higher is better", "Inception Score of this classifier, higher is better"),
-    "inception_score_std": ("  its standard deviation over splits",) * 2,
-    "clip_score": ("CLIP score, higher is better",) * 2,
-}
 # what of a sampler's protocol another model must share for its numbers to compare
 SAMPLING = (
     "num_inference_steps scheduler clip_sample eta guidance_scale height width class_labels prompts dtype seed".split()
 )
-COSTS = {  # key in metrics.json -> (label, factor, unit)
-    "parameters": ("parameters of the denoiser", 1, ""),
-    "parameters_of_pipeline": ("parameters of the pipeline", 1, ""),
-    "size_on_disk_bytes": ("size on disk", 2**-20, "MiB"),
-    "macs_per_forward": ("multiply-adds a forward", 1e-6, "M"),
-    "forwards_per_image": ("forwards an image", 1, ""),
-    "macs_per_image": ("multiply-adds an image", 1e-6, "M"),
-    "seconds_per_image": ("seconds an image, a process", 1, "s"),
-    "images_per_second": ("images a second, all processes", 1, ""),
-    "peak_memory_bytes": ("peak memory", 2**-20, "MiB"),
-}
 
 
 def report(content: dict) -> str:
@@ -62,17 +42,9 @@ def cost_table(name: str, own: dict, other_name: str | None = None, other: dict 
     """One line a quantity; with another pipeline's, both and the ratio of the first to the second."""
     header = [name] if other is None else [name, other_name, "ratio"]
     lines = [f"  {'':<32}" + "".join(f"{_end(text, 20):>22}" for text in header)]
-    for key, (label, factor, unit) in COSTS.items():
-        cells = [_number(costs[key] * factor, unit) for costs in (own, other) if costs is not None]
-        if other is not None:
-            cells.append(f"{own[key] / other[key]:.4g}")
+    for label, *cells in cost_rows(own, other):
         lines.append(f"  {label:<32}" + "".join(f"{cell:>22}" for cell in cells))
     return "\n".join(lines)
-
-
-def _number(value: float, unit: str) -> str:
-    text = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if value < 1000 else f"{value:,.1f}"
-    return f"{text} {unit}".strip()
 
 
 def _end(text: str, length: int) -> str:

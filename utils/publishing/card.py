@@ -18,15 +18,33 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from utils.distillation.equations import equations
 from utils.files import sha256, write_file, write_json
 from utils.publishing.curves import plot_losses
-from utils.publishing.model_index import card_evaluation, eval_results, without_paths
+from utils.publishing.model_index import card_evaluation, eval_results, reference_name, without_paths
+from utils.publishing.readable import (
+    SIZES,
+    cost_rows,
+    cost_sentence,
+    distance,
+    metric_rows,
+    protocol_sentence,
+    size_rows,
+    validation_sentence,
+)
+from utils.publishing.records import measured_by
+from utils.publishing.repository import NAME, repository_url
+from utils.students.sizes import model_size
 
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
-def write_card(args, backbone, *, method: str, sizes: str, distances: dict[str, float]) -> None:
-    """`card.json`, `losses.png` and the card, `README.md`, in `--output_dir` beside `args.json` and `log.jsonl`."""
+def write_card(args, backbone, validation, *, method: str, sizes: str) -> None:
+    """`card.json`, `losses.png` and the card, `README.md`, in `--output_dir` beside `args.json` and `log.jsonl`.
+
+    `validation` has the `distances` that were measured, and a `condition` of the data to call the student with.
+    """
     folder = Path(args.output_dir)
     teacher = args.pretrained_model_name_or_path
+    steps = args.validation_num_inference_steps
+    generic = backbone.sampled_by == "DiffusionPipeline"
     takes = inspect.signature(backbone.pipeline_class.__call__).parameters
     # the Hub has no name for class-conditional images
     tag = "text-to-image" if "prompt" in takes else "unconditional-image-generation"
@@ -34,14 +52,17 @@ def write_card(args, backbone, *, method: str, sizes: str, distances: dict[str, 
         "base_model": teacher if _on_hub(teacher) else None,
         "datasets": [args.dataset_name] if _on_hub(args.dataset_name) else None,
         "license": _licence(teacher, args.revision) if teacher else {},
-        "pipeline_class": backbone.pipeline_class.__name__,
+        "repository": repository_url(),
+        "pipeline_class": backbone.pipeline_class.__name__ if generic else backbone.sampled_by,
         "pipeline_tag": tag,
-        "call": f"pipeline({backbone.conditions.call})",
+        "call": f"pipeline({backbone.sampling_arguments(steps, validation.condition)})",
         "component": backbone.component,
         "sampler": backbone.process.name,
+        "options": backbone.sampling_options,
         "method": method,
         "sizes": sizes,
-        "distances": distances,
+        "size": _sizes(backbone.teacher, folder / backbone.component),
+        "distances": validation.distances,
     }
     plot_losses(folder / "log.jsonl", folder / "losses.png")
     _save(folder, facts)
@@ -50,7 +71,7 @@ def write_card(args, backbone, *, method: str, sizes: str, distances: dict[str, 
 def update_card(folder: Path) -> bool:
     """Write `README.md` again, as `metrics.json` may have come. False where there is no card of the training scripts,
     or one that was edited by hand, which stays as it is."""
-    facts = _facts(folder)
+    facts = card_facts(folder)
     if not facts or _edited(folder, facts):
         return False
     _save(folder, facts)
@@ -60,7 +81,7 @@ def update_card(folder: Path) -> bool:
 def card_for_hub(folder: Path, repo_id: str) -> str | None:
     """The card as it is published: it loads from `repo_id`. One edited by hand is published as it is; None if `folder`
     has no card at all."""
-    facts = _facts(folder)
+    facts = card_facts(folder)
     if facts and not _edited(folder, facts):
         return render(folder, facts, repo_id)
     return (folder / "README.md").read_text(encoding="utf-8") if (folder / "README.md").exists() else None
@@ -73,14 +94,10 @@ def render(folder: Path, facts: dict, name: str) -> str:
     args = without_paths(made_with["arguments"])
     teacher, data = args["pretrained_model_name_or_path"], args["dataset_name"] or args["train_data_dir"]
     title = Path(name).resolve().name
-    measured = folder / "metrics.json"
-    evaluation = card_evaluation(json.loads(measured.read_text()) if measured.exists() else {})
+    evaluation = card_evaluation(measured_by(folder / "metrics.json", folder))
     results = eval_results(evaluation, facts["pipeline_tag"], data)
     link = f"[{teacher}](https://huggingface.co/{teacher})" if facts["base_model"] else f"`{teacher}`"
-    if args["lambda_kd_output"] or args["lambda_kd_feat"]:
-        made = f"Distilled from {link} with {facts['method']}"
-    else:
-        made = f"A smaller {link}, trained without distillation" if teacher else "Trained from scratch"
+    made = how_made(args, facts, link)
     card_data = ModelCardData(
         base_model=facts["base_model"],
         base_model_relation="finetune" if facts["base_model"] else None,  # the Hub has no word for distilled
@@ -88,7 +105,7 @@ def render(folder: Path, facts: dict, name: str) -> str:
         **facts["license"],
         library_name="diffusers",
         pipeline_tag=facts["pipeline_tag"],
-        tags=["diffusers", "distillation", "lift-place"] if made.startswith("Distilled") else ["diffusers"],
+        tags=["distillation", "lift-place"] if made.startswith("Distilled") else None,
         model_name=title if results else None,
         eval_results=results or None,
     )
@@ -98,23 +115,50 @@ def render(folder: Path, facts: dict, name: str) -> str:
         ModelCard.from_template(
             card_data,
             template_path=TEMPLATE,
-            **{key: facts[key] for key in ("pipeline_class", "call", "sizes", "sampler", "distances")},
+            **{key: facts[key] for key in ("pipeline_class", "call", "sizes", "sampler")},
             title=title,
             name=name,
             made=f"{made} on `{data}`",
+            repository=f"[{NAME}]({facts['repository']})" if facts.get("repository") else f"`{NAME}`",
             batch=f"{args['train_batch_size']} x {args['gradient_accumulation_steps']}",
+            options=facts.get("options", {}),
+            size=size_rows(facts.get("size", {})),
+            costs=cost_rows(evaluation["cost"] or {}, evaluation["compare_to"], SIZES if facts.get("size") else ()),
+            cost_sentence=cost_sentence(evaluation["protocol"]),
+            compared=evaluation["compared"],
+            distances={
+                who: distance(value, args["validation_num_samples"]) for who, value in facts["distances"].items()
+            },
+            validation_sentence=validation_sentence(args, facts["sampler"]),
             args=args,
             teacher=teacher,
             no_mid_block=config.get("mid_block_type", "") is None,
-            metrics=evaluation["metrics"],
+            metrics=metric_rows(evaluation),
+            warnings=evaluation["warnings"],
+            protocol_sentence=protocol_sentence(evaluation["protocol"], reference_name(evaluation["protocol"], data)),
             protocol=yaml.safe_dump(evaluation["protocol"], sort_keys=False).strip(),
             equations=lines,
             total=total,
             script=made_with["script"],
-            recipe=_recipe(args),
+            recipe=recipe(args),
             licence=_licence_sentence(facts, teacher),
         )
     )
+
+
+def how_made(args: dict, facts: dict, teacher: str) -> str:
+    """The beginning of a sentence; `teacher` as it is to be written there."""
+    if args["lambda_kd_output"] or args["lambda_kd_feat"]:
+        return f"Distilled from {teacher} with {facts['method']}"
+    named = args["pretrained_model_name_or_path"]
+    return f"A smaller {teacher}, trained without distillation" if named else "Trained from scratch"
+
+
+def _sizes(teacher, student: Path) -> dict[str, dict[str, int | None]]:
+    """Of the teacher, where there is one, and of the student in its folder: see `readable.size_rows`."""
+    found = {} if teacher is None else {"teacher": model_size(teacher.config, type(teacher))}
+    found["student"] = model_size(json.loads((student / "config.json").read_text()))
+    return {who: {"parameters": size.parameters, "macs": size.macs} for who, size in found.items()}
 
 
 def _save(folder: Path, facts: dict) -> None:
@@ -123,7 +167,8 @@ def _save(folder: Path, facts: dict) -> None:
     write_json(folder / "card.json", {**facts, "readme_sha256": sha256(folder / "README.md")})
 
 
-def _facts(folder: Path) -> dict | None:
+def card_facts(folder: Path) -> dict | None:
+    """What `write_card` has kept; None in a folder that a training script has not written."""
     return json.loads((folder / "card.json").read_text()) if (folder / "card.json").exists() else None
 
 
@@ -174,7 +219,7 @@ def _licence_sentence(facts: dict, teacher: str | None) -> str:
     return "No licence has been chosen yet."
 
 
-def _recipe(args: dict) -> str:
+def recipe(args: dict) -> str:
     """Every flag as a line of a recipe file; those that are off, or have no value, as comments."""
     lines = []
     for name, value in args.items():

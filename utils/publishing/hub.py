@@ -25,7 +25,8 @@ from utils.flags import add_hub_arguments
 from utils.publishing.card import card_for_hub
 from utils.publishing.model_index import without_paths
 
-FILES = ("model_index.json", "samples.png", "losses.png", "log.jsonl")  # beside the components, as they are
+# beside the components, as they are
+FILES = ("model_index.json", "samples.png", "losses.png", "log.jsonl", "report.html")
 RECORDS = ("args.json", "metrics.json")  # without this machine's paths
 
 

@@ -59,7 +59,8 @@ def summary(args, log: RunLog, validation, dataset) -> str:
     """What was made, where, how good it is, and what to run next."""
     folder = Path(args.output_dir)
     lines = [
-        f"Saved: {folder}, a stock diffusers pipeline, loaded back; samples: {folder / 'samples.png'}; log: {log.path}"
+        f"Saved: {folder}, a stock diffusers pipeline, loaded back; log: {log.path}",
+        f"Report: {folder / 'report.html'}, samples, sizes, distances and curves on one page",
     ]
     if validation.distances:
         lines.append(f"Frechet distance to real images, {args.validation_num_samples:,} samples:")
@@ -73,6 +74,8 @@ def summary(args, log: RunLog, validation, dataset) -> str:
         )
     if dataset.bad_rows:
         lines.append(f"{len(dataset.bad_rows)} images could not be decoded; the next good ones stood in for them")
-    code = validation.backbone.sampling_code(string(folder.resolve()), args.validation_num_inference_steps)
+    code = validation.backbone.sampling_code(
+        string(folder.resolve()), args.validation_num_inference_steps, validation.condition
+    )
     lines.append(f"Next: a picture, sample.png in the current folder\n    {python_code(code)}")
     return "\n".join(lines)
