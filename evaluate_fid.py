@@ -194,18 +194,25 @@ def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict]
     return costs, shown
 
 
-def samples_grid(args, images: ImageSet, others: dict[int, torch.Tensor], words: list[str], title: str):
-    """The first samples; above them those of `--compare_to`, `others`, from the same noise, where there are any.
-    `words` say what samples are of, over and over."""
+def samples_grid(args, images: ImageSet, others: dict[int, torch.Tensor], words: list[str], content: dict):
+    """The first of `images`; above them those of `--compare_to`, `others`, from the same noise, where there are any.
+    `words` say what samples are of, over and over; `content`, that of metrics.json, how they were drawn and measured.
+    """
     numbers = sorted(number for number in others if number < len(images)) or range(min(GRID_IMAGES, len(images)))
-    measured = args.images or args.pretrained_model_name_or_path
-    own, other = (Path(name or "").resolve().name for name in (measured, args.compare_to))
+    metrics, protocol = content["metrics"], content["protocol"]
+    names = args.images or args.pretrained_model_name_or_path, args.compare_to or ""
+    own, other = (Path(name).resolve().name for name in names)
     rows = {own: images.__getitems__(list(numbers))}
     if others:
         other = "--compare_to" if other == own else other
         rows = {other: torch.stack([others[number] for number in numbers]), **rows}
     columns = writable([words[number % len(words)] for number in numbers]) if words else ()
-    return image_grid(rows, columns=columns, title=title)
+    lines = [sampler_sentence(protocol["samples"])]
+    if "frechet_distance" in metrics:
+        extractor = Path(protocol["extractor"]["name"]).name
+        distance = f"Frechet distance of {own} {metrics['frechet_distance']:.4g}"
+        lines.append(f"{distance}: {protocol['samples']['count']:,} samples, features of {extractor}")
+    return image_grid(rows, columns=columns, title="\n".join(filter(None, lines)))
 
 
 def main(args: Namespace) -> None:
@@ -322,8 +329,10 @@ def main(args: Namespace) -> None:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", content)
-        title = sampler_sentence(content["protocol"]["samples"])
-        samples_grid(args, images, others, words, title).save(folder / "samples.png")
+        if sampler and args.resolution:  # shown as they were drawn, as those of --compare_to are
+            images = ImageSet.from_files(samples.paths(), "samples")
+            images.keep_size(quiet=True)
+        samples_grid(args, images, others, words, content).save(folder / "samples.png")
         if sampler and not args.keep_images:
             for path in (samples.images, samples.records):
                 shutil.rmtree(path)

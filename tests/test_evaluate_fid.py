@@ -186,6 +186,20 @@ def test_what_is_written(evaluate, tmp_path, teacher_dir, capsys):
     assert width > 8 * 68 and height > 144 and (above == below).all() and above.std() > 10
 
 
+def test_samples_are_shown_as_they_were_drawn(evaluate, tmp_path, teacher_dir):
+    """Those of both pipelines, whatever size they are measured at."""
+    given = ["--num_samples", 8, "--metrics", "fid", "--compare_to", teacher_dir, "--compare_num_samples", 8]
+    evaluate(*given, "--resolution", 6, "--keep_images")
+    grid = np.asarray(Image.open(tmp_path / "evaluation" / "samples.png"))
+    paths = sorted((tmp_path / "evaluation" / "images").iterdir())
+    drawn = [np.asarray(Image.open(path)).repeat(8, 0).repeat(8, 1) for path in paths]
+    height, width = grid.shape[:2]
+    for bottom in (144, 76):  # of the row of --compare_to, here the same pipeline, and of that below it
+        line = grid[height - bottom : height - bottom + 64, width - 8 * 68 :]
+        for i, image in enumerate(drawn):
+            assert (line[:, 68 * i : 68 * i + 64].reshape(64, 64, -1) == image[..., None]).all(), (bottom, i)
+
+
 def test_blocks_and_images_do_not_depend_on_other_metrics_or_the_count(evaluate, tmp_path):
     evaluate("--keep_images", "--num_samples", 20, output="few")
     evaluate("--keep_images", "--num_samples", 32, "--metrics", "fid", output="many")

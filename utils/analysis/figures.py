@@ -27,8 +27,7 @@ STYLE = {
 }
 TIMESTEP = "timestep $t$ (larger is noisier)"
 MANY = 40  # timesteps beyond which markers would hide the lines
-LETTERS_PER_INCH = 9.5  # of a takeaway
-COLUMNS = 16  # samples in a line; more go below
+LETTERS_PER_INCH, LONGEST_WORD = 9.5, 12  # of a takeaway
 
 
 def coarse_fine_figure(analysis: dict, path: str | os.PathLike, takeaway: str = "") -> None:
@@ -155,26 +154,6 @@ def _draw_spread(axes, timesteps: list[int], spreads: list[dict], label: str, ba
     axes.plot(timesteps, middle, "-" if thin else "o-", color=color, linewidth=1 if thin else 1.5, ms=4, label=label)
 
 
-def samples_figure(rows: dict[str, np.ndarray], path: str | os.PathLike, takeaway: str = "") -> None:
-    """A row of pictures for every label, uint8 (B, H, W, C), column by column from the same noise; `COLUMNS` of them,
-    and below the next ones."""
-    count = len(next(iter(rows.values())))
-    columns, blocks = min(count, COLUMNS), -(-count // COLUMNS)
-    with matplotlib.rc_context(STYLE):
-        figure, grid = _picture_grid(len(rows) * blocks, columns)
-        for block in range(blocks):
-            lines = grid[block * len(rows) : (block + 1) * len(rows)]
-            for line, (label, images) in zip(lines, rows.items(), strict=True):
-                images = images[block * columns : (block + 1) * columns]
-                for axes, image in zip(line, images, strict=False):
-                    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-                for axes in line[len(images) :]:
-                    axes.set_visible(False)
-                _row_label(line, label)
-        _say(figure, takeaway)
-        figure.savefig(path)
-
-
 def error_maps_figure(
     maps: dict[str, np.ndarray], group_size: int, path: str | os.PathLike, takeaway: str = ""
 ) -> None:
@@ -192,7 +171,7 @@ def error_maps_figure(
         ("mean error\nof all images", maps["mean_error"], "magma"),
     )
     with matplotlib.rc_context(STYLE):
-        figure, grid = _picture_grid(len(rows), len(maps["timestep"]), width=1.75, height=1.35)
+        figure, grid = _picture_grid(len(rows), len(maps["timestep"]))
         for line, (label, pictures, colours) in zip(grid, rows, strict=True):
             for axes, values in zip(line, pictures, strict=True):
                 ranks, image = colours == "cividis", colours == "gray"
@@ -218,10 +197,9 @@ def _as_picture(image: np.ndarray) -> np.ndarray:
     return (shown - shown.min()) / (shown.max() - shown.min() or 1)
 
 
-def _picture_grid(rows: int, columns: int, width: float = 1.05, height: float = 1.05) -> tuple[Figure, np.ndarray]:
-    """Axes (rows, columns) of about `width` by `height` inches for pictures, without ticks, in thin pale frames that
-    keep white ones apart."""
-    figure = Figure(figsize=(1.5 + width * columns, 0.3 + height * rows), layout="constrained")
+def _picture_grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """Axes (rows, columns) for pictures, without ticks, in thin pale frames that keep white ones apart."""
+    figure = Figure(figsize=(1.5 + 1.75 * columns, 0.3 + 1.35 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
@@ -234,7 +212,9 @@ def _row_label(line: np.ndarray, label: str) -> None:
 
 
 def _say(figure: Figure, takeaway: str) -> None:
-    """The takeaway above a figure, as wide as it is."""
-    letters = max(48, int(figure.get_figwidth() * LETTERS_PER_INCH))
+    """The takeaway above a figure, in lines of about one length that are no wider than it is."""
     if takeaway:
-        figure.suptitle(textwrap.fill(takeaway, letters), x=0.01, ha="left", fontsize=12, fontweight="bold")
+        letters = max(48, int(figure.get_figwidth() * LETTERS_PER_INCH))
+        lines = -(-len(takeaway) // letters)
+        text = textwrap.fill(takeaway, min(letters, len(takeaway) // lines + LONGEST_WORD))
+        figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")

@@ -63,7 +63,7 @@ def samples_takeaway(analysis: dict) -> str:
     way = "nearer to" if corrected <= student else "farther from"
     return (
         f"Corrected by lines, the student's samples are {abs(1 - corrected / student):.0%} {way} the teacher's: "
-        f"{student:.3g} -> {corrected:.3g} of 255."
+        f"a pixel differs by {corrected:.3g} of 255, not by {student:.3g}."
     )
 
 
@@ -74,8 +74,9 @@ def error_maps_takeaway(maps: dict[str, np.ndarray]) -> str:
     ordered = np.sort(errors[most])[::-1]
     if ordered.sum() == 0:
         return ""
-    share = ordered[: max(1, len(ordered) // 10)].sum() / ordered.sum()
+    tenth = max(1, len(ordered) // 10)
+    share = ordered[:tenth].sum() / ordered.sum()
     return (
         f"At timestep {maps['timestep'][most]}, the tenth of the image with the largest mean error holds {share:.0%} "
-        "of it."
+        f"of it; evenly spread it were {tenth / len(ordered):.0%}."
     )

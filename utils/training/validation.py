@@ -83,7 +83,8 @@ class Validation:
                     self.best = (distance, step)
                     self.backbone.save(student, self.folder / "best")
                     write_json(self.folder / "best" / "distance.json", {"step": step, "frechet_distance": distance})
-            if self.args.validation_shown_samples:
+        if self.args.validation_shown_samples:  # behind the distance that it names, and without one that overflowed
+            with self._at_any_rate(f"step {step}, its grid,"):
                 self._grid(student, step, values.get("frechet_distance"))
         return values
 
