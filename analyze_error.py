@@ -42,6 +42,7 @@ from utils.metrics.distances import frechet_distance, rank_warning
 from utils.metrics.extractors import load_extractor
 from utils.metrics.statistics import FeatureStatistics
 from utils.output_dir import lock_output_dir, unlock_output_dir
+from utils.publishing.html_report import NAME as PAGE
 from utils.publishing.html_report import report_measurement
 from utils.randomness import ENCODE_STREAM, NOISE_STREAM, VALIDATION_STREAM, StepRandom, seed_from, shuffled
 
@@ -250,8 +251,8 @@ def main(args: Namespace) -> None:
     maps, folder = error_maps(statistics, first_inputs, timesteps), Path(args.output_dir)
     analysis["error_maps"] = {"file": MAPS_FILE, "timesteps": maps["timestep"].tolist()}
     folder.mkdir(parents=True, exist_ok=True)
-    for figure in FIGURES:  # of an analysis that this one replaces
-        (folder / figure).unlink(missing_ok=True)
+    for name in (*FIGURES, PAGE):  # of an analysis that this one replaces
+        (folder / name).unlink(missing_ok=True)
     save_analysis(analysis, folder)
     np.savez(folder / MAPS_FILE, **maps)
     analysis["samples"], pictures = measure_samples(args, backbone, student, images, extractor, real)

@@ -17,6 +17,7 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
+from test_html_report import Page
 from torch import nn
 
 import analyze_error
@@ -434,6 +435,7 @@ def test_a_run_on_a_trained_student(run, analyze, ornaments, data_dir):
         *("--feature_extractor", CLASSIFIER, "--num_samples", 8, "--batch_size", 8, "--group_size", 20),
     )
     assert {path.name for path in folder.iterdir()} == {"analysis.json", "error_maps.npz", *FIGURES}
+    assert "Where the error lies" in Page(student / "report.html").text  # that of a training run, which says more
     for name in FIGURES:
         with Image.open(folder / name) as picture:
             assert picture.info["dpi"][0] > 150 and min(picture.size) > 300

@@ -2,6 +2,7 @@
 """What every backbone must do, trained for a few steps from a tiny teacher: one entry in `KINDS` for each of them."""
 
 import json
+import re
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from diffusers.training_utils import EMAModel
 from latent_pipelines import save_captioned, save_classes, save_dit, save_pipeline
 from PIL import Image
 from safetensors.torch import load_file
+from test_html_report import Page, check_alone
 
 from utils.backbones import choose_backbone
 from utils.backbones.encoders import Frozen
@@ -186,10 +188,23 @@ def test_the_student_is_a_stock_pipeline(kind):
 
 
 def test_a_run_leaves_what_a_user_reads(kind):
-    assert Image.open(kind.whole / "samples.png").size[1] > 64  # teacher above student
+    plain = 2 * 68 + 8  # teacher above student; what stands above a column needs more
+    width, height = Image.open(kind.whole / "samples.png").size
+    assert width > 2 * 68 and height > plain
+    columns = kind.whole / "samples" / "columns.txt"
+    assert columns.exists() == kind.cached
+    if kind.cached:
+        shown = ["1 a", "2 b"] if kind.component == "transformer" else ["1 a d", "2 b k"]
+        assert columns.read_text().splitlines() == shown and height > plain + 40
     assert Image.open(kind.whole / "losses.png").size[0] > 900
     card = (kind.whole / "README.md").read_text()
-    assert card.startswith("---\nlibrary_name: diffusers\n") and f"import {kind.pipeline_class.__name__}" in card
+    name = kind.pipeline_class.__name__.replace("DDPM", "DDIM")  # whose own pipeline needs every step
+    assert card.startswith("---\nlibrary_name: diffusers\n") and f"import {name}\n" in card
+    code = re.search(r"```python\n(.*?)\n```", card, re.DOTALL)[1]
+    namespace = {}
+    exec(code, namespace)  # with a prompt or a class of the data, where the family has them
+    assert namespace["image"].size[0] == (32 if kind.cached else 8)
+    assert check_alone(Page(kind.whole / "report.html")) > 2
 
 
 def test_the_export_reloads_bit_for_bit(kind):

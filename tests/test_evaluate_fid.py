@@ -18,6 +18,7 @@ from conftest import build_unet, read_log, save_images
 from diffusers import DDPMPipeline, DDPMScheduler
 from huggingface_hub import ModelCard
 from PIL import Image
+from test_html_report import Page, check_alone
 from test_sampling import tiny_ddpm, tiny_stable_diffusion, tiny_text
 from transformers import (
     CLIPConfig,
@@ -180,6 +181,8 @@ def test_what_is_written(evaluate, tmp_path, teacher_dir, capsys):
     assert "Saved:" in printed and "Next:" in printed and "FID" not in printed  # no FID without inception
     names = sorted(path.name for path in (tmp_path / "evaluation").iterdir())
     assert names == ["metrics.json", "report.html", "samples.png"]  # the samples are gone
+    assert f"Report: {tmp_path / 'evaluation' / 'report.html'}\n" in printed
+    assert check_alone(Page(tmp_path / "evaluation" / "report.html")) == 1
     grid = np.asarray(Image.open(tmp_path / "evaluation" / "samples.png"))
     height, width = grid.shape[:2]  # 8 pictures of the other pipeline above those of this one, labels on the left
     above, below = (grid[height - bottom : height - bottom + 64, width - 8 * 68 :] for bottom in (144, 76))

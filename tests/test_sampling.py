@@ -415,7 +415,21 @@ def test_the_cost_is_counted(tmp_path):
     assert found["seconds_per_image"] == 1.5 and found["images_per_second"] == 2 / 1.5  # the warm-up is left out
     assert found["size_on_disk_bytes"] == sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert cost(sampler.pipeline, [first], files, num_processes=1)["seconds_per_image"] == 25  # there is no other
-    assert found["peak_memory_bytes"] > 2**20
+    weights = 4 * size.parameters
+    assert weights <= found["peak_memory_bytes"] < weights + 2**27  # the process has several times as much
+
+
+def test_memory_is_what_sampling_adds():
+    """More for a larger batch, the same whatever else the process keeps."""
+    sampler = Sampler(tiny_ddpm(DDIMScheduler()), num_inference_steps=1)
+    found = []
+    for count, kept in ((8, 0), (512, 0), (512, 2**28)):
+        ballast = torch.ones(kept, dtype=torch.uint8)
+        (record,) = Meter(sampler, CPU).draw([range(count)])
+        found.append(record["peak_memory_bytes"])
+        del ballast
+    assert found[1] > 2 * found[0]
+    assert abs(found[2] - found[1]) < 2**27
 
 
 def test_guidance_costs_two_forwards():

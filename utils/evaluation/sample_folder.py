@@ -11,6 +11,7 @@ from PIL import Image
 from utils.command_line import UsageError
 from utils.evaluation.parallel import blocks
 from utils.files import read_json, write_json, written_beside
+from utils.publishing.html_report import NAME
 
 
 def clear_evaluation(output_dir: str) -> None:
@@ -21,7 +22,13 @@ def clear_evaluation(output_dir: str) -> None:
     """
     folder = Path(output_dir)
     sampled, measured = (folder / "sampling" / "protocol.json").is_file(), _is_report(folder / "metrics.json")
-    ours = {"images": sampled, "sampling": sampled, "metrics.json": measured, "samples.png": sampled or measured}
+    ours = {
+        "images": sampled,
+        "sampling": sampled,
+        "metrics.json": measured,
+        "samples.png": sampled or measured,
+        NAME: measured,
+    }
     present = {folder / name: is_ours for name, is_ours in ours.items() if (folder / name).exists()}
     if foreign := [str(path) for path, is_ours in present.items() if not is_ours]:
         raise UsageError(
