@@ -211,7 +211,8 @@ def samples_grid(args, images: ImageSet, others: dict[int, torch.Tensor], words:
     if "frechet_distance" in metrics:
         extractor = Path(protocol["extractor"]["name"]).name
         distance = f"Frechet distance of {own} {metrics['frechet_distance']:.4g}"
-        lines.append(f"{distance}: {protocol['samples']['count']:,} samples, features of {extractor}")
+        size = f" at {args.resolution} pixels" if args.resolution else ""  # shown are those that were drawn
+        lines.append(f"{distance}: {protocol['samples']['count']:,} samples{size}, features of {extractor}")
     return image_grid(rows, columns=columns, title="\n".join(filter(None, lines)))
 
 
