@@ -38,8 +38,9 @@ class DiT(Latent):
 
     def __init__(self, args, teacher: DiTTransformer2DModel, configs: Configs):
         super().__init__(args, teacher, configs)
-        index = DiffusionPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
-        self.conditions = Labels(args, teacher.config.num_embeds_ada_norm, index.get("id2label"))
+        pipeline = DiTPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
+        names = {int(label): name for label, name in (pipeline.get("id2label") or {}).items()}
+        self.conditions = Labels(args, teacher.config.num_embeds_ada_norm, names)
         self.variance = LearnedVariance(self.process.scheduler)
         scale, default = args.validation_guidance_scale, inspect.signature(DiTPipeline.__call__).parameters
         self.sampling_options = {"guidance_scale": default["guidance_scale"].default if scale is None else scale}

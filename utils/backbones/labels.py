@@ -73,9 +73,9 @@ class LabelTransform(ImageTransform):
 class Labels(Nothing):
     """One of `num_classes` classes, or none, whose label is `num_classes`."""
 
-    def __init__(self, args, num_classes: int, names: Mapping[str, str] | None = None):
-        """`names`: the teacher's, by number, as `id2label` of its pipeline."""
-        self.label_column, self.num_classes, self.names = args.label_column or "label", num_classes, names or {}
+    def __init__(self, args, num_classes: int, class_names: Mapping[int, str] | None = None):
+        self.label_column, self.num_classes = args.label_column or "label", num_classes
+        self.class_names = class_names or {}  # what the teacher calls them, where it says
         self.share_dropped = 0.1 if args.proportion_empty_prompts is None else args.proportion_empty_prompts
 
     def call(self, condition: int) -> dict[str, str]:
@@ -107,7 +107,7 @@ class Labels(Nothing):
 
     def described(self, conditions: Sequence[int]) -> list[str]:
         """The first of each class's names, or its number."""
-        return [self.names.get(str(label), f"class {label}").split(",")[0] for label in conditions]
+        return [self.class_names.get(label, f"class {label}").split(",")[0] for label in conditions]
 
     def pipeline_arguments(self, conditions) -> dict[str, Any]:
         """Of the stock pipeline's call."""
