@@ -132,7 +132,7 @@ def measure_samples(
     args, backbone, student: nn.Module, images: ImageRows | None, extractor, real: ImageRows | None
 ) -> tuple[dict, dict]:
     """Samples of student, corrected student and teacher from the same noise, and of the same prompts where there are
-    any: numbers, and the first few as arrays (B, H, W, C). With an extractor also the Frechet distance of each to the
+    any: numbers, and the first few, uint8 (B, C, H, W). With an extractor also the Frechet distance of each to the
     `real` images, and as many prompts as there are samples or captions.
 
     UsageError: samples that are not finite.
@@ -157,13 +157,15 @@ def measure_samples(
         for who, drawn in samples.items():
             gap = (drawn.double() - samples["teacher"].double()).abs()
             gaps[who] += gap.flatten(1).mean(1).sum().item() / count
-            shown[who] += list(drawn[: max(0, args.shown_samples - first)].permute(0, 2, 3, 1).numpy())
+            shown[who].append(drawn[: max(0, args.shown_samples - first)])
             if extractor:
                 features[who].update(extractor(drawn.to(extractor.device)))
     progress.close()
     measured = {"num_samples": count, "probe": args.probe, "pixel_difference_to_teacher": gaps}
-    if prompts := set(backbone.conditions.of_samples(prompted, 0, count, num_prompts)) - {None}:
+    conditions = backbone.conditions.of_samples(prompted, 0, count, num_prompts)
+    if prompts := set(conditions) - {None}:
         measured["num_prompts"] = len(prompts)
+        measured["shown"] = backbone.conditions.described(conditions[: args.shown_samples])
     if extractor:
         reference = FeatureStatistics()
         batches = tqdm(image_batches(args, real), desc="real images", total=-(-len(real) // args.batch_size))
@@ -174,7 +176,7 @@ def measure_samples(
         }
         measured["warning"] = rank_warning(min(count, reference.count), reference.mean.size)
         measured |= {"num_real_images": reference.count, "extractor": extractor.protocol}
-    return measured, {who: np.stack(images) for who, images in shown.items()}
+    return measured, {who: torch.cat(images) for who, images in shown.items()}
 
 
 def error_maps(statistics: list[ErrorStatistics], inputs: list[torch.Tensor], timesteps: list[int]) -> dict:

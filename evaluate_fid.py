@@ -44,6 +44,7 @@ from utils.evaluation.report import open_card, report, update_model_card
 from utils.evaluation.sample_folder import SampleFolder, clear_evaluation
 from utils.evaluation.sampler import Sampler
 from utils.files import read_json, sha256, versions, write_json
+from utils.grids import image_grid, writable
 from utils.metrics.clip import ClipScorer
 from utils.metrics.distances import (
     clip_score,
@@ -56,9 +57,9 @@ from utils.metrics.distances import (
 )
 from utils.metrics.extractors import load_extractor
 from utils.output_dir import check_output_dir, lock_output_dir, unlock_output_dir
-from utils.pixels import image_grid
 from utils.publishing.html_report import report_measurement
 from utils.publishing.readable import COSTS
+from utils.publishing.readable import sampler as sampler_sentence
 
 PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "datasets", "numpy", "pillow")
 GRID_IMAGES = 32
@@ -177,19 +178,47 @@ def check_counts(args, count: int, reference) -> None:
             )
 
 
-def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict], told, accelerator) -> dict:
-    """What the pipeline costs by the `records` of its blocks; with `--compare_to`, the other too, and ratios.
-    `told`: reference and prompts."""
+def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict], told, accelerator) -> tuple:
+    """What the pipeline costs by the `records` of its blocks; with `--compare_to`, the other too, and ratios; and the
+    first samples of that other one that this process drew, (C, H, W) each, by number. `told`: reference and prompts.
+    """
+    shown: dict[int, torch.Tensor] = {}
+
+    def keep(block: range, images: torch.Tensor, _record: dict) -> None:
+        shown.update({index: image for index, image in zip(block, images, strict=True) if index < GRID_IMAGES})
+
     costs = {"cost": cost(sampler.pipeline, records, files, accelerator.num_processes)}
     if args.compare_to:
         free(sampler)
         other, other_files = open_sampler(args, "--compare_to", *told, accelerator.device)
         meter = Meter(other, accelerator.device, args.num_cpu_threads)
         number = args.compare_num_samples or (1 + meter.threads) * args.batch_size * accelerator.num_processes
-        records = measure(meter, accelerator, number, args.batch_size, "sampling --compare_to")
+        records = measure(meter, accelerator, number, args.batch_size, "sampling --compare_to", keep)
         costs["compare_to"] = cost(other.pipeline, records, list(other_files.values()), accelerator.num_processes)
         costs["ratios"] = {key: costs["cost"][key] / costs["compare_to"][key] for key in COSTS}
-    return costs
+    return costs, shown
+
+
+def samples_grid(args, images: ImageSet, others: dict[int, torch.Tensor], words: list[str], content: dict):
+    """The first of `images`; above them those of `--compare_to`, `others`, from the same noise, where there are any.
+    `words` say what samples are of, over and over; `content`, that of metrics.json, how they were drawn and measured.
+    """
+    numbers = sorted(number for number in others if number < len(images)) or range(min(GRID_IMAGES, len(images)))
+    metrics, protocol = content["metrics"], content["protocol"]
+    names = args.images or args.pretrained_model_name_or_path, args.compare_to or ""
+    own, other = (Path(name).resolve().name for name in names)
+    rows = {own: images.__getitems__(list(numbers))}
+    if others:
+        other = "--compare_to" if other == own else other
+        rows = {other: torch.stack([others[number] for number in numbers]), **rows}
+    columns = writable([words[number % len(words)] for number in numbers]) if words else ()
+    lines = [sampler_sentence(protocol["samples"])]
+    if "frechet_distance" in metrics:
+        extractor = Path(protocol["extractor"]["name"]).name
+        distance = f"Frechet distance of {own} {metrics['frechet_distance']:.4g}"
+        size = f" at {args.resolution} pixels" if args.resolution else ""  # shown are those that were drawn
+        lines.append(f"{distance}: {protocol['samples']['count']:,} samples{size}, features of {extractor}")
+    return image_grid(rows, columns=columns, title="\n".join(filter(None, lines)))
 
 
 def main(args: Namespace) -> None:
@@ -260,9 +289,9 @@ def main(args: Namespace) -> None:
         images.resize_to(args.resolution)
     generated = measure_images(images, extractor, accelerator, args, "features", clip=clip, prompts=prompts)
 
-    costs = {}
+    costs, others, words = {}, {}, sampler.described() if sampler else []
     if sampler:
-        costs = compare_costs(args, sampler, list(files.values()), samples.block_records(), told, accelerator)
+        costs, others = compare_costs(args, sampler, list(files.values()), samples.block_records(), told, accelerator)
 
     # Metrics and the report
     if accelerator.is_main_process:
@@ -305,7 +334,10 @@ def main(args: Namespace) -> None:
         folder = Path(args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "metrics.json", content)
-        image_grid([images.__getitems__(range(min(GRID_IMAGES, count)))]).save(folder / "samples.png")
+        if sampler and args.resolution:  # shown as they were drawn, as those of --compare_to are
+            images = ImageSet.from_files(samples.paths(), "samples")
+            images.keep_size(quiet=True)
+        samples_grid(args, images, others, words, content).save(folder / "samples.png")
         if sampler and not args.keep_images:
             for path in (samples.images, samples.records):
                 shutil.rmtree(path)

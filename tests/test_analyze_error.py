@@ -4,6 +4,7 @@
 import hashlib
 import json
 import pickle
+import re
 from pathlib import Path
 
 import datasets
@@ -21,6 +22,7 @@ from torch import nn
 
 import analyze_error
 import utils.analysis.error
+import utils.analysis.report
 from utils.analysis.arguments import PROBES, for_backbone, parse_args
 from utils.analysis.corrected import WHO, CorrectedDenoiser, probe_denoisers
 from utils.analysis.error import (
@@ -32,8 +34,9 @@ from utils.analysis.error import (
     split_groups,
     summarize,
 )
-from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure, samples_figure
+from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure
 from utils.analysis.report import FIGURES, save_figures
+from utils.analysis.takeaways import coarse_fine_takeaway, error_maps_takeaway, line_takeaway, samples_takeaway
 from utils.backbones import choose_backbone
 from utils.backbones.ddpm import DDPM
 from utils.command_line import call
@@ -399,14 +402,14 @@ def test_the_pictures_are_the_samples_of_the_seeds(tmp_path, flags, save, teache
     drawn = {}
     for who, denoiser in {**denoisers, "teacher": backbone.teacher}.items():
         drawn[who] = torch.cat([backbone.sample(denoiser, part, 3) for part in (seeds[:2], seeds[2:])]).int()
-        assert np.array_equal(shown[who], drawn[who].permute(0, 2, 3, 1).numpy())
+        assert torch.equal(shown[who].int(), drawn[who])
         gap = (drawn[who] - backbone.sample(backbone.teacher, seeds, 3).int()).abs().double().mean().item()
         assert numbers["pixel_difference_to_teacher"][who] == pytest.approx(gap, abs=0.02)
     assert tuple(shown) == tuple(numbers["pixel_difference_to_teacher"]) == WHO
     args.probe = "teacher_trajectory"
     others, pictures = analyze_error.measure_samples(args, backbone, student, None, None, None)
     assert numbers["probe"] == "student_input" and others["probe"] == args.probe and tuple(pictures) == WHO
-    assert all(np.array_equal(pictures[who], shown[who]) for who in ("student", "teacher"))
+    assert all(torch.equal(pictures[who], shown[who]) for who in ("student", "teacher"))
 
 
 def test_correcting_another_student_does_not(tmp_path, flags, save):
@@ -723,24 +726,82 @@ def test_error_maps_name_their_channels(figures, tmp_path, channels):
     assert ("channel 0, noised" in labels) == (channels == 4)
 
 
-def test_many_samples_wrap(figures, tmp_path):
-    rows = {name: np.full((20, 4, 4, 1), value, np.uint8) for name, value in (("student", 255), ("teacher", 0))}
-    samples_figure(rows, tmp_path / "samples.png")
-    grid = figures["samples.png"].axes
-    assert len(grid) == 4 * 16 and sum(bool(axes.images) for axes in grid) == 2 * 20
-    assert [axes.images[0].get_array().max() for axes in grid[::16]] == [255, 0, 255, 0]
-    assert grid[0].spines["top"].get_visible()
-
-
-def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path):
-    rows = {name: np.zeros((2, 4, 4, 1), np.uint8) for name in ("student", "corrected", "teacher")}
+def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path, monkeypatch):
+    rows = {name: torch.zeros(2, 1, 4, 4, dtype=torch.uint8) for name in ("student", "corrected", "teacher")}
     maps = {name: np.zeros((1, 1, 8, 8)) for name in ("image", "image_error")}
     maps |= {"timestep": np.array([5]), "mean_error": np.zeros((1, 8, 8)), "group_rank": np.zeros((1, 8, 8), int)}
-    analysis = analysis_of(*predictions(), timesteps=1)
+    analysis, written, grid = analysis_of(*predictions(), timesteps=1), [], utils.analysis.report.image_grid
+    monkeypatch.setattr(
+        utils.analysis.report,
+        "image_grid",
+        lambda shown, **words: (
+            written.append("\n".join([*shown, *words["columns"], words["title"]])) or grid(shown, **words)
+        ),
+    )
     for warning in (None, "8 samples in 64 dimensions"):
-        analysis["samples"] = {"frechet_distance": dict.fromkeys(rows, 1.5), "warning": warning}
+        analysis["samples"] = {"frechet_distance": dict.fromkeys(rows, 1.5), "warning": warning, "shown": ["a", "b"]}
+        analysis["samples"]["pixel_difference_to_teacher"] = {"student": 4.0, "corrected": 3.0, "teacher": 0.0}
         save_figures(analysis, maps, rows, tmp_path)
-        assert ("Frechet 1.50" in texts(figures["samples.png"])) == (warning is None)
+        assert ("corrected\nFrechet 1.50" in written[-1]) == (warning is None) and "\na\nb\n" in written[-1]
+        assert ("25% nearer" in written[-1]) == (warning is not None)
+    assert Image.open(tmp_path / "samples.png").height > 3 * 64
+
+
+def rows_of(totals: list[float], shares: list[float], slopes: list[float]) -> dict:
+    """An analysis of which a takeaway is made: timesteps 100, 300 ... of 1000."""
+    rows = [
+        {"timestep": 200 * i + 100, "total": total, "coarse_share": share, "slope": {"median": slope}}
+        for i, (total, share, slope) in enumerate(zip(totals, shares, slopes, strict=True))
+    ]
+    return {"protocol": {"num_train_timesteps": 1000}, "timesteps": rows, "mean": {"coarse_share": 0.12}}
+
+
+@pytest.mark.parametrize(
+    "totals, shares, said",
+    [
+        ([6, 1, 1, 1, 1], [0.1, 0.4, 0.2, 0.4, 0.5], "60% of the error is in the cleanest fifth .* 12% .* 700 on"),
+        ([1, 1, 1, 1, 6], [0.4] * 5, "60% of the error is in the noisiest fifth .* a third or more everywhere"),
+        ([1, 1, 6, 1, 1], [0.1, 0.3, 0.2, 0.1, 0.1], "60% .* in the middle fifth .* at most 30%, at timestep 300"),
+        ([0, 0], [None, None], "predicts what the teacher predicts"),
+        ([3, 1], [0.1, 0.1], "removes 12% of the error, at most 10%, at timestep 100"),
+    ],
+)
+def test_what_the_chart_of_the_error_says(totals, shares, said):
+    assert re.search(said, coarse_fine_takeaway(rows_of(totals, shares, [1.0] * len(totals))))
+
+
+def test_what_the_other_figures_say():
+    said = line_takeaway(rows_of([1] * 3, [0] * 3, [1.05, 0.9, 1]))
+    assert "shrink" in said and "timestep 300: median slope 0.900" in said
+    assert "stretch" in line_takeaway(rows_of([1], [0], [1.2]))
+    assert "within 0.5% of 1" in line_takeaway(rows_of([1, 1], [0, 0], [1.001, 0.999]))
+    samples = {"frechet_distance": {"student": 50.0, "corrected": 20.0, "teacher": 10.0}}
+    assert "50 to 20, 75% of the way to the teacher's 10" in samples_takeaway({"samples": samples})
+    samples["frechet_distance"] |= {"teacher": 60.0}  # a student that is better has no way to go
+    assert "the teacher's is 60" in samples_takeaway({"samples": samples})
+    gaps = {"student": 4.0, "corrected": 5.0, "teacher": 0.0}
+    assert "25% farther" in samples_takeaway({"samples": {"pixel_difference_to_teacher": gaps}})
+    error = np.ones((2, 10, 10))
+    error[1, 0] = 91  # a tenth of the image, 91 % of the error
+    assert re.fullmatch(
+        "At timestep 500, the tenth of the image .* holds 91% of it; evenly spread it were 10%.",
+        error_maps_takeaway({"timestep": np.array([5, 500]), "mean_error": error}),
+    )
+    assert error_maps_takeaway({"timestep": np.array([5]), "mean_error": 0 * error[:1]}) == ""
+
+
+def test_takeaways_stand_above_and_legends_hide_nothing(figures, tmp_path):
+    analysis = analysis_of(*predictions((4, 3, 6, 7)), timesteps=5)
+    line_figure(analysis, tmp_path / "line.png", line_takeaway(analysis))
+    coarse_fine_figure(analysis, tmp_path / "coarse_fine.png", coarse_fine_takeaway(analysis))
+    for name, figure in figures.items():
+        figure.canvas.draw()
+        (legend,) = figure.legends
+        (said,) = (text for text in figure.texts if text.get_text() == figure.get_suptitle())
+        assert said.get_text() and all(axes.get_legend() is None and axes.get_ylabel() for axes in figure.axes), name
+        for axes in figure.axes:
+            box = axes.get_window_extent()
+            assert not legend.get_window_extent().overlaps(box) and said.get_window_extent().y0 > box.y1
 
 
 # What is refused, before anything is measured or written

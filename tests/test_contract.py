@@ -231,7 +231,14 @@ def test_the_student_is_a_stock_pipeline(kind):
 
 
 def test_a_run_leaves_what_a_user_reads(kind):
-    assert Image.open(kind.whole / "samples.png").size[1] > 64  # teacher above student
+    plain = 2 * 68 + 8  # teacher above student; what stands above a column needs more
+    width, height = Image.open(kind.whole / "samples.png").size
+    assert width > 2 * 68 and height > plain
+    columns = kind.whole / "samples" / "columns.txt"
+    assert columns.exists() == kind.cached
+    if kind.cached:
+        shown = ["1 a", "2 b"] if kind.component == "transformer" else ["1 a d", "2 b k"]
+        assert columns.read_text().splitlines() == shown and height > plain + 40
     assert Image.open(kind.whole / "losses.png").size[0] > 900
     card = (kind.whole / "README.md").read_text()
     name = kind.pipeline_class.__name__.replace("DDPM", "DDIM")  # whose own pipeline needs every step

@@ -183,7 +183,24 @@ def test_what_is_written(evaluate, tmp_path, teacher_dir, capsys):
     assert names == ["metrics.json", "report.html", "samples.png"]  # the samples are gone
     assert f"Report: {tmp_path / 'evaluation' / 'report.html'}\n" in printed
     assert check_alone(Page(tmp_path / "evaluation" / "report.html")) == 1
-    assert Image.open(tmp_path / "evaluation" / "samples.png").size == (8 * 68, 2 * 68 + 8)
+    grid = np.asarray(Image.open(tmp_path / "evaluation" / "samples.png"))
+    height, width = grid.shape[:2]  # 8 pictures of the other pipeline above those of this one, labels on the left
+    above, below = (grid[height - bottom : height - bottom + 64, width - 8 * 68 :] for bottom in (144, 76))
+    assert width > 8 * 68 and height > 144 and (above == below).all() and above.std() > 10
+
+
+def test_samples_are_shown_as_they_were_drawn(evaluate, tmp_path, teacher_dir):
+    """Those of both pipelines, whatever size they are measured at."""
+    given = ["--num_samples", 8, "--metrics", "fid", "--compare_to", teacher_dir, "--compare_num_samples", 8]
+    evaluate(*given, "--resolution", 6, "--keep_images")
+    grid = np.asarray(Image.open(tmp_path / "evaluation" / "samples.png"))
+    paths = sorted((tmp_path / "evaluation" / "images").iterdir())
+    drawn = [np.asarray(Image.open(path)).repeat(8, 0).repeat(8, 1) for path in paths]
+    height, width = grid.shape[:2]
+    for bottom in (144, 76):  # of the row of --compare_to, here the same pipeline, and of that below it
+        line = grid[height - bottom : height - bottom + 64, width - 8 * 68 :]
+        for i, image in enumerate(drawn):
+            assert (line[:, 68 * i : 68 * i + 64].reshape(64, 64, -1) == image[..., None]).all(), (bottom, i)
 
 
 def test_blocks_and_images_do_not_depend_on_other_metrics_or_the_count(evaluate, tmp_path):

@@ -308,12 +308,18 @@ def test_launched_under_dynamo(run, tmp_path, teacher_dir, data_dir):
 
 
 def test_samples_that_overflow_do_not_end_a_run(run, monkeypatch, caplog):
-    def overflow(self, *_):
-        raise FloatingPointError("a sample holds NaN or infinity")
+    """Nor take the grid with them, where its own samples do not."""
+    sample = DDPM.sample
+
+    def overflow(self, denoiser, seeds, *more):
+        if len(seeds) == 4:
+            raise FloatingPointError("a sample holds NaN or infinity")
+        return sample(self, denoiser, seeds, *more)
 
     monkeypatch.setattr(DDPM, "sample", overflow)
     given = ["--validation_feature_extractor", str(ROOT / "assets" / "classifier"), "--validation_num_samples", "4"]
-    folder = run("train_place", *given, "--validation_steps", "2")
+    folder = run("train_place", *given, "--validation_steps", "2", "--validation_shown_samples", "2")
+    assert (folder / "samples" / "step-0000002.png").exists()
     assert (folder / "unet" / "config.json").exists() and len(read_log(folder)) == 4
     assert "The validation of step 2 was left out: a sample holds NaN" in caplog.text
     assert "The validation of the references was left out" in caplog.text

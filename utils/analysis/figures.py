@@ -6,6 +6,7 @@ global is touched and no display is needed.
 """
 
 import os
+import textwrap
 
 import matplotlib
 import numpy as np
@@ -26,11 +27,12 @@ STYLE = {
 }
 TIMESTEP = "timestep $t$ (larger is noisier)"
 MANY = 40  # timesteps beyond which markers would hide the lines
-COLUMNS = 16  # samples in a line; more go below
+LETTERS_PER_INCH, LONGEST_WORD = 9.5, 12  # of a takeaway
 
 
-def coarse_fine_figure(analysis: dict, path: str | os.PathLike) -> None:
-    """Size and share of the coarse and the fine part by timestep, and their size by PLACE group."""
+def coarse_fine_figure(analysis: dict, path: str | os.PathLike, takeaway: str = "") -> None:
+    """Size and share of the coarse and the fine part by timestep, and their size by PLACE group; above them all, as in
+    every figure, its `takeaway`."""
     rows, timesteps = analysis["timesteps"], [row["timestep"] for row in analysis["timesteps"]]
     last, group_size = analysis["protocol"]["num_train_timesteps"], analysis["protocol"]["group_size"]
     thin = len(rows) > MANY
@@ -104,10 +106,11 @@ def coarse_fine_figure(analysis: dict, path: str | os.PathLike) -> None:
             loc="outside lower center",
             ncols=4,
         )
+        _say(figure, takeaway)
         figure.savefig(path)
 
 
-def line_figure(analysis: dict, path: str | os.PathLike) -> None:
+def line_figure(analysis: dict, path: str | os.PathLike, takeaway: str = "") -> None:
     """Slope and intercept by timestep: median and quartiles over images, of each of up to four channels."""
     rows, timesteps = analysis["timesteps"], [row["timestep"] for row in analysis["timesteps"]]
     channels = len(rows[0]["channels"])
@@ -118,7 +121,7 @@ def line_figure(analysis: dict, path: str | os.PathLike) -> None:
         curves, labels = [rows], ["median"]
         band = "quartiles of images" + " and channels" * (channels > 1)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.4, 3.5), layout="constrained")
+        figure = Figure(figsize=(8.4, 3.9), layout="constrained")
         figure.get_layout_engine().set(wspace=0.06)
         for axes, name, symbol, perfect in zip(
             figure.subplots(1, 2), ("slope", "intercept"), ("b_1", "b_0"), (1, 0), strict=True
@@ -129,11 +132,13 @@ def line_figure(analysis: dict, path: str | os.PathLike) -> None:
                 _draw_spread(axes, timesteps, spreads, label, band if c == 0 else None, CHANNELS[c])
             axes.set(
                 xlabel=TIMESTEP,
-                ylabel=f"{name} ${symbol}$" + " (units of the prediction)" * (name == "intercept"),
+                ylabel=f"{name} ${symbol}$" + ", in units\nof the prediction" * (name == "intercept"),
                 xlim=(0, analysis["protocol"]["num_train_timesteps"]),
             )
             axes.ticklabel_format(axis="y", useOffset=False)
-        axes.legend(fontsize=10)
+        # below the axes, where it hides nothing
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=10)
+        _say(figure, takeaway)
         figure.savefig(path)
 
 
@@ -149,26 +154,9 @@ def _draw_spread(axes, timesteps: list[int], spreads: list[dict], label: str, ba
     axes.plot(timesteps, middle, "-" if thin else "o-", color=color, linewidth=1 if thin else 1.5, ms=4, label=label)
 
 
-def samples_figure(rows: dict[str, np.ndarray], path: str | os.PathLike) -> None:
-    """A row of pictures for every label, uint8 (B, H, W, C), column by column from the same noise; `COLUMNS` of them,
-    and below the next ones."""
-    count = len(next(iter(rows.values())))
-    columns, blocks = min(count, COLUMNS), -(-count // COLUMNS)
-    with matplotlib.rc_context(STYLE):
-        figure, grid = _picture_grid(len(rows) * blocks, columns)
-        for block in range(blocks):
-            lines = grid[block * len(rows) : (block + 1) * len(rows)]
-            for line, (label, images) in zip(lines, rows.items(), strict=True):
-                images = images[block * columns : (block + 1) * columns]
-                for axes, image in zip(line, images, strict=False):
-                    axes.imshow(image, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
-                for axes in line[len(images) :]:
-                    axes.set_visible(False)
-                _row_label(line, label)
-        figure.savefig(path)
-
-
-def error_maps_figure(maps: dict[str, np.ndarray], group_size: int, path: str | os.PathLike) -> None:
+def error_maps_figure(
+    maps: dict[str, np.ndarray], group_size: int, path: str | os.PathLike, takeaway: str = ""
+) -> None:
     """Where the error is at a few timesteps: one image, its error, its PLACE groups, and the error of all images.
 
     `maps`: timestep (T,); image and image_error (T, C, H, W); group_rank, of channel 0, and mean_error (T, H, W).
@@ -183,7 +171,7 @@ def error_maps_figure(maps: dict[str, np.ndarray], group_size: int, path: str | 
         ("mean error\nof all images", maps["mean_error"], "magma"),
     )
     with matplotlib.rc_context(STYLE):
-        figure, grid = _picture_grid(len(rows), len(maps["timestep"]), width=1.75, height=1.35)
+        figure, grid = _picture_grid(len(rows), len(maps["timestep"]))
         for line, (label, pictures, colours) in zip(grid, rows, strict=True):
             for axes, values in zip(line, pictures, strict=True):
                 ranks, image = colours == "cividis", colours == "gray"
@@ -199,6 +187,7 @@ def error_maps_figure(maps: dict[str, np.ndarray], group_size: int, path: str | 
             _row_label(line, label)
         for axes, timestep in zip(grid[0], maps["timestep"], strict=True):
             axes.set_title(f"$t$ = {timestep}", loc="center")
+        _say(figure, takeaway)
         figure.savefig(path)
 
 
@@ -208,10 +197,9 @@ def _as_picture(image: np.ndarray) -> np.ndarray:
     return (shown - shown.min()) / (shown.max() - shown.min() or 1)
 
 
-def _picture_grid(rows: int, columns: int, width: float = 1.05, height: float = 1.05) -> tuple[Figure, np.ndarray]:
-    """Axes (rows, columns) of about `width` by `height` inches for pictures, without ticks, in thin pale frames that
-    keep white ones apart."""
-    figure = Figure(figsize=(1.5 + width * columns, 0.3 + height * rows), layout="constrained")
+def _picture_grid(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """Axes (rows, columns) for pictures, without ticks, in thin pale frames that keep white ones apart."""
+    figure = Figure(figsize=(1.5 + 1.75 * columns, 0.3 + 1.35 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set(xticks=[], yticks=[])
@@ -221,3 +209,12 @@ def _picture_grid(rows: int, columns: int, width: float = 1.05, height: float = 
 
 def _row_label(line: np.ndarray, label: str) -> None:
     line[0].set_ylabel(label, rotation=0, ha="right", va="center", labelpad=8)
+
+
+def _say(figure: Figure, takeaway: str) -> None:
+    """The takeaway above a figure, in lines of about one length that are no wider than it is."""
+    if takeaway:
+        letters = max(48, int(figure.get_figwidth() * LETTERS_PER_INCH))
+        lines = -(-len(takeaway) // letters)
+        text = textwrap.fill(takeaway, min(letters, len(takeaway) // lines + LONGEST_WORD))
+        figure.suptitle(text, x=0.01, ha="left", fontsize=12, fontweight="bold")

@@ -5,11 +5,13 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
+from torch import Tensor
 
 from utils.analysis.arguments import PROBES
-from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure, samples_figure
+from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure
+from utils.analysis.takeaways import coarse_fine_takeaway, error_maps_takeaway, line_takeaway, samples_takeaway
 from utils.files import sha256, write_file
+from utils.grids import image_grid, writable
 
 MAPS_FILE = "error_maps.npz"
 FIGURES = ("coarse_fine.png", "line.png", "samples.png", "error_maps.png")
@@ -34,15 +36,17 @@ def weight_hashes(name_or_path: str, component: str) -> dict[str, str] | None:
     return {path.relative_to(folder).as_posix(): sha256(path) for path in sorted(files)}
 
 
-def save_figures(analysis: dict, maps: dict, samples: dict[str, np.ndarray], folder: Path) -> None:
-    """All of `FIGURES`: `analysis` as in analysis.json, `maps` as in error_maps.npz, `samples` as `samples_figure`."""
+def save_figures(analysis: dict, maps: dict, samples: dict[str, Tensor], folder: Path) -> None:
+    """All of `FIGURES`, each with what it says above it: `analysis` as in analysis.json, `maps` as in error_maps.npz,
+    `samples` uint8 (B, C, H, W) of everyone who drew some, from the same noise."""
     # few samples have a distance far above that of many: the table says so beside the numbers, a picture could not
     distances = {} if analysis["samples"].get("warning") else analysis["samples"].get("frechet_distance", {})
     rows = {who + (f"\nFrechet {distances[who]:.2f}" if distances else ""): images for who, images in samples.items()}
-    coarse_fine_figure(analysis, folder / FIGURES[0])
-    line_figure(analysis, folder / FIGURES[1])
-    samples_figure(rows, folder / FIGURES[2])
-    error_maps_figure(maps, analysis["protocol"]["group_size"], folder / FIGURES[3])
+    words, group_size = writable(analysis["samples"].get("shown", [])), analysis["protocol"]["group_size"]
+    coarse_fine_figure(analysis, folder / FIGURES[0], coarse_fine_takeaway(analysis))
+    line_figure(analysis, folder / FIGURES[1], line_takeaway(analysis))
+    image_grid(rows, columns=words, title=samples_takeaway(analysis)).save(folder / FIGURES[2])
+    error_maps_figure(maps, group_size, folder / FIGURES[3], error_maps_takeaway(maps))
 
 
 def error_table(analysis: dict) -> str:

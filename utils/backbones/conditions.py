@@ -57,6 +57,10 @@ class Nothing:
         """What the samples `first` and on are of, over and over: of `num_rows` first rows of the data."""
         return [None] * count
 
+    def described(self, conditions: Sequence) -> list[str]:
+        """Those of `of_samples` in words, for people; empty where there is nothing to say."""
+        return []
+
     def pipeline_arguments(self, conditions: Sequence) -> dict[str, Any]:
         """Those of the stock pipeline's call for as many samples."""
         return {"batch_size": len(conditions)}
@@ -158,6 +162,10 @@ class Prompts(Nothing):
         """`--validation_prompts`, else captions of the data's first rows, as many as a grid has samples."""
         prompts = self.given or dataset.captions(num_rows or self.num_rows or count)
         return [prompts[i % len(prompts)] for i in range(first, first + count)]
+
+    def described(self, conditions: Sequence[str]) -> list[str]:
+        """The prompts."""
+        return list(conditions)
 
     def call(self, condition: str) -> dict[str, str]:
         """The prompt."""

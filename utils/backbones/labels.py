@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class labels as a condition: one of a model's classes, or none."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,6 +50,10 @@ class Labels(Nothing):
     def of_samples(self, dataset, first: int, count: int, num_rows: int | None = None) -> list[int]:
         """All classes in turn."""
         return [number % self.num_classes for number in range(first, first + count)]
+
+    def described(self, conditions: Sequence[int]) -> list[str]:
+        """The first of each class's names, or its number."""
+        return [self.class_names.get(label, f"class {label}").split(",")[0] for label in conditions]
 
     def pipeline_arguments(self, conditions) -> dict[str, Any]:
         """Of the stock pipeline's call."""

@@ -97,11 +97,14 @@ class Meter:
             self.macs = counter.get_total_flops() // 2 // batch_size
 
 
-def measure(meter: Meter, accelerator: Accelerator, num_samples: int, batch_size: int, description: str) -> list[dict]:
-    """The records of `num_samples` samples, drawn by all processes as an evaluation draws them, and thrown away."""
+def measure(
+    meter: Meter, accelerator: Accelerator, num_samples: int, batch_size: int, description: str, keep=None
+) -> list[dict]:
+    """The records of `num_samples` samples, drawn by all processes as an evaluation draws them; they are thrown away,
+    unless `keep`, as `Meter.draw`, keeps them."""
     own = blocks(num_samples, batch_size)[accelerator.process_index :: accelerator.num_processes]
     quiet = not accelerator.is_local_main_process
-    bar = tqdm(meter.draw(own), desc=description, total=len(own), unit="block", disable=quiet)
+    bar = tqdm(meter.draw(own, keep), desc=description, total=len(own), unit="block", disable=quiet)
     return gather_object(list(bar))
 
 

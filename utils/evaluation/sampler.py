@@ -147,6 +147,14 @@ class Sampler:
             "device": self.pipeline.device.type,
         }
 
+    def described(self) -> list[str]:
+        """What samples are of in words, over and over; empty where they are of nothing in particular."""
+        if self.class_labels:
+            names = self.pipeline.config.get("id2label") or {}
+            labels = [names.get(label, names.get(str(label), f"class {label}")) for label in self.class_labels]
+            return [label.split(",")[0] for label in labels]
+        return list(self.prompts or [])
+
     def size(self) -> tuple[int, int] | None:
         """Height and width of a sample, as the pipelines themselves work them out; None if that cannot be told."""
         given, factor = [self._default(name) for name in ("height", "width")], self._pixels_per_latent()

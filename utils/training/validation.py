@@ -18,11 +18,11 @@ from utils.backbones.stand_in import InAutocast
 from utils.command_line import announce
 from utils.data.rows import ImageRows, load_rows
 from utils.distributed import on_main_process
-from utils.files import write_json
+from utils.files import write_file, write_json
+from utils.grids import image_grid, writable
 from utils.metrics.distances import frechet_distance
 from utils.metrics.extractors import FeatureExtractor
 from utils.metrics.statistics import FeatureStatistics
-from utils.pixels import image_grid
 from utils.randomness import VALIDATION_STREAM, seed_from
 from utils.training.optimizer import with_gradients
 
@@ -76,8 +76,6 @@ class Validation:
         if not self.accelerator.is_main_process:
             return values
         with self._at_any_rate(f"step {step}"):
-            if self.args.validation_shown_samples:
-                self._grid(student, step)
             if self.extractor is not None:
                 distance = self._distance(self._sampled(student))
                 self.distances["student"] = values["frechet_distance"] = distance
@@ -85,6 +83,9 @@ class Validation:
                     self.best = (distance, step)
                     self.backbone.save(student, self.folder / "best")
                     write_json(self.folder / "best" / "distance.json", {"step": step, "frechet_distance": distance})
+        if self.args.validation_shown_samples:  # behind the distance that it names, and without one that overflowed
+            with self._at_any_rate(f"step {step}, its grid,"):
+                self._grid(student, step, values.get("frechet_distance"))
         return values
 
     @contextlib.contextmanager
@@ -112,19 +113,35 @@ class Validation:
     def _seeds(self, first: int, count: int) -> list[int]:
         return [seed_from(self.args.seed, VALIDATION_STREAM, first + i) for i in range(count)]
 
-    def _grid(self, student: nn.Module, step: int) -> None:
-        """Upper row(s) teacher, lower row(s) student, column by column from the same noise."""
+    def _title(self, step: int, distance: float | None) -> str:
+        """What a grid shows, and the distance with what it has to be read with."""
+        guidance = self.backbone.sampling_options.get("guidance_scale")
+        how = f"{self.backbone.process.name}, {self.args.validation_num_inference_steps} steps"
+        how += "" if guidance is None else f", guidance {guidance:g}"
+        title = f"step {step:,} of {self.args.max_train_steps:,}; {how}"
+        if distance is None:
+            return title
+        samples, name = self.args.validation_num_samples, Path(self.args.validation_feature_extractor).name
+        return f"{title}\nFrechet distance of the student {distance:.4g}: {samples:,} samples, features of {name}"
+
+    def _grid(self, student: nn.Module, step: int, distance: float | None) -> None:
+        """Above the teacher, below the student, column by column from the same noise."""
         announce(f"sampling the grid of step {step:,}")
         count = self.args.validation_shown_samples
-        rows = [self._draw(student, 0, count)]
+        rows = {"student": self._draw(student, 0, count)}
         if self.backbone.teacher is not None:
             if self.teacher_images is None:
                 self.teacher_images = self._draw(self.backbone.teacher, 0, count)
-            rows.insert(0, self.teacher_images)
-        grid = image_grid(rows)
+            rows = {"teacher": self.teacher_images, **rows}
+        conditions = self.backbone.conditions
+        words = conditions.described(conditions.of_samples(self.dataset, 0, count))
+        grid = image_grid(rows, columns=writable(words), title=self._title(step, distance))
         grid.save(self.folder / "samples.png")
         (self.folder / "samples").mkdir(exist_ok=True)
         grid.save(self.folder / "samples" / f"step-{step:07d}.png")
+        if words:  # whole, where a grid has no room or no letters for them
+            numbered = (f"{number} {' '.join(text.split())}\n" for number, text in enumerate(words, start=1))
+            write_file(self.folder / "samples" / "columns.txt", "".join(numbered))
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
