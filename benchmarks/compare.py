@@ -109,11 +109,11 @@ def draw(name: str, flag: str, count: int, *, scheduler: str | None = None, **op
 
 def show_rows(figure, samples: dict, title: str) -> None:
     """A row of `samples` (name -> uint8 (B, C, H, W)) for each name, named at its left."""
-    from utils.pixels import image_grid
+    from utils.grids import image_grid
 
     rows = figure.subplots(len(samples), 1, squeeze=False).flatten()
     for axes, (name, images) in zip(rows, samples.items(), strict=True):
-        axes.imshow(image_grid([images], columns=len(images)), cmap="gray", vmin=0, vmax=255)
+        axes.imshow(image_grid({"": images}, per_line=len(images)), cmap="gray", vmin=0, vmax=255)
         axes.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=10)
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set_visible(False)

@@ -438,7 +438,8 @@ def test_a_run_on_a_trained_student(run, analyze, ornaments, data_dir):
     assert "Where the error lies" in Page(student / "report.html").text  # that of a training run, which says more
     for name in FIGURES:
         with Image.open(folder / name) as picture:
-            assert picture.info["dpi"][0] > 150 and min(picture.size) > 300
+            assert min(picture.size) > 200
+            assert name == "samples.png" or picture.info["dpi"][0] > 150  # that one is drawn pixel by pixel
             assert np.asarray(picture.convert("L")).std() > 10
 
     rows, mean = analysis["timesteps"], analysis["mean"]
@@ -577,7 +578,8 @@ def test_a_run_follows_from_its_seed_and_replaces_only_its_own_files(analyze, sa
     assert {name: again[name] for name in again if name != "protocol"} == {
         n: first[n] for n in first if n != "protocol"
     }
-    assert all((output / name).read_bytes() == before[name] for name in before if name != "analysis.json")
+    changed = {name for name in before if (output / name).read_bytes() != before[name]}
+    assert changed <= {"analysis.json"}
     other, _ = analyze(folder, "--overwrite_output_dir", "--seed", 1)
     assert other["timesteps"] != first["timesteps"] and other["samples"] != first["samples"]
     assert (output / "notes.txt").read_text() == "mine"

@@ -11,7 +11,7 @@ from conftest import run_script
 from diffusers import UNet2DModel
 from safetensors.torch import load_file
 
-from utils.command_line import UsageError
+from utils.command_line import UsageError, call
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
@@ -51,7 +51,7 @@ def launched(monkeypatch, tmp_path, teacher_dir, data_dir):
         flags = command[next(i for i, word in enumerate(command) if word.endswith(".py")) + 1 :]
         commands.append((script, "--dry_run" in flags))
         if script == "evaluate_fid":
-            evaluate_fid.main(flags)
+            call(evaluate_fid, flags)
         else:
             run_script(tmp_path, teacher_dir, data_dir, script, *flags, defaults=False)
 

@@ -14,9 +14,10 @@ from latent_pipelines import save_classes, save_dit
 
 import analyze_error
 import evaluate_fid
-from utils.analysis.arguments import for_backbone, parse_args
-from utils.analysis.corrected import PROBES, probe_denoisers
+from utils.analysis.arguments import PROBES, for_backbone, parse_args
+from utils.analysis.corrected import probe_denoisers
 from utils.backbones import choose_backbone
+from utils.command_line import call
 from utils.data.folders import folder_rows
 from utils.distillation.features import Tapped
 from utils.evaluation.conditions import read_class_labels
@@ -103,7 +104,7 @@ def evaluate(folder: Path, pipeline, images: Path, *flags) -> dict:
     given = ["--pretrained_model_name_or_path", pipeline, "--train_data_dir", images, "--num_samples", 10]
     given += ["--num_inference_steps", 2, "--metrics", "fid", "--feature_extractor", ROOT / "assets" / "classifier"]
     given += ["--batch_size", 5, "--num_cpu_threads", 1, "--output_dir", folder, *flags]
-    evaluate_fid.main([str(word) for word in (*given, "--reference_cache_dir", folder.parent / "cache")])
+    call(evaluate_fid, [str(word) for word in (*given, "--reference_cache_dir", folder.parent / "cache")])
     return json.loads((folder / "metrics.json").read_text())
 
 
@@ -193,7 +194,7 @@ def test_the_error_is_that_of_the_noise_under_each_images_label(teacher, images,
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tapped, "forward", forward)
-        analyze_error.main([str(word) for word in given])
+        call(analyze_error, [str(word) for word in given])
     written = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert all(label < CLASSES for labels in told for label in labels)  # none is left out for guidance
     for row in written["timesteps"]:  # a line removes all of it
