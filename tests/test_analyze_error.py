@@ -108,7 +108,8 @@ def analyze(request, run, flags, monkeypatch):
 
     def save_contents(_analysis, maps, samples, folder):
         for name in FIGURES:
-            (folder / name).write_bytes(pickle.dumps((maps, samples)))
+            shown = {who: images.numpy() for who, images in samples.items()}
+            (folder / name).write_bytes(pickle.dumps((maps, shown)))
 
     if "ornaments" not in request.fixturenames:
         monkeypatch.setattr(analyze_error, "save_figures", save_contents)
