@@ -29,7 +29,7 @@ from utils.download_cache import use_download_cache
 from utils.evaluation import arguments as evaluation
 from utils.evaluation.parallel import block_threads
 from utils.launcher import VARIABLES
-from utils.publishing.card import _recipe
+from utils.publishing.card import recipe as card_recipe
 from utils.threads import BRIEFLY, POLICIES
 from utils.training import arguments as training
 
@@ -188,7 +188,7 @@ def test_the_recipe_of_a_card_parses_back(tmp_path, script):
     prompts = ["a cat", "it's # one", '"b"']
     args = parse(script, "--use_ema", "--validation_prompts", *prompts, "--learning_rate", "3e-3", "--seed", 5)
     recipe = tmp_path / "card.args"
-    recipe.write_text(_recipe(json.loads(json.dumps(vars(args)))))
+    recipe.write_text(card_recipe(json.loads(json.dumps(vars(args)))))
     assert vars(parse(script, f"@{recipe}", needed="")) == vars(args)
 
 

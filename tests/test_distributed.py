@@ -314,8 +314,9 @@ def test_the_recipes_are_accelerates(tmp_path):
     assert several.num_machines == 2 and several.main_process_ip and several.main_process_port
 
 
-def test_readme_shows_how_to_launch_them():
-    shown = set(re.findall(r"--config_file (recipes/accelerate/[\w.]+)", (ROOT / "README.md").read_text()))
+def test_the_documents_show_how_to_launch_them():
+    text = "".join(path.read_text() for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    shown = set(re.findall(r"--config_file (recipes/accelerate/[\w.]+)", text))
     assert shown == {str(path.relative_to(ROOT)) for path in RECIPES.iterdir()}
 
 

@@ -82,6 +82,7 @@ def test_signals_that_are_not_there_are_not_waited_for(monkeypatch):
     PartialState._reset_state()
     AcceleratorState._reset_state()
     monkeypatch.delattr(signal, "SIGUSR1")
+    monkeypatch.delattr(signal, "SIGHUP")
     stop = Stop(None, Accelerator(cpu=True))
     stop.restore_handlers()
     assert set(stop.before) == {signal.SIGTERM, signal.SIGINT}
