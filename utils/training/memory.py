@@ -18,7 +18,6 @@ from accelerate.utils import recursively_apply
 from diffusers import AutoencoderKL
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -56,14 +55,21 @@ class PeakMemory(TorchDispatchMode):
         self.now -= size
 
 
-class _NormsInFloat32(TorchFunctionMode):
+@contextlib.contextmanager
+def _norms_in_float32() -> Iterator[None]:
     """Autocast on CUDA runs group and layer norms in float32, and what they give goes on in float32 to the next
-    convolution; autocast on the CPU, where fake tensors live, does not."""
+    convolution; autocast on the CPU, where fake tensors live, does not. (A function mode would not see what gradient
+    checkpointing recomputes within the backward.)"""
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (F.group_norm, F.layer_norm) and torch.is_autocast_enabled("cpu"):
-            args = (args[0].float(), *args[1:])
-        return function(*args, **(kwargs or {}))
+    def in_float32(norm):
+        return lambda x, *args, **options: norm(x.float() if torch.is_autocast_enabled("cpu") else x, *args, **options)
+
+    plain = F.group_norm, F.layer_norm
+    F.group_norm, F.layer_norm = map(in_float32, plain)
+    try:
+        yield
+    finally:
+        F.group_norm, F.layer_norm = plain
 
 
 def memory_estimate(args, accelerator: Accelerator, student: nn.Module, teacher: nn.Module | None, backbone) -> str:
@@ -153,7 +159,7 @@ def _sampling(
 @contextlib.contextmanager
 def _counted(accelerator: Accelerator) -> Iterator[PeakMemory]:
     """Inside, tensors are fake, and their storages are counted."""
-    norms = _NormsInFloat32() if accelerator.device.type == "cuda" else contextlib.nullcontext()
+    norms = _norms_in_float32() if accelerator.device.type == "cuda" else contextlib.nullcontext()
     with FakeTensorMode(allow_non_fake_inputs=True), norms, PeakMemory() as memory:
         yield memory
 
