@@ -2,6 +2,7 @@
 """benchmarks/compare.py, sweep.py and the latent teachers: what they write, what they refuse, that they go on."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import compare  # noqa: E402
 import latent_teachers  # noqa: E402
 import make_dit_teacher  # noqa: E402
+import recipe_memory  # noqa: E402
 import sweep  # noqa: E402
 
 import evaluate_fid  # noqa: E402
@@ -129,3 +131,19 @@ def test_a_killed_teacher_goes_on(tmp_path, monkeypatch):
         for name in ("whole", "killed")
     )
     assert all(torch.equal(whole[name], killed[name]) for name in whole) and not (tmp_path / "killed.state").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "recipe, gib", [("sd21_bk_tiny", "11.7"), ("dit_xl2_d4", "22.0"), ("ddpm_cifar10_place", "4.1")]
+)
+def test_the_documented_memory_of_a_recipe_is_what_is_estimated(recipe, gib):
+    told = recipe_memory.estimate(recipe)
+    assert f"{float(re.search(r'about ([0-9.]+) GiB', told)[1]):.1f}" == gib
+    rows = (ROOT / "docs" / "troubleshooting.md").read_text().splitlines()
+    assert any(recipe.rsplit("_", 1)[0] in row and gib in row for row in rows)
+
+
+def test_a_recipe_of_an_unknown_teacher_has_no_estimate():
+    with pytest.raises(UsageError, match="none of TEACHERS"):
+        recipe_memory.estimate("ddpm_cifar10_place", "--pretrained_model_name_or_path", "somebody/other")
