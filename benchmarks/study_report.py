@@ -27,11 +27,11 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, flo
 
 
 def verdict(mean: float, error: float, count: int) -> str:
-    """A cell: the difference, its standard error, and bold where it exceeds twice that."""
+    """A cell: the difference, its standard error, and bold where it exceeds twice that; two seeds are too few to."""
     if not count:
         return ""
     text = f"{mean:+.2f}" if math.isnan(error) else f"{mean:+.2f} +- {error:.2f}"
-    return f"**{text}**" if abs(mean) > 2 * error else text
+    return f"**{text}**" if count > 2 and abs(mean) > 2 * error else text
 
 
 def spread(values: Sequence[float], digits: int = 2) -> str:
@@ -157,7 +157,8 @@ def report(folder: Path, settings: dict) -> None:
         "better. A difference"
     ]
     lines += [
-        "is the mean over the seeds that both rows have, +- its standard error, bold where it exceeds twice that."
+        "is the mean over the seeds that both rows have, +- its standard error, bold where it exceeds twice that over three "
+        "seeds or more."
     ]
     for record in read_json(folder / "references.json") or []:
         metrics = record["metrics"]

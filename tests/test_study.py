@@ -103,5 +103,6 @@ def test_differences_are_paired():
     mean, error, count = study_report.paired({0: 5.0, 1: 7.0, 2: 6.0, 9: 0.0}, {0: 4.0, 1: 5.0, 2: 3.0})
     assert (mean, count) == (2, 3) and error == pytest.approx(1 / math.sqrt(3))
     assert study_report.verdict(mean, error, count) == "**+2.00 +- 0.58**"
-    assert study_report.verdict(1.0, 0.58, 3) == "+1.00 +- 0.58"
+    assert study_report.verdict(1.0, 0.58, 3) == study_report.verdict(1.0, 0.58, 2) == "+1.00 +- 0.58"
+    assert study_report.verdict(mean, error, 2) == "+2.00 +- 0.58"  # of two, the spread is a guess
     assert study_report.verdict(*study_report.paired({0: 1.0}, {0: 2.0})) == "-1.00"  # of one seed nothing is said
