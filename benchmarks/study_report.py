@@ -154,8 +154,8 @@ def report(folder: Path, settings: dict) -> None:
     lines = ["# The study", "", "Written by `python benchmarks/study.py --report` from the JSON files beside it.", ""]
     lines += [
         "Frechet distances of 10,000 samples on `assets/classifier`, of latent students 2,500; lower is better. A",
-        "difference is the mean over the seeds that both rows have, +- its standard error, bold where it exceeds twice",
-        "that over three seeds or more.",
+        "difference is the mean over the seeds that both rows have, +- its standard error, bold where it exceeds",
+        "twice that over three seeds or more.",
     ]
     for record in read_json(folder / "references.json") or []:
         metrics = record["metrics"]
