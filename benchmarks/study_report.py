@@ -10,6 +10,7 @@ from pathlib import Path
 from compare import draw, show_rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import spearmanr
 from study_rows import Family
 
 from utils.files import read_json, write_file
@@ -132,6 +133,23 @@ def draw_samples(students: dict[str, str], family: Family, title: str, picture: 
     figure.savefig(picture, dpi=110, bbox_inches="tight")
 
 
+def why(records: list[dict]) -> str:
+    """What a student's distance goes with: Spearman's rank correlation, over all rows and seeds, with its error to
+    the teacher in parts of the schedule."""
+    distances = [record["metrics"]["frechet_distance"] for record in records]
+    errors = np.array([record["probe"]["end"]["error_to_teacher"] for record in records])  # (students, bins)
+
+    def rank(values: np.ndarray) -> str:
+        return f"{spearmanr(values, distances).statistic:.2f}"
+
+    fifths = np.split(np.log(errors), 5, axis=1)
+    return (
+        f"Rank correlation of the distance, over these {len(records)} students, with the error to the teacher at the "
+        f"end: mean over the schedule {rank(errors.mean(1))}, mean of its logarithm {rank(np.log(errors).mean(1))}; "
+        f"by fifth of the schedule, the cleanest first, {', '.join(rank(part.mean(1)) for part in fifths)}."
+    )
+
+
 def tuning_table(records: list[dict]) -> list[str]:
     """What every method's grid gave, the chosen one bold."""
     lines = ["| setting | row | rate and weight: distance on held-out training images |", "|---|---|---|"]
@@ -174,6 +192,7 @@ def report(folder: Path, settings: dict) -> None:
                 "",
                 *table(rows),
                 "",
+                *([why(students), ""] if len(students := sum(rows.values(), [])) > 9 else []),
                 f"![{spec.title}]({setting}.png)",
             ]
             if (folder / f"{setting}_samples.png").exists():
