@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from compare import draw, show_rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
