@@ -115,6 +115,7 @@ def test_a_stopped_run_goes_on_as_it_says(python, elsewhere, tmp_path):
     assert "hf_secret" not in line and "***" not in line
     again = run_in(elsewhere, line, python)
     assert again.returncode == 124 and "Stopped at step 2," in again.stdout, again.stderr[-3000:]
+    assert command_after(again.stdout, "Stopped at step 2,") == line  # however often it is stopped
     checkpoints = (tmp_path / NAME / "checkpoints").iterdir()
     assert sorted(path.name for path in checkpoints) == ["step-0000001", "step-0000002"]
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 from utils.launcher import launching_words
 
+RESUMING = ("--resume_from_checkpoint", "--overwrite_output_dir", "--no-overwrite_output_dir")
+
 
 def shell_line(words: Sequence[str | Path]) -> str:
     """The words quoted for the shell of this system."""
@@ -41,10 +43,23 @@ def string(value: str | Path) -> str:
     return f'"{text[1:-1]}"' if text[0] == "'" and '"' not in text else text
 
 
-def same_command(*more: str) -> str:
-    """What has started this process, launcher and all, with `more` behind it; a token in it stays untold."""
+def resuming_command() -> str:
+    """What has started this process, launcher and all, going on from the newest checkpoint; a token in it stays
+    untold."""
     given = [word for word in sys.argv[1:] if "***" not in word and word != "--hub_token"]
-    return from_folder(Path.cwd(), [*_before_script(), sys.argv[0], *given, *more])
+    kept, last = [], ""
+    for word in given:  # once is enough, however often it was stopped; and what was trained stays
+        names_one = last == "--resume_from_checkpoint" and not word.startswith("--")
+        if not names_one and word.partition("=")[0] not in RESUMING:
+            kept.append(word)
+        last = word
+    return from_folder(Path.cwd(), [*_before_script(), sys.argv[0], *kept, *_resume(given)])
+
+
+def _resume(given: Sequence[str]) -> list[str]:
+    """The flags that go on; a recipe may hold an --overwrite_output_dir, which has to be undone."""
+    in_recipe = any(word.startswith("@") for word in given)
+    return ["--resume_from_checkpoint", "latest"] + ["--no-overwrite_output_dir"] * in_recipe
 
 
 def _before_script() -> list[str]:

@@ -81,14 +81,15 @@ def check_repository(name: str, private: bool) -> None:
         raise _public(repo_id)
 
 
-def create_repository(name: str, private: bool) -> str:
-    """The id, user/name, of a repository that this token may write to; created where there is none.
+def create_repository(name: str, private: bool, *, trained: bool = False) -> str:
+    """The id, user/name, of a repository that this token may write to; created where there is none. `trained`: there
+    is a student already, nothing to train without a push.
 
     Raises:
         UsageError: as `check_repository`.
     """
     api = HfApi()
-    with _refused(name):
+    with _refused(name, trained):
         api.whoami()
         repo_id = api.create_repo(name, private=private or None, exist_ok=True).repo_id
         api.auth_check(repo_id, write=True)  # creation is forgiven where the repository exists, though it be read-only
@@ -99,14 +100,16 @@ def create_repository(name: str, private: bool) -> str:
 
 
 @contextlib.contextmanager
-def _refused(name: str) -> Iterator[None]:
+def _refused(name: str, trained: bool = False) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # of the network, of HTTP, of the library's own checks: all mean no push
+        token = "Give a token that may write there with `hf auth login`, HF_TOKEN or --hub_token"
+        later = f"push the student's folder later: {push_command('FOLDER', '--hub_model_id', name)}"
         raise UsageError(
-            f"--push_to_hub: the Hub refused {name}, or could not be asked. Give a token that may write there with "
-            "`hf auth login`, HF_TOKEN or --hub_token; or train without --push_to_hub and push the student's folder "
-            f"later: {push_command('FOLDER', '--hub_model_id', name)} ({type(error).__name__}: {error})"
+            f"{'' if trained else '--push_to_hub: '}the Hub refused {name}, or could not be asked. {token}"
+            f"{', and run this again.' if trained else f'; or train without --push_to_hub and {later}'} "
+            f"({type(error).__name__}: {error})"
         ) from error
 
 
@@ -168,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if not (args.folder / "model_index.json").exists():
         raise UsageError(f"{args.folder} has no model_index.json: give the --output_dir of a finished run.")
-    repo_id = create_repository(args.hub_model_id or args.folder.resolve().name, args.hub_private_repo)
+    repo_id = create_repository(args.hub_model_id or args.folder.resolve().name, args.hub_private_repo, trained=True)
     push(args.folder, repo_id)
 
 

@@ -9,7 +9,7 @@ import time
 import torch
 from accelerate import Accelerator
 
-from utils.commands import same_command
+from utils.commands import resuming_command
 from utils.distributed import hosts
 from utils.training.checkpoint import Checkpoints
 
@@ -59,8 +59,7 @@ class Stop:
         if code == 0:
             return
         path = checkpoints.save(step)
-        go_on = same_command("--resume_from_checkpoint", "latest", "--no-overwrite_output_dir")
-        self.accelerator.print(f"Stopped at step {step}, saved {path}. Go on:\n    {go_on}")
+        self.accelerator.print(f"Stopped at step {step}, saved {path}. Go on:\n    {resuming_command()}")
         raise SystemExit(code)
 
     def _exit_code(self) -> int:
