@@ -95,6 +95,18 @@ def test_which_layers_a_student_follows_is_kept_with_it(teacher, tmp_path, caplo
     assert dual == ((0, 1) if isinstance(teacher, SD3Transformer2DModel) else ())
 
 
+def test_a_student_of_another_teacher_follows_evenly_spaced_layers(teacher):
+    """Layers are numbers of the teacher that it was made of: a student of a student has not the first teacher's."""
+    middle, _ = depth.make_depth_student(teacher, [0, 1, 4, 5])
+    student, _ = depth.make_depth_student(middle, [0, 1, 3])
+    followed = {name: depth.feature_pairs(student, each) for name, each in (("own", middle), ("first", teacher))}
+    assert [old for _, old in followed["own"]] == [f"transformer_blocks.{i}" for i in (0, 1, 3)]
+    assert [old for _, old in followed["first"]] == [f"transformer_blocks.{i}" for i in (0, 2, 5)]
+    assert [old for _, old in depth.feature_pairs(middle, student)] == [
+        f"transformer_blocks.{i}" for i in (0, 1, 1, 2)
+    ]
+
+
 @pytest.mark.parametrize("kept", [[], [1, 0], [0, 0], [0, 6], [-1, 5]])
 def test_layers_that_are_none_are_refused(teacher, kept):
     with pytest.raises(ValueError, match="--kept_layers: .* 0 to 5"):
@@ -137,6 +149,28 @@ def test_a_score_is_what_leaving_the_layer_out_changes(teacher):
         with layer.register_forward_hook(less, with_kwargs=True), torch.no_grad():
             slopes.append(((teacher(**inputs_of(teacher)).sample - target).square().mean() - 1).abs() / gradient)
     assert scores[-1] == pytest.approx(sum(slopes).item() / 2, rel=0.02)
+
+
+def test_scores_of_half_weights_are_not_lost(teacher):
+    """Stable Diffusion 3's files are float16: of the mean over a batch of large pictures a gradient would be 0."""
+
+    def scores() -> list[float]:
+        dtype = next(teacher.parameters()).dtype
+        generator = torch.Generator().manual_seed(2)
+        given = {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs_of(teacher).items()}
+        with torch.no_grad():
+            target = torch.randn(teacher(**given).sample.shape, generator=generator)
+        return depth.layer_scores(
+            teacher, (1e-7 * (teacher(**given).sample.float() - target).square().mean() for _ in "1")
+        )
+
+    expected = scores()
+    teacher.half()
+    try:
+        found = scores()
+    finally:
+        teacher.float()
+    assert found == pytest.approx(expected, rel=0.2)  # the weights and their sums are rounded
 
 
 @pytest.mark.parametrize(

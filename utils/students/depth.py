@@ -20,6 +20,7 @@ from utils.students.sizes import full_config, model_size, model_table
 
 PRESETS = {"d14": 14, "d7": 7, "d4": 4}  # layers left of DiT-XL's 28, as TinyFusion (Fang et al. 2025) names them
 KEPT = "_kept_layers"  # in a student's config: layer i of the student was layer kept[i] of its teacher
+OF = "_layers_of_teacher"  # and how many layers that teacher had
 BLOCKS = "transformer_blocks"
 FLAGS = ("student_preset", "student_depth", "kept_layers", "layer_choice")  # that say what is left
 
@@ -76,10 +77,11 @@ def even_choice(args, teacher: Mapping[str, Any], model_class: type[ModelMixin])
 
 def depth_config(config: Mapping[str, Any], kept: Sequence[int], model_class: type[ModelMixin]) -> dict[str, Any]:
     """The student's complete config, with its `_class_name`: the layers in `kept` of the teacher's, numbered anew."""
+    layers = {KEPT: list(kept), OF: full_config(config, model_class)["num_layers"]}
     config = full_config(config, model_class) | {"num_layers": len(kept)}
     if dual := config.get("dual_attention_layers"):
         config["dual_attention_layers"] = [new for new, old in enumerate(kept) if old in dual]
-    return {"_class_name": model_class.__name__, KEPT: list(kept), **config}
+    return {"_class_name": model_class.__name__, **layers, **config}
 
 
 @dataclass(frozen=True)
@@ -142,9 +144,11 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def feature_pairs(student: ModelMixin, teacher: ModelMixin) -> list[tuple[str, str]]:
     """(student layer, teacher layer) whose outputs are compared: of each student's layer the one it was made of; where
-    its config does not say, as many evenly spaced ones."""
-    layers = teacher.config.num_layers
-    kept = student.config.get(KEPT) or even_layers(layers, student.config.num_layers)
+    its config does not say, or this teacher has another number of layers, as many evenly spaced ones."""
+    layers, depth = teacher.config.num_layers, student.config.num_layers
+    kept = student.config.get(KEPT)
+    if not kept or len(kept) != depth or student.config.get(OF) != layers:
+        kept = even_layers(layers, depth)
     return [(f"{BLOCKS}.{new}", f"{BLOCKS}.{old}") for new, old in enumerate(kept)]
 
 
@@ -153,7 +157,8 @@ def layer_scores(teacher: ModelMixin, losses: Iterable[Tensor]) -> list[float]:
     layer's output, where all layers' changes add up; the mean over samples and `losses`.
 
     `losses` yields scalar losses of `teacher`, each computed when it is asked for (a generator). Only what follows the
-    last layer is differentiated. To first order this is what leaving the layer out changes in the loss.
+    last layer is differentiated. To first order this is what leaving it out changes in the loss. The gradient of
+    one value of a large picture is less than float16 holds, so it is taken of a multiple of the loss.
     """
     announce("scoring the teacher's layers on real images (--layer_choice scored)")
     layers: Sequence[nn.Module] = getattr(teacher, BLOCKS)
@@ -177,10 +182,11 @@ def layer_scores(teacher: ModelMixin, losses: Iterable[Tensor]) -> list[float]:
         for layer, module in enumerate(layers):
             hooks.enter_context(module.register_forward_hook(see(layer), with_kwargs=True))
         for loss in losses:
-            (gradient,) = torch.autograd.grad(loss, last)
+            values = last[0].numel()
+            gradient = torch.autograd.grad(loss * values, last)[0].float() / values
             samples += len(gradient)
             for layer, change in changes.items():
-                totals[layer] += (gradient * change).flatten(1).sum(1).abs().sum().item()
+                totals[layer] += (gradient * change.float()).flatten(1).sum(1).abs().sum().item()
     return [total / samples for total in totals]
 
 
