@@ -153,6 +153,8 @@ def _with_recipes(words: Sequence[str], place: str = "", within: Sequence[Path] 
         try:
             lines = read_lines(path)
         except OSError as error:
+            if Path(f"{path}.args").exists() or Path(bundled(f"{word[1:]}.args")).exists():
+                hint = f"Did you mean {word}.args?"
             raise UsageError(f"{before}{word}: there is no such recipe to read ({error.strerror}). {hint}") from error
         except ValueError as error:
             raise UsageError(f"{before}{word} cannot be read as a recipe: {error}. {hint}") from error
