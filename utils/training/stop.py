@@ -11,10 +11,12 @@ from accelerate import Accelerator
 
 from utils.commands import resuming_command
 from utils.distributed import hosts
+from utils.launcher import launcher
 from utils.training.checkpoint import Checkpoints
 
 # of which Windows has no SIGUSR1 and no SIGHUP, and others no SIGBREAK
 SIGNALS = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGBREAK")
+PASSED_ON = 2  # seconds in which torchrun tells its workers what the terminal has told them already
 
 
 class Stop:
@@ -29,6 +31,7 @@ class Stop:
         self.accelerator = accelerator
         self.deadline = time.monotonic() + 60 * max_train_minutes if max_train_minutes else math.inf
         self.received: int | None = None
+        self.received_at = 0.0
         self.hosts = hosts(accelerator)  # asking them does not wait for a GPU
         self.terminal = [descriptor for descriptor in (0, 1, 2) if os.isatty(descriptor)]
         numbers = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
@@ -40,10 +43,11 @@ class Stop:
         if hung_up := signal.Signals(number).name == "SIGHUP":
             self._leave_terminal()
         if self.received is not None:
-            if hung_up:
+            passed_on = launcher() == "torchrun" and time.monotonic() - self.received_at < PASSED_ON
+            if hung_up or passed_on:
                 return
             os._exit(128 + number)
-        self.received = number
+        self.received, self.received_at = number, time.monotonic()
         print(f"\n{signal.Signals(number).name}: saving after this step; once more to end at once.", flush=True)
 
     def _leave_terminal(self) -> None:
