@@ -28,10 +28,13 @@ KEY_BYTES = 16
 
 
 def cpu_name() -> str:
-    """The processor, as Linux names it; elsewhere its architecture. Another rounds otherwise."""
+    """The processor, as Linux names it, elsewhere its architecture, and the instructions that torch uses on it.
+
+    Another of either rounds otherwise, and one name covers many: "AMD EPYC" may or may not have AVX512."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 class Record:
