@@ -131,7 +131,7 @@ def evaluate(folder: Path, what: list[str], samples: int, reference: list[str], 
 def sampled(pipeline: str, family: Family) -> list[str]:
     """Flags of evaluate_fid.py."""
     flags = ["--pretrained_model_name_or_path", pipeline, "--num_inference_steps", str(STEPS)]
-    for name in ("scheduler", "guidance_scale", "prompts"):
+    for name in ("scheduler", "guidance_scale", "prompts", "max_sequence_length"):
         if value := getattr(family, name):
             flags += [f"--{name}", str(value)]
     if family.class_labels:

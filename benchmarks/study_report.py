@@ -128,6 +128,7 @@ def draw_samples(students: dict[str, str], family: Family, title: str, picture: 
     prompts = read_prompts_file(family.prompts) if family.prompts else None
     options = {"scheduler": family.scheduler, "guidance_scale": family.guidance_scale, "prompts": prompts}
     options |= {"class_labels": family.class_labels, "num_inference_steps": 25}
+    options |= {"max_sequence_length": family.max_sequence_length}
     samples = {name: draw(folder, "--work", count, **options)[0] for name, folder in students.items()}
     figure = Figure(figsize=(1.8 + 0.55 * count, 0.4 + 0.55 * len(students)), layout="constrained")
     show_rows(figure, samples, title)

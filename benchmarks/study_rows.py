@@ -26,6 +26,7 @@ class Family(NamedTuple):
     guidance_scale: float | None = None
     prompts: str | None = None  # a file, one a class
     class_labels: tuple[int, ...] | None = None
+    max_sequence_length: int | None = None
     samples: int = SAMPLES
     rates: tuple[str, ...] = RATES
     tuning_steps: int = TUNING_STEPS
@@ -71,6 +72,7 @@ class Row(NamedTuple):
 LATENT = Family(captioned=True, samples=2500, rates=("1e-3", "3e-3"), tuning_steps=300, tuning_samples=500)
 TEXT = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=3.0)
 CLASSES = LATENT._replace(class_labels=tuple(range(10)), guidance_scale=2.0)
+FLOW = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=2.0, scheduler=None, max_sequence_length=8)
 
 SETTINGS = {
     "random": Setting("1.6 %, random start", 1000, "--pruning_ratio 0.875 --student_init random"),
@@ -89,10 +91,13 @@ SETTINGS = {
     "dit_scored": Setting(
         "DiT, 2 of 8 layers, chosen by score", 800, "--student_depth 2 --layer_choice scored", "dit", CLASSES
     ),
+    "flow": Setting(
+        "SD3's MMDiT, 2 of 8 layers, evenly chosen", 800, "--student_depth 2 --max_sequence_length 8", "flow", FLOW
+    ),
 }
 
 # Teachers that benchmarks/make_text_teacher.py and so on make
-LATENT_TEACHERS = ("text", "dit")
+LATENT_TEACHERS = ("text", "dit", "flow")
 
 # Teachers that stage 3 makes for itself, without distillation: train_lift.py with these flags
 TEACHERS = {
@@ -141,7 +146,8 @@ STAGES = {
     2: {"random": tuple(VARIANTS)},
     3: {"quarter": CAPACITY, "smaller": CAPACITY, "weaker": CAPACITY},
     4: {"text": ("w/o KD", "mse", "l1", "PLACE", "mse, balanced", "PLACE, balanced")},
-    5: {"dit": CAPACITY, "dit_scored": CAPACITY},
+    5: {"dit": CAPACITY, "dit_scored": ("mse", "PLACE")},
+    6: {"flow": CAPACITY},
 }
 # a setting takes another's tuned flags
 TUNED_LIKE = {"quarter": "taylor", "smaller": "taylor", "weaker": "taylor", "dit_scored": "dit"}
