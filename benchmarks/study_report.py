@@ -12,7 +12,7 @@ from compare import draw, show_rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
-from study_rows import Family
+from study_rows import LATENT, SAMPLES, Family
 
 from utils.files import read_json, write_file
 from utils.flags import read_prompts_file
@@ -173,7 +173,8 @@ def report(folder: Path, settings: dict) -> None:
     """Write `README.md` and a picture per setting beside the JSON files of `folder`; `settings` gives their titles."""
     lines = ["# The study", "", "Written by `python benchmarks/study.py --report` from the JSON files beside it.", ""]
     lines += [
-        "Frechet distances of 10,000 samples on `assets/classifier`, of latent students 2,500; lower is better. A",
+        f"Frechet distances of {SAMPLES:,} samples on `assets/classifier`, of latent students {LATENT.samples:,}; "
+        "lower is better. A",
         "difference is the mean over the seeds that both rows have, +- its standard error, bold where it exceeds",
         "twice that over three seeds or more.",
     ]

@@ -69,7 +69,7 @@ class Row(NamedTuple):
 
 
 # Latent rows cost more to sample and are compared with each other alone: fewer samples, and tuning of fewer steps
-LATENT = Family(captioned=True, samples=2500, rates=("1e-3", "3e-3"), tuning_steps=300, tuning_samples=500)
+LATENT = Family(captioned=True, samples=1500, rates=("1e-3", "3e-3"), tuning_steps=250, tuning_samples=500)
 TEXT = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=3.0)
 CLASSES = LATENT._replace(class_labels=tuple(range(10)), guidance_scale=2.0)
 FLOW = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=2.0, scheduler=None, max_sequence_length=8)
@@ -82,17 +82,17 @@ SETTINGS = {
     "weaker": Setting("that student, a weaker teacher", 800, "--pruning_ratio 0.8 --student_init taylor", "weaker"),
     "text": Setting(
         "text-to-image, 8 % of the U-Net, random start",
-        800,
+        500,
         "--student_config benchmarks/text_student.json",
         "text",
         TEXT,
     ),
-    "dit": Setting("DiT, 2 of 8 layers, evenly chosen", 800, "--student_depth 2", "dit", CLASSES),
+    "dit": Setting("DiT, 2 of 8 layers, evenly chosen", 500, "--student_depth 2", "dit", CLASSES),
     "dit_scored": Setting(
-        "DiT, 2 of 8 layers, chosen by score", 800, "--student_depth 2 --layer_choice scored", "dit", CLASSES
+        "DiT, 2 of 8 layers, chosen by score", 500, "--student_depth 2 --layer_choice scored", "dit", CLASSES
     ),
     "flow": Setting(
-        "SD3's MMDiT, 2 of 8 layers, evenly chosen", 800, "--student_depth 2 --max_sequence_length 8", "flow", FLOW
+        "SD3's MMDiT, 2 of 8 layers, evenly chosen", 500, "--student_depth 2 --max_sequence_length 8", "flow", FLOW
     ),
 }
 
