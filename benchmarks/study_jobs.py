@@ -91,10 +91,14 @@ class Results:
 
 def machine() -> dict:
     """What a number depends on besides its command."""
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", f":(exclude){RESULTS.relative_to(ROOT)}")
     packages = versions("torch", "diffusers", "accelerate", "transformers", "numpy")
     return {
-        "commit": git.stdout.strip(),
+        "commit": git("describe", "--always") + ("-dirty" if changed else ""),
         "cpu": cpu_name(),
         "versions": {"python": platform.python_version(), **packages},
     }
