@@ -376,6 +376,7 @@ def test_it_is_analysed_and_evaluated(teachers, pictures, tmp_path, kind):
         call(analyze_error, [str(word) for word in (*given, *flags)])
         analysis = json.loads((tmp_path / probe / "analysis.json").read_text())
         assert analysis["protocol"]["sampler"]["name"] == "Euler, shift 3"
+        assert analysis["protocol"]["place_name"] == "place" and analysis["places"][1]["place"] == 500
         gaps = analysis["samples"]["pixel_difference_to_teacher"]
         assert gaps["teacher"] == 0 < gaps["student"]
     (tmp_path / "prompts.txt").write_text("a b\nc\n")

@@ -79,7 +79,7 @@ class Diffusion(Process):
     Predicted is the noise, x_0, or v (Salimans and Ho 2022), as the teacher's scheduler says.
     """
 
-    name, scheduler_class = "DDIM, eta 0", DDPMScheduler
+    name, scheduler_class, place_name = "DDIM, eta 0", DDPMScheduler, "timestep"
     flags = frozenset("snr_gamma antithetic_timesteps input_perturbation noise_offset".split())
     # what decides which noise a timestep has
     schedule = "num_train_timesteps trained_betas beta_start beta_end beta_schedule rescale_betas_zero_snr".split()

@@ -38,6 +38,7 @@ class Process:
     flags: ClassVar[frozenset[str]] = frozenset()  # those of `FAMILY_FLAGS` that it reads
     instead: ClassVar[dict[str, str]] = {}  # a flag of another process -> what to do here
     scheduler_class: ClassVar[type[SchedulerMixin]]
+    place_name: ClassVar[str]  # what a place is called where people read of one
     name: str  # the sampler, for logs, cards and analyses
 
     def __init__(self, args, scheduler: SchedulerMixin, *, bounded: bool):
