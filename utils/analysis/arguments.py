@@ -81,7 +81,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     group.add_argument(
         "--guidance_scale",
         type=float,
-        help="classifier-free guidance, 0 for none (default: the stock pipeline's own; none for turbo teachers)",
+        help="classifier-free guidance, 0 for none (default: the stock pipeline's own; none where "
+        "the teacher's scheduler is as a turbo model's, LCM's or TCD's; give 0 for a distilled flow)",
     )
     group.add_argument(
         "--probe",
