@@ -151,6 +151,11 @@ def test_the_time_is_told_in_float32(teachers):
     assert seen[0].dtype == torch.float32 and torch.equal(seen[0], noised.time)
     assert output.dtype == torch.float32 and output.shape == clean.shape
     assert not torch.equal(noised.time, noised.time.bfloat16().float())
+    sampler = backbone.process.sampler()
+    sampler.set_timesteps(3)
+    backbone.sample(backbone.teacher, [0], 3, ["a b"])
+    told = torch.stack([time[0] for time in seen[1:]])
+    assert torch.equal(told, sampler.timesteps) and not torch.equal(told, told.bfloat16().float())
 
 
 def test_latents_are_shifted_and_scaled(teachers, stock):
