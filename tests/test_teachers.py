@@ -4,6 +4,7 @@ and what is exported loads."""
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -454,6 +455,21 @@ def test_the_way_out_that_a_refusal_names(own):
         load(folder, "--allow_pickle_weights")
     backbone = load(folder, "--allow_pickle_weights", "--variant", "fp16")  # the other parts have none of it
     assert backbone.conditions.prompts(["a"])["prompt_embeds"].shape == (1, 16, 32)
+
+
+def test_parts_of_two_variants_are_refused_in_one_sentence(own, tmp_path, monkeypatch):
+    """Each flag alone would advise the other; what the sentence says gives a teacher that loads."""
+    folder = own()
+    fp16_only("text_encoder")(folder)
+    with pytest.raises(UsageError, match="text_encoder is not whole: .*--variant fp16 takes"):
+        load(folder)
+    with pytest.raises(
+        UsageError, match="--variant fp16: .*unet has no weights of it, and text_encoder .*no others"
+    ) as said:
+        load(folder, "--variant", "fp16")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"DiffusionPipeline\S+ \S+\)", str(said.value))[0], {"DiffusionPipeline": DiffusionPipeline})
+    load(tmp_path / "other")
 
 
 def test_another_vae_stands_in_for_one_that_is_absent(own, teachers, tmp_path):
