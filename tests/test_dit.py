@@ -290,6 +290,8 @@ def test_variances_have_the_bound_and_the_distance(prediction_type, zero_snr):
     expected = torch.stack(distance).mean() / math.log(2)
     torch.testing.assert_close(learned.distance(variance, other, noised), expected, rtol=1e-4, atol=0)
     assert learned.distance(other, other, noised) == 0
+    learned.distance(variance, other.requires_grad_(), noised).backward()
+    assert other.grad is None
 
 
 def test_losses_see_the_prediction_and_the_variance_has_terms_of_its_own(backbone):

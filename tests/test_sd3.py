@@ -245,6 +245,7 @@ SPOILT = {
     "another transformer": (changed("transformer/config.json", pooled_projection_dim=32), "64 numbers a prompt"),
     "a VAE with means": (changed("vae/config.json", latents_mean=[0.1] * 4), "latents_mean"),
     "an editing model": (changed("transformer/config.json", in_channels=8), "in_channels 8 and out_channels 4"),
+    "nothing, as the channels out are those in": (changed("transformer/config.json", out_channels=None), None),
     "another process": (
         lambda folder: DDPMScheduler().save_pretrained(folder / "scheduler"),
         "its scheduler is a DDPMScheduler",
@@ -271,6 +272,7 @@ def test_what_is_not_whole_or_does_not_fit_is_refused(teachers, tmp_path, name):
         ("--kept_layers 0,2", "--kept_layers: the last layer kept is 2; it must be 3"),
         ("--student_depth 5", "--student_depth: 5 layers are to be kept; the teacher has 4"),
         ("--resolution 64", "--resolution 64: the table of positions ends at 48 pixels"),
+        ("--student_config small.json", "--resolution 32: the table of positions ends at 16 pixels"),
         ("--resolution 30", "--resolution 30: .* must be a multiple of 4"),
         ("--max_sequence_length 600", "--max_sequence_length 600: the stock pipeline takes up to 512"),
         ("--dropout 0.1", "--dropout 0.1: a SD3Transformer2DModel has none"),
@@ -278,7 +280,10 @@ def test_what_is_not_whole_or_does_not_fit_is_refused(teachers, tmp_path, name):
         ("--antithetic_timesteps", "--antithetic_timesteps True does not go with"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(teachers, flags, message):
+def test_flags_that_do_not_fit_are_refused(teachers, tmp_path, monkeypatch, flags, message):
+    config = json.loads((teachers["none"] / "transformer" / "config.json").read_text())
+    (tmp_path / "small.json").write_text(json.dumps(config | {"pos_embed_max_size": 4}))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         SD3.check(parsed(teachers["none"], *flags.split()))
 
