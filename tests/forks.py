@@ -188,7 +188,13 @@ def import_libraries() -> None:
     """All that the scripts import, and what they import late; then this project's own modules are forgotten."""
     import datasets  # noqa: F401
     import matplotlib.figure  # noqa: F401
-    from diffusers import DDIMPipeline, DDPMPipeline, StableDiffusionPipeline  # noqa: F401
+    from diffusers import (  # noqa: F401
+        DDIMPipeline,
+        DDPMPipeline,
+        DiTPipeline,
+        StableDiffusion3Pipeline,
+        StableDiffusionPipeline,
+    )
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     sys.path[0] = str(ROOT)  # in place of tests/, which no process of a user sees

@@ -35,7 +35,7 @@ from utils.analysis.error import (
     summarize,
 )
 from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure
-from utils.analysis.report import FIGURES, save_figures
+from utils.analysis.report import FIGURES, error_table, save_figures
 from utils.analysis.takeaways import coarse_fine_takeaway, error_maps_takeaway, line_takeaway, samples_takeaway
 from utils.backbones import choose_backbone
 from utils.backbones.ddpm import DDPM
@@ -192,10 +192,10 @@ def test_an_error_that_knows_nothing_of_the_student_has_the_chance_share():
     statistics.update(student, student + 0.1 * torch.randn(student.shape, generator=generator))
     analysis = summarize([statistics], [0])
     chance = analysis["chance"]
-    assert chance == {"coarse_share": 2 / 64, "place": {"coarse_share": 2 * 3 / 64}}
+    assert chance == {"coarse_share": 2 / 64, "groups": {"coarse_share": 2 * 3 / 64}}
     assert analysis["mean"]["coarse_share"] == pytest.approx(chance["coarse_share"], rel=0.1)
-    place = analysis["mean"]["place"]["ranks"]
-    shares = np.array(place["coarse"]) / np.array(place["total"])
+    ranks = analysis["mean"]["groups"]["ranks"]
+    shares = np.array(ranks["coarse"]) / np.array(ranks["total"])
     assert np.allclose(shares, [2 / 20, 2 / 20, 2 / 24], rtol=0.2)
 
 
@@ -275,7 +275,7 @@ def test_the_spread_of_a_ranks_lines():
     statistics, (student, teacher) = ErrorStatistics(20), predictions()
     statistics.update(student[:3], teacher[:3])
     statistics.update(student[3:], teacher[3:])
-    lines, ranks = split_groups(student, teacher, 20), statistics.summary()["place"]["ranks"]
+    lines, ranks = split_groups(student, teacher, 20), statistics.summary()["groups"]["ranks"]
     for name in ("slope", "intercept"):
         values = getattr(lines, name).flatten(0, 1).numpy()  # (15, 2)
         assert ranks[name]["mean"] == pytest.approx(values.mean(0), rel=1e-5)
@@ -303,9 +303,9 @@ def test_noise_is_a_function_of_seed_and_index():
 
 
 def test_timesteps_are_midpoints_of_the_schedule():
-    assert analyze_error.spread_timesteps(4, 1000) == [125, 375, 625, 875]
-    assert analyze_error.spread_timesteps(1, 1000) == [500]
-    assert analyze_error.spread_timesteps(1000, 1000) == list(range(1000))
+    assert analyze_error.spread_places(4, 1000) == [125, 375, 625, 875]
+    assert analyze_error.spread_places(1, 1000) == [500]
+    assert analyze_error.spread_places(1000, 1000) == list(range(1000))
 
 
 # Corrected sampling
@@ -443,26 +443,26 @@ def test_a_run_on_a_trained_student(run, analyze, ornaments, data_dir):
             assert name == "samples.png" or picture.info["dpi"][0] > 150  # that one is drawn pixel by pixel
             assert np.asarray(picture.convert("L")).std() > 10
 
-    rows, mean = analysis["timesteps"], analysis["mean"]
-    assert [row["timestep"] for row in rows] == [125, 375, 625, 875]
+    rows, mean = analysis["places"], analysis["mean"]
+    assert [row["place"] for row in rows] == [125, 375, 625, 875]
     for row in (*rows, mean):
         assert row["coarse"] + row["fine"] == pytest.approx(row["total"], rel=1e-9)
         assert row["coarse_share"] == pytest.approx(row["coarse"] / row["total"])
-        place, ranks = row["place"], row["place"]["ranks"]
-        assert place["coarse"] + place["fine"] == pytest.approx(place["total"], rel=1e-9)
-        assert place["total"] == pytest.approx(row["total"], rel=1e-5)  # grouped or not, it is the same error
-        assert place["fine"] < row["fine"]
+        groups, ranks = row["groups"], row["groups"]["ranks"]
+        assert groups["coarse"] + groups["fine"] == pytest.approx(groups["total"], rel=1e-9)
+        assert groups["total"] == pytest.approx(row["total"], rel=1e-5)  # grouped or not, it is the same error
+        assert groups["fine"] < row["fine"]
         assert ranks["total"] == sorted(ranks["total"]) and len(ranks["total"]) == 3
         for part in ("total", "coarse", "fine"):
             weighted = np.dot(ranks[part], [20, 20, 24]) / 64
-            assert place[part] == pytest.approx(weighted)
+            assert groups[part] == pytest.approx(weighted)
     for row in rows:
-        assert row["place"]["ranks"]["elements"] == [20, 20, 24]
+        assert row["groups"]["ranks"]["elements"] == [20, 20, 24]
         assert row["slope"]["q25"] <= row["slope"]["median"] <= row["slope"]["q75"]
         assert row["channels"][0]["fine"] == pytest.approx(row["fine"])  # there is one
     assert mean["total"] == pytest.approx(np.mean([row["total"] for row in rows]))
-    assert mean["place"]["ranks"]["fine"][2] == pytest.approx(
-        np.mean([row["place"]["ranks"]["fine"][2] for row in rows])
+    assert mean["groups"]["ranks"]["fine"][2] == pytest.approx(
+        np.mean([row["groups"]["ranks"]["fine"][2] for row in rows])
     )
 
     samples, protocol = analysis["samples"], analysis["protocol"]
@@ -473,11 +473,12 @@ def test_a_run_on_a_trained_student(run, analyze, ornaments, data_dir):
     assert "8 samples in 64 feature dimensions" in samples["warning"]
     assert samples["pixel_difference_to_teacher"]["teacher"] == 0 < samples["pixel_difference_to_teacher"]["student"]
     assert protocol["arguments"]["dataset_name"] == data_dir and protocol["num_rows"] == 24
+    assert (protocol["num_places"], protocol["place_name"]) == (1000, "timestep")
     assert torch.__version__.startswith(protocol["versions"]["torch"]) and protocol["data_fingerprint"]
     assert samples["extractor"]["sha256"]["model.safetensors"]
 
     with np.load(folder / "error_maps.npz", allow_pickle=False) as maps:
-        assert maps["timestep"].tolist() == [125, 375, 625, 875]
+        assert maps["place"].tolist() == [125, 375, 625, 875]
         assert all(maps[name].shape == (4, 1, 8, 8) for name in ("image", "image_error"))
         assert all(maps[name].shape == (4, 8, 8) for name in ("group_rank", "mean_error"))
         for t, row in enumerate(rows):
@@ -497,8 +498,8 @@ def test_the_numbers_are_those_of_a_plain_loop(analyze, save, teacher_dir, data_
     noise = analyze_error.image_noise(clean.shape, seed=5, first=0)
     teacher = UNet2DModel.from_pretrained(teacher_dir, subfolder="unet")
     student, scheduler = UNet2DModel.from_pretrained(folder), DDPMScheduler()
-    for row in analysis["timesteps"]:
-        t = torch.full((6,), row["timestep"])
+    for row in analysis["places"]:
+        t = torch.full((6,), row["place"])
         x_t = scheduler.add_noise(clean, noise, t)
         with torch.no_grad():
             predicted = [model(x_t, t).sample.double().flatten(1).numpy() for model in (student, teacher)]
@@ -513,7 +514,7 @@ def test_the_numbers_are_those_of_a_plain_loop(analyze, save, teacher_dir, data_
             [[numpy_line(s[own], t[own]) for own in g] for s, t, g in zip(*predicted, groups, strict=True)]
         )  # (6, 4, 5)
         for i, part in enumerate(("total", "coarse", "fine"), start=2):
-            assert row["place"]["ranks"][part] == pytest.approx(by_rank[..., i].mean(0), rel=1e-3)
+            assert row["groups"]["ranks"][part] == pytest.approx(by_rank[..., i].mean(0), rel=1e-3)
 
 
 def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir, flags):
@@ -523,12 +524,12 @@ def test_the_distance_of_corrected_samples(analyze, save, teacher_dir, data_dir,
     analysis, output = analyze(folder, *extra)
     distances, gaps = (analysis["samples"][k] for k in ("frechet_distance", "pixel_difference_to_teacher"))
     assert analysis["mean"]["coarse_share"] == pytest.approx(1, abs=1e-6)
-    assert all(row["slope"]["std"] < 1e-4 for row in analysis["timesteps"])
+    assert all(row["slope"]["std"] < 1e-4 for row in analysis["places"])
     assert analysis["mean"]["fine"] < 1e-10
     assert distances["corrected"] == pytest.approx(distances["teacher"], rel=0.02)
     assert distances["student"] != pytest.approx(distances["teacher"], rel=0.1)
     assert gaps["corrected"] < 0.1 < 10 < gaps["student"]
-    assert all(row["slope"]["median"] == pytest.approx(1 / 0.6, rel=1e-4) for row in analysis["timesteps"])
+    assert all(row["slope"]["median"] == pytest.approx(1 / 0.6, rel=1e-4) for row in analysis["places"])
 
     args = parse_args("", [*flags(folder), "--output_dir", str(output / "unused")])
     backbone, extractor = choose_backbone(args).load(for_backbone(args)), FeatureExtractor(str(CLASSIFIER))
@@ -557,11 +558,11 @@ def test_three_channels(analyze, save, tmp_path):
     data = save_images(tmp_path / "data3", mode="RGB")
     extra = ("--pretrained_model_name_or_path", tmp_path / "teacher3", "--dataset_name", data, "--group_size", 64)
     analysis, folder = analyze(save(build_unet(seed=1, **colour)), *extra)
-    for row in analysis["timesteps"]:
+    for row in analysis["places"]:
         assert len({channel["total"] for channel in row["channels"]}) == 3
         for part in ("total", "coarse", "fine"):
             assert row[part] == pytest.approx(np.mean([channel[part] for channel in row["channels"]]))
-            assert row[part] == pytest.approx(row["place"][part])  # a group is a whole channel
+            assert row[part] == pytest.approx(row["groups"][part])  # a group is a whole channel
     with np.load(folder / "error_maps.npz", allow_pickle=False) as maps:
         assert not maps["group_rank"].any()
 
@@ -582,7 +583,7 @@ def test_a_run_follows_from_its_seed_and_replaces_only_its_own_files(analyze, sa
     changed = {name for name in before if (output / name).read_bytes() != before[name]}
     assert changed <= {"analysis.json"}
     other, _ = analyze(folder, "--overwrite_output_dir", "--seed", 1)
-    assert other["timesteps"] != first["timesteps"] and other["samples"] != first["samples"]
+    assert other["places"] != first["places"] and other["samples"] != first["samples"]
     assert (output / "notes.txt").read_text() == "mine"
 
 
@@ -603,18 +604,18 @@ def test_what_fails_while_sampling_leaves_the_error(analyze, save, tmp_path, mon
         with pytest.raises(ValueError, match=r"Sampling \(student\) after 0 samples: a sample holds NaN"):
             analyze(folder, "--overwrite_output_dir", "--num_timesteps", 2)
     left = json.loads((output / "analysis.json").read_text())
-    assert [row["timestep"] for row in left["timesteps"]] == [250, 750] and "samples" not in left
+    assert [row["place"] for row in left["places"]] == [250, 750] and "samples" not in left
     names = {path.name for path in output.iterdir()} - {".lock"}  # this process lives on
     assert names == {"analysis.json", "error_maps.npz"}  # no older figures
     with np.load(output / "error_maps.npz") as maps:
-        assert maps["timestep"].tolist() == left["error_maps"]["timesteps"] == [250, 750]
+        assert maps["place"].tolist() == left["error_maps"]["places"] == [250, 750]
 
 
 def test_the_file_is_compact_and_says_how_it_was_made(analyze, save, teacher_dir):
     folder = save(build_unet(seed=1))
     analysis, output = analyze(folder, "--group_size", 2)
     text = (output / "analysis.json").read_text()
-    assert len(analysis["timesteps"][0]["place"]["ranks"]["fine"]) == 32
+    assert len(analysis["places"][0]["groups"]["ranks"]["fine"]) == 32
     assert max(line.count(",") for line in text.splitlines()) >= 31 and len(text.splitlines()) < 400
     protocol = analysis["protocol"]
     assert protocol["sampler"] == {"name": "DDIM, eta 0", "steps": 3}
@@ -656,13 +657,19 @@ def texts(figure: Figure) -> str:
     return "\n".join(text.get_text() for text in figure.findobj(Text))
 
 
-def analysis_of(student, teacher, timesteps: int, group_size: int = 16) -> dict:
+def protocol_of(group_size: int, place_name: str = "timestep") -> dict:
+    return {"num_places": 1000, "place_name": place_name, "group_size": group_size}
+
+
+def analysis_of(student, teacher, timesteps: int, group_size: int = 16, place_name: str = "timestep") -> dict:
     statistics = []
     for t in range(timesteps):
         statistics.append(ErrorStatistics(group_size))
         statistics[t].update(student * (1 + t / 100), teacher)
-    protocol = {"num_train_timesteps": 1000, "group_size": group_size}
-    return {"protocol": protocol, **summarize(statistics, analyze_error.spread_timesteps(timesteps, 1000))}
+    return {
+        "protocol": protocol_of(group_size, place_name),
+        **summarize(statistics, analyze_error.spread_places(timesteps, 1000)),
+    }
 
 
 def test_channels_in_the_line_figure(figures, tmp_path):
@@ -672,7 +679,7 @@ def test_channels_in_the_line_figure(figures, tmp_path):
         for axes, name in zip(figures["line.png"].axes, ("slope", "intercept"), strict=True):
             drawn = axes.lines[1:]  # after that of a perfect student
             assert len(drawn) == len(axes.collections) == lines and len({line.get_color() for line in drawn}) == lines
-            of = [row["channels"][0] if lines > 1 else row for row in analysis["timesteps"]]
+            of = [row["channels"][0] if lines > 1 else row for row in analysis["places"]]
             assert drawn[0].get_ydata() == pytest.approx([row[name]["median"] for row in of])
         assert words in texts(figures["line.png"])
 
@@ -682,7 +689,7 @@ def test_one_timestep_can_be_seen(figures, tmp_path):
     coarse_fine_figure(analysis, tmp_path / "coarse_fine.png")
     assert all(line.get_marker() not in ("", "None", None) for line in figures["coarse_fine.png"].axes[0].lines)
     line_figure(analysis, tmp_path / "line.png")
-    slope = analysis["timesteps"][0]["channels"][0]["slope"]
+    slope = analysis["places"][0]["channels"][0]["slope"]
     bar = figures["line.png"].axes[0].collections[0].get_segments()[0]
     assert bar[:, 1] == pytest.approx([slope["q25"], slope["q75"]])
 
@@ -697,7 +704,7 @@ def test_many_timesteps_and_groups(figures, tmp_path, timesteps):
     assert [len(axes.patches) for axes in (share, group)] == [3, 2]
     fine, coarse = (patch.get_data() for patch in share.patches[:2])
     assert fine.edges == pytest.approx(np.linspace(0, 1000, timesteps + 1)) and (fine.values == 1).all()
-    assert coarse.values == pytest.approx([row["coarse_share"] for row in analysis["timesteps"]])
+    assert coarse.values == pytest.approx([row["coarse_share"] for row in analysis["places"]])
     assert len(group.patches[0].get_data().values) == 128
     assert "fitted per image and channel" in texts(figures["coarse_fine.png"])
 
@@ -707,9 +714,9 @@ def test_no_error_and_one_group_in_figures(figures, tmp_path):
     coarse_fine_figure(analysis_of(student, student, timesteps=1, group_size=64), tmp_path / "coarse_fine.png")
     assert texts(figures["coarse_fine.png"]).count("no error") == 3
     assert figures["coarse_fine.png"].axes[2].get_xticks().tolist() == [0]
-    empty = {"timestep": np.array([5]), "image": np.zeros((1, 1, 8, 8)), "image_error": np.zeros((1, 1, 8, 8))}
+    empty = {"place": np.array([5]), "image": np.zeros((1, 1, 8, 8)), "image_error": np.zeros((1, 1, 8, 8))}
     empty |= {"group_rank": np.zeros((1, 8, 8), int), "mean_error": np.zeros((1, 8, 8))}
-    error_maps_figure(empty, 64, tmp_path / "error_maps.png")
+    error_maps_figure(empty, protocol_of(64), tmp_path / "error_maps.png")
     drawn = [axes.images[0] for axes in figures["error_maps.png"].axes if axes.images]
     assert all(image.norm.vmin == 0 and image.norm.vmax == 1 for image in drawn[1:4])
 
@@ -718,9 +725,9 @@ def test_no_error_and_one_group_in_figures(figures, tmp_path):
 def test_error_maps_name_their_channels(figures, tmp_path, channels):
     random = np.random.default_rng(0)
     maps = {name: random.normal(size=(2, channels, 8, 8)) for name in ("image", "image_error")}
-    maps |= {"timestep": np.array([5, 500]), "mean_error": random.normal(size=(2, 8, 8))}
+    maps |= {"place": np.array([5, 500]), "mean_error": random.normal(size=(2, 8, 8))}
     maps |= {"group_rank": random.integers(0, 4, (2, 8, 8))}
-    error_maps_figure(maps, 16, tmp_path / "error_maps.png")
+    error_maps_figure(maps, protocol_of(16), tmp_path / "error_maps.png")
     grid = figures["error_maps.png"].axes
     assert grid[0].images[0].get_array().shape == ((8, 8, 3) if channels == 3 else (8, 8))
     assert np.allclose(grid[2].images[0].get_array(), maps["image_error"][0].mean(0))
@@ -732,7 +739,7 @@ def test_error_maps_name_their_channels(figures, tmp_path, channels):
 def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path, monkeypatch):
     rows = {name: torch.zeros(2, 1, 4, 4, dtype=torch.uint8) for name in ("student", "corrected", "teacher")}
     maps = {name: np.zeros((1, 1, 8, 8)) for name in ("image", "image_error")}
-    maps |= {"timestep": np.array([5]), "mean_error": np.zeros((1, 8, 8)), "group_rank": np.zeros((1, 8, 8), int)}
+    maps |= {"place": np.array([5]), "mean_error": np.zeros((1, 8, 8)), "group_rank": np.zeros((1, 8, 8), int)}
     analysis, written, grid = analysis_of(*predictions(), timesteps=1), [], utils.analysis.report.image_grid
     monkeypatch.setattr(
         utils.analysis.report,
@@ -753,10 +760,10 @@ def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path,
 def rows_of(totals: list[float], shares: list[float], slopes: list[float]) -> dict:
     """An analysis of which a takeaway is made: timesteps 100, 300 ... of 1000."""
     rows = [
-        {"timestep": 200 * i + 100, "total": total, "coarse_share": share, "slope": {"median": slope}}
+        {"place": 200 * i + 100, "total": total, "coarse_share": share, "slope": {"median": slope}}
         for i, (total, share, slope) in enumerate(zip(totals, shares, slopes, strict=True))
     ]
-    return {"protocol": {"num_train_timesteps": 1000}, "timesteps": rows, "mean": {"coarse_share": 0.12}}
+    return {"protocol": {"num_places": 1000, "place_name": "timestep"}, "places": rows, "mean": {"coarse_share": 0.12}}
 
 
 @pytest.mark.parametrize(
@@ -788,9 +795,27 @@ def test_what_the_other_figures_say():
     error[1, 0] = 91  # a tenth of the image, 91 % of the error
     assert re.fullmatch(
         "At timestep 500, the tenth of the image .* holds 91% of it; evenly spread it were 10%.",
-        error_maps_takeaway({"timestep": np.array([5, 500]), "mean_error": error}),
+        error_maps_takeaway({"place": np.array([5, 500]), "mean_error": error}, "timestep"),
     )
-    assert error_maps_takeaway({"timestep": np.array([5]), "mean_error": 0 * error[:1]}) == ""
+    assert error_maps_takeaway({"place": np.array([5]), "mean_error": 0 * error[:1]}, "timestep") == ""
+
+
+@pytest.mark.parametrize("name, other", [("timestep", "place"), ("place", "timestep")])
+@pytest.mark.parametrize("coarse", [True, False])
+def test_a_place_of_the_schedule_has_the_name_that_its_process_gives_it(figures, tmp_path, name, other, coarse):
+    """A flow's places are no timesteps; whatever is written for people knows it."""
+    student, teacher = predictions((4, 1, 8, 8))
+    student = 3 * teacher + 0.1 * student if coarse else student
+    analysis = analysis_of(student, teacher, timesteps=5, place_name=name)
+    analysis["samples"] = {"num_samples": 2, "probe": "student_input", "shown": []}
+    analysis["samples"]["pixel_difference_to_teacher"] = {"student": 4.0, "corrected": 3.0, "teacher": 0.0}
+    maps = {what: np.ones((2, 1, 8, 8)) for what in ("image", "image_error")} | {"mean_error": np.ones((2, 8, 8))}
+    maps |= {"place": np.array([5, 500]), "group_rank": np.zeros((2, 8, 8), int)}
+    save_figures(analysis, maps, dict.fromkeys(WHO, torch.zeros(2, 1, 4, 4, dtype=torch.uint8)), tmp_path)
+    written = {figure: texts(drawn) for figure, drawn in figures.items()} | {"table": error_table(analysis)}
+    assert len(written) == 4
+    for what, text in written.items():
+        assert name in text.lower() and other not in text.lower().replace("timestep_", ""), what
 
 
 def test_takeaways_stand_above_and_legends_hide_nothing(figures, tmp_path):

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.stable_diffusion import StableDiffusion
-from utils.data.cache import CachedRows, _begin
+from utils.command_line import UsageError
+from utils.data.cache import CachedRows, _begin, check_cache
 from utils.data.cache_key import cache_settings, content_hash, encoder_hashes
 from utils.data.rows import ImageRows
 from utils.data.transforms import ImageTransform
@@ -156,6 +157,15 @@ def test_a_cache_that_another_run_has_begun_meanwhile(load, pictures, tmp_path):
     begin()
     with pytest.raises(ValueError, match="made with other settings: seed was 0, is 5"):
         begin("--seed", 5)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"format": 3, "rows'])
+def test_a_cache_whose_record_is_cut_off(load, tmp_path, content):
+    """By a full disk: nobody can tell what it is of, and no version is to blame."""
+    (tmp_path / "cache.json").write_text(content)
+    backbone = load("--latent_cache_dir", tmp_path)
+    with pytest.raises(UsageError, match="--latent_cache_dir .*cache.json is empty or cut off"):
+        check_cache(backbone.args, Namespace(mixed_precision="no"), None, backbone)
 
 
 def test_a_file_of_a_cache_that_is_damaged_or_missing_is_named(load, tmp_path):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
 from latent_pipelines import save_dit
 from torch.distributions import Normal, kl_divergence
@@ -152,6 +152,17 @@ def test_another_transformer_is_refused(teacher, tmp_path, changes, message):
         DiT.check(arguments(tmp_path / "other"))
 
 
+def test_a_variance_without_a_bound_is_refused(teacher, tmp_path, monkeypatch):
+    """Under a zero terminal SNR the last timestep's is one over 0; not of other predictions."""
+    monkeypatch.setattr("utils.backbones.base.load_component", lambda *_, **__: pytest.fail("weights were loaded"))
+    other = shutil.copytree(teacher, tmp_path / "other")
+    DDIMScheduler(rescale_betas_zero_snr=True).save_pretrained(other / "scheduler")
+    with pytest.raises(UsageError, match=r"--pretrained_\w+ \S+: .* ends in noise alone \(rescale_betas_zero_snr\)"):
+        DiT.load(arguments(other))
+    DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").save_pretrained(other / "scheduler")
+    DiT.check(arguments(other))
+
+
 def test_the_names_of_classes_survive_the_export_of_an_old_pipeline(teacher, tmp_path):
     """DiT's own pipelines on the Hub call their transformer as diffusers did then."""
     old = shutil.copytree(teacher, tmp_path / "old")
@@ -229,10 +240,18 @@ def gaussian(scheduler, t: int, clean, x_t, log_variance) -> Normal:
     return Normal(mean, (0.5 * log_variance).exp())
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_variances_have_the_bound_and_the_distance(prediction_type):
+@pytest.mark.parametrize(
+    "prediction_type, zero_snr",
+    [("epsilon", False), ("v_prediction", False), ("v_prediction", True), ("sample", False), ("sample", True)],
+)
+def test_variances_have_the_bound_and_the_distance(prediction_type, zero_snr):
     """Against the variances of diffusers' scheduler and the divergences of torch's distributions."""
-    scheduler = DDPMScheduler(prediction_type=prediction_type, variance_type="learned_range", clip_sample=False)
+    scheduler = DDPMScheduler(
+        prediction_type=prediction_type,
+        variance_type="learned_range",
+        clip_sample=False,
+        rescale_betas_zero_snr=zero_snr,
+    )
     place = torch.tensor([0, 1, 2, 500, 999])
     (clean, _), (noise, _), (output, variance), (_, other) = (a_prediction(seed, len(place)) for seed in range(4))
     clean[0, 0, 0, :2] = torch.tensor([1.3, -1.2])  # the ends of the likelihood are open
@@ -271,6 +290,8 @@ def test_variances_have_the_bound_and_the_distance(prediction_type):
     expected = torch.stack(distance).mean() / math.log(2)
     torch.testing.assert_close(learned.distance(variance, other, noised), expected, rtol=1e-4, atol=0)
     assert learned.distance(other, other, noised) == 0
+    learned.distance(variance, other.requires_grad_(), noised).backward()
+    assert other.grad is None
 
 
 def test_losses_see_the_prediction_and_the_variance_has_terms_of_its_own(backbone):

@@ -197,7 +197,7 @@ def test_the_error_is_that_of_the_noise_under_each_images_label(teacher, images,
         call(analyze_error, [str(word) for word in given])
     written = json.loads((tmp_path / "out" / "analysis.json").read_text())
     assert all(label < CLASSES for labels in told for label in labels)  # none is left out for guidance
-    for row in written["timesteps"]:  # a line removes all of it
+    for row in written["places"]:  # a line removes all of it
         assert len(row["channels"]) == 4 and row["coarse_share"] == pytest.approx(1, abs=1e-4)
         assert row["slope"]["median"] == pytest.approx(1 / 0.6, rel=1e-3)
     assert written["protocol"]["sampler"]["guidance_scale"] == 4.0

@@ -34,6 +34,7 @@ def test_noise_is_the_schedulers_and_the_target_recovers_the_data():
     sigma = (noised.time / 1000).reshape(-1, 1, 1, 1)
     torch.testing.assert_close(noised.x_t - sigma * noised.target, clean, atol=1e-5, rtol=0)
     assert (noised.time.diff() > 0).all() and noised.time[-1] == 1000  # place 0 is the cleanest
+    assert process.place_name == "place"  # and no timestep: that is what the denoiser is told
     torch.testing.assert_close(noised.x_t[-1], noise[-1])
 
 

@@ -90,7 +90,7 @@ def measurements(folder: Path, student: Path) -> tuple[Path, Path]:
     content = json.loads(json.dumps(EVERYTHING))
     content["protocol"]["samples"]["model_files"] = {WEIGHTS: sha256(student / WEIGHTS)}
     write_json(evaluation / "metrics.json", content)
-    error = {"total": 0.0459, "coarse_share": 0.104, "place": {"coarse_share": 0.3}}
+    error = {"total": 0.0459, "coarse_share": 0.104, "groups": {"coarse_share": 0.3}}
     samples = {"num_samples": 8, "pixel_difference_to_teacher": {"student": 82.78, "teacher": 0.0}}
     samples |= {"frechet_distance": {"student": 44.44, "teacher": 5.5}, "num_real_images": 99, "warning": "TOO FEW"}
     write_json(
@@ -99,9 +99,9 @@ def measurements(folder: Path, student: Path) -> tuple[Path, Path]:
             "protocol": {
                 "student_sha256": {WEIGHTS: sha256(student / WEIGHTS)},
                 "arguments": {"pretrained_model_name_or_path": "/models/teacher", "num_images": 32, "seed": 0},
-                **{"group_size": 16, "sampler": {"name": "DDIM, eta 0", "steps": 25}},
+                **{"group_size": 16, "place_name": "place", "sampler": {"name": "DDIM, eta 0", "steps": 25}},
             },
-            **{"mean": error, "timesteps": [1, 2, 3], "samples": {**samples, "extractor": {"name": "classifier"}}},
+            **{"mean": error, "places": [1, 2, 3], "samples": {**samples, "extractor": {"name": "classifier"}}},
         },
     )
     return evaluation, analysis
@@ -147,6 +147,7 @@ def test_measurements_join_the_page_of_their_student(student, tmp_path):
     text = " ".join(page.text.split())
     assert "12.35" in text and "50,000 samples (DPMSolverMultistepScheduler, 1000 steps" in text
     assert "0.0123 s" in text and "cuda" in text and "not measured yet" not in text
+    assert "at 3 places: a mean" in text and "timestep" not in text.split("Where the error")[1].split("Flags")[0]
     assert "10.4% of it" in text and "against 99 real images on the features of classifier" in text
     assert "44.4" in text and "TOO FEW" in text and "few samples." in text
     assert text.count("parameters of the denoiser") == 1 and "/models" not in text

@@ -2,12 +2,15 @@
 """Images of all kinds to 8 bits: values that are kept or refused, transparency, and damage of every sort."""
 
 import io
+import multiprocessing
 import warnings
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
+import utils.data.images
 from utils.data.images import UnreadableImage, file_content, read_image, upright_size
 
 GREY = np.arange(16, dtype=np.uint8).reshape(4, 4) * 17
@@ -128,9 +131,29 @@ def test_every_kind_of_transparency(image, settings, first):
         assert read(image, "RGBA", **settings)[0, 0, 3] == 0  # which a model of 4 channels sees
 
 
-def test_transparency_is_said(recwarn):
-    read(HIDDEN, "RGB", "black")
-    assert "composed on black, see --background" in str(recwarn.pop(UserWarning).message)
+def test_transparency_is_said_once(recwarn, monkeypatch):
+    monkeypatch.setattr(utils.data.images, "SAID", multiprocessing.Value("b"))
+    for _ in range(2):
+        read(HIDDEN, "RGB", "black")
+    (said,) = (str(each.message) for each in recwarn if "transparent" in str(each.message))
+    assert "composed on black, see --background" in said
+
+
+class Transparent(Dataset):
+    """Of three rows the last two: with two data workers each sees one."""
+
+    def __getitem__(self, row: int) -> tuple[int, int]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            read(HIDDEN if row else Image.new("RGB", (2, 2)), "RGB", "black")
+        return row, len(caught)
+
+
+def test_transparency_is_said_by_one_data_worker_whichever_it_is(monkeypatch):
+    for rows in ([1], [0, 1], [1, 1, 1, 1]):
+        monkeypatch.setattr(utils.data.images, "SAID", multiprocessing.Value("b"))
+        loader = DataLoader(Transparent(), sampler=rows, num_workers=2, multiprocessing_context="fork")
+        assert sum(said.item() for _, said in loader) == 1, rows
 
 
 # Damage

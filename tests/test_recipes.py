@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 
 import analyze_error
 import evaluate_fid
@@ -18,12 +18,10 @@ import train_lift
 import train_place
 import utils.analysis.arguments
 import utils.evaluation.arguments
-from benchmarks.published import DENOISERS, SD3_MEDIUM
+from benchmarks.published import SD3_MEDIUM, configs_of
 from utils.backbones.loading import read_json_config
-from utils.students.blocks import student_config
 from utils.students.depth import depth_config, even_layers
 from utils.students.sizes import full_config, model_size, paper_parameters
-from utils.students.width import width_config
 from utils.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -92,16 +90,6 @@ def heads(name: str) -> list[str]:
     lines = itertools.takewhile(lambda line: line.startswith("#"), text.split("\n"))
     others = re.findall(r"^@recipes/([\w/]+)\.args", text, flags=re.MULTILINE)
     return [" ".join(line.removeprefix("# ") for line in lines), *(each for other in others for each in heads(other))]
-
-
-def configs_of(args) -> tuple[dict, dict, type]:
-    """Of teacher and student, and their class."""
-    teacher = DENOISERS[args.pretrained_model_name_or_path]
-    if args.kept_layers:
-        return teacher, depth_config(teacher, args.kept_layers, DiTTransformer2DModel), DiTTransformer2DModel
-    if args.student_preset:
-        return teacher, student_config(teacher, args.student_preset), UNet2DConditionModel
-    return teacher, width_config(teacher, args.pruning_ratio), UNet2DModel
 
 
 @pytest.mark.parametrize("name", PAPER)

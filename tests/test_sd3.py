@@ -151,6 +151,11 @@ def test_the_time_is_told_in_float32(teachers):
     assert seen[0].dtype == torch.float32 and torch.equal(seen[0], noised.time)
     assert output.dtype == torch.float32 and output.shape == clean.shape
     assert not torch.equal(noised.time, noised.time.bfloat16().float())
+    sampler = backbone.process.sampler()
+    sampler.set_timesteps(3)
+    backbone.sample(backbone.teacher, [0], 3, ["a b"])
+    told = torch.stack([time[0] for time in seen[1:]])
+    assert torch.equal(told, sampler.timesteps) and not torch.equal(told, told.bfloat16().float())
 
 
 def test_latents_are_shifted_and_scaled(teachers, stock):
@@ -240,6 +245,7 @@ SPOILT = {
     "another transformer": (changed("transformer/config.json", pooled_projection_dim=32), "64 numbers a prompt"),
     "a VAE with means": (changed("vae/config.json", latents_mean=[0.1] * 4), "latents_mean"),
     "an editing model": (changed("transformer/config.json", in_channels=8), "in_channels 8 and out_channels 4"),
+    "nothing, as the channels out are those in": (changed("transformer/config.json", out_channels=None), None),
     "another process": (
         lambda folder: DDPMScheduler().save_pretrained(folder / "scheduler"),
         "its scheduler is a DDPMScheduler",
@@ -266,6 +272,7 @@ def test_what_is_not_whole_or_does_not_fit_is_refused(teachers, tmp_path, name):
         ("--kept_layers 0,2", "--kept_layers: the last layer kept is 2; it must be 3"),
         ("--student_depth 5", "--student_depth: 5 layers are to be kept; the teacher has 4"),
         ("--resolution 64", "--resolution 64: the table of positions ends at 48 pixels"),
+        ("--student_config small.json", "--resolution 32: the table of positions ends at 16 pixels"),
         ("--resolution 30", "--resolution 30: .* must be a multiple of 4"),
         ("--max_sequence_length 600", "--max_sequence_length 600: the stock pipeline takes up to 512"),
         ("--dropout 0.1", "--dropout 0.1: a SD3Transformer2DModel has none"),
@@ -273,7 +280,10 @@ def test_what_is_not_whole_or_does_not_fit_is_refused(teachers, tmp_path, name):
         ("--antithetic_timesteps", "--antithetic_timesteps True does not go with"),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(teachers, flags, message):
+def test_flags_that_do_not_fit_are_refused(teachers, tmp_path, monkeypatch, flags, message):
+    config = json.loads((teachers["none"] / "transformer" / "config.json").read_text())
+    (tmp_path / "small.json").write_text(json.dumps(config | {"pos_embed_max_size": 4}))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         SD3.check(parsed(teachers["none"], *flags.split()))
 
@@ -376,6 +386,7 @@ def test_it_is_analysed_and_evaluated(teachers, pictures, tmp_path, kind):
         call(analyze_error, [str(word) for word in (*given, *flags)])
         analysis = json.loads((tmp_path / probe / "analysis.json").read_text())
         assert analysis["protocol"]["sampler"]["name"] == "Euler, shift 3"
+        assert analysis["protocol"]["place_name"] == "place" and analysis["places"][1]["place"] == 500
         gaps = analysis["samples"]["pixel_difference_to_teacher"]
         assert gaps["teacher"] == 0 < gaps["student"]
     (tmp_path / "prompts.txt").write_text("a b\nc\n")

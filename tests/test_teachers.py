@@ -4,9 +4,11 @@ and what is exported loads."""
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 import transformers
@@ -162,16 +164,32 @@ def test_where_nothing_is_said_the_pipelines_default_holds(tmp_path, said, zeros
     assert zeros_when_empty(str(tmp_path), None) == zeros
 
 
-def test_turbo_models_are_sampled_without_guidance(own, caplog):
+@pytest.mark.parametrize(
+    "name, config, why",
+    [
+        ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}, "as turbo models"),
+        ("LCMScheduler", {}, "is a LCMScheduler"),
+        ("TCDScheduler", {}, "is a TCDScheduler"),
+    ],
+)
+def test_distilled_models_are_sampled_without_guidance(own, caplog, name, config, why):
     folder = own()
-    EulerDiscreteScheduler(timestep_spacing="trailing").save_pretrained(folder / "scheduler")
+    getattr(diffusers, name)(**config).save_pretrained(folder / "scheduler")
+    change(folder / "model_index.json", scheduler=["diffusers", name])
     backbone = load(folder)
-    assert backbone.sampling_options["guidance_scale"] == 0 and "--validation_guidance_scale" in caplog.text
+    assert backbone.sampling_options["guidance_scale"] == 0
+    assert why in caplog.text and "--validation_guidance_scale gives them some" in caplog.text
     backbone.args.validation_guidance_scale = 2
     assert backbone.guidance_scale() == 2
+    diffusers.PNDMScheduler().save_pretrained(folder / "scheduler")  # the listed class is the one that loads
+    assert bool(Diffusion.load(backbone.args, bounded=False).guided_already()) == (name != "EulerDiscreteScheduler")
+
+
+def test_a_zero_terminal_snr_is_no_distillation(own):
+    folder = own()
     zero_snr = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     EulerDiscreteScheduler(**zero_snr).save_pretrained(folder / "scheduler")
-    assert not Diffusion.load(backbone.args, bounded=False).looks_guided_already()
+    assert load(folder).sampling_options["guidance_scale"] == 7.5
     with pytest.raises(UsageError, match="--validation_guidance_scale is -1"):
         parsed(folder, "--validation_guidance_scale", "-1")
 
@@ -437,6 +455,21 @@ def test_the_way_out_that_a_refusal_names(own):
         load(folder, "--allow_pickle_weights")
     backbone = load(folder, "--allow_pickle_weights", "--variant", "fp16")  # the other parts have none of it
     assert backbone.conditions.prompts(["a"])["prompt_embeds"].shape == (1, 16, 32)
+
+
+def test_parts_of_two_variants_are_refused_in_one_sentence(own, tmp_path, monkeypatch):
+    """Each flag alone would advise the other; what the sentence says gives a teacher that loads."""
+    folder = own()
+    fp16_only("text_encoder")(folder)
+    with pytest.raises(UsageError, match="text_encoder is not whole: .*--variant fp16 takes"):
+        load(folder)
+    with pytest.raises(
+        UsageError, match="--variant fp16: .*unet has no weights of it, and text_encoder .*no others"
+    ) as said:
+        load(folder, "--variant", "fp16")
+    monkeypatch.chdir(tmp_path)
+    exec(re.search(r"DiffusionPipeline\S+ \S+\)", str(said.value))[0], {"DiffusionPipeline": DiffusionPipeline})
+    load(tmp_path / "other")
 
 
 def test_another_vae_stands_in_for_one_that_is_absent(own, teachers, tmp_path):

@@ -25,7 +25,7 @@ PROBES = {  # name -> what the lines of "corrected" are
 }
 RENAMED = {
     "--validation_split": "--split",
-    "--validation_num_samples": "--num_samples (and the images seen at every timestep are --num_images)",
+    "--validation_num_samples": "--num_samples (and the images seen at every place of the schedule are --num_images)",
     "--validation_images": "--shown_samples",
     "--validation_prompts": "--prompts FILE, one prompt a line",
     "--validation_guidance_scale": "--guidance_scale",
@@ -69,10 +69,10 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
         "--num_timesteps",
         type=int,
         default=20,
-        help="timesteps, the midpoints of as many equal stretches of the schedule (default: 20)",
+        help="timesteps, of a flow places, the midpoints of as many equal stretches of the schedule (default: 20)",
     )
     group.add_argument(
-        "--num_images", type=int, default=256, help="images, each seen at every timestep (default: 256)"
+        "--num_images", type=int, default=256, help="images, each seen at every one of them (default: 256)"
     )
     add_shared(group, "group_size")
 
@@ -81,7 +81,8 @@ def parse_args(description: str, argv: Sequence[str] | None = None) -> argparse.
     group.add_argument(
         "--guidance_scale",
         type=float,
-        help="classifier-free guidance, 0 for none (default: the stock pipeline's own; none for turbo teachers)",
+        help="classifier-free guidance, 0 for none (default: the stock pipeline's own; none where "
+        "the teacher's scheduler is as a turbo model's, LCM's or TCD's; give 0 for a distilled flow)",
     )
     group.add_argument(
         "--probe",

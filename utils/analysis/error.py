@@ -87,7 +87,7 @@ def group_map(student_pred: Tensor, teacher_pred: Tensor, group_size: int) -> Te
 
 
 class ErrorStatistics:
-    """The split of every batch seen at one timestep, and its maps over the image."""
+    """The split of every batch seen at one place of the schedule, and its maps over the image."""
 
     def __init__(self, group_size: int):
         self.group_size = group_size
@@ -124,7 +124,7 @@ class ErrorStatistics:
             self._error_sum += error.sum((0, 1))
 
     def error_map(self) -> Tensor:
-        """Mean |e_T - e_S| at every place of the image, over samples and channels: (*S)."""
+        """Mean |e_T - e_S| everywhere in the image, over samples and channels: (*S)."""
         return self._error_sum / sum(batch.slope.numel() for batch in self._lines)
 
     def summary(self) -> dict:
@@ -142,7 +142,7 @@ class ErrorStatistics:
         return {
             **_described(lines),
             "channels": [_described(Split(*(entry[:, c] for entry in lines))) for c in range(lines.slope.shape[1])],
-            "place": {
+            "groups": {
                 **_shared(*((part_G * shares_G).sum().item() for part_G in parts_G)),
                 "ranks": {
                     "elements": sizes,
@@ -173,20 +173,20 @@ def _spread(values_L: Tensor) -> dict[str, float | list[float]]:
     return {name: value.tolist() for name, value in spread.items()}
 
 
-def summarize(statistics: list[ErrorStatistics], timesteps: list[int]) -> dict:
-    """`timesteps`: the summary of each; `mean`: total, coarse and fine over all of them, also by group rank; `chance`:
+def summarize(statistics: list[ErrorStatistics], places: list[int]) -> dict:
+    """`places`: the summary of each; `mean`: total, coarse and fine over all of them, also by group rank; `chance`:
     the coarse share that lines have of an error which knows nothing of the student's prediction, 2 of K elements."""
-    rows = [{"timestep": t, **each.summary()} for t, each in zip(timesteps, statistics, strict=True)]
-    parts, ranks = Split._fields[2:], [row["place"]["ranks"] for row in rows]
+    rows = [{"place": place, **each.summary()} for place, each in zip(places, statistics, strict=True)]
+    parts, ranks = Split._fields[2:], [row["groups"]["ranks"] for row in rows]
 
     def mean(values: list) -> list:
         return torch.tensor(values, dtype=torch.float64).mean(0).tolist()
 
-    place = _shared(*mean([[row["place"][part] for part in parts] for row in rows]))
-    place["ranks"] = {part: mean([rank[part] for rank in ranks]) for part in parts}
+    groups = _shared(*mean([[row["groups"][part] for part in parts] for row in rows]))
+    groups["ranks"] = {part: mean([rank[part] for rank in ranks]) for part in parts}
     sizes = ranks[0]["elements"]
     return {
-        "timesteps": rows,
-        "mean": {**_shared(*mean([[row[part] for part in parts] for row in rows])), "place": place},
-        "chance": {"coarse_share": 2 / sum(sizes), "place": {"coarse_share": 2 * len(sizes) / sum(sizes)}},
+        "places": rows,
+        "mean": {**_shared(*mean([[row[part] for part in parts] for row in rows])), "groups": groups},
+        "chance": {"coarse_share": 2 / sum(sizes), "groups": {"coarse_share": 2 * len(sizes) / sum(sizes)}},
     }

@@ -25,16 +25,15 @@ STYLE = {
     "savefig.dpi": 200,
     "savefig.bbox": "tight",
 }
-TIMESTEP = "timestep $t$ (larger is noisier)"
-MANY = 40  # timesteps beyond which markers would hide the lines
+MANY = 40  # places of the schedule beyond which markers would hide the lines
 LETTERS_PER_INCH, LONGEST_WORD = 9.5, 12  # of a takeaway
 
 
 def coarse_fine_figure(analysis: dict, path: str | os.PathLike, takeaway: str = "") -> None:
-    """Size and share of the coarse and the fine part by timestep, and their size by PLACE group; above them all, as in
-    every figure, its `takeaway`."""
-    rows, timesteps = analysis["timesteps"], [row["timestep"] for row in analysis["timesteps"]]
-    last, group_size = analysis["protocol"]["num_train_timesteps"], analysis["protocol"]["group_size"]
+    """Size and share of the coarse and the fine part along the schedule, and their size by PLACE group; above them
+    all, as in every figure, its `takeaway`."""
+    rows, places, protocol = analysis["places"], [row["place"] for row in analysis["places"]], analysis["protocol"]
+    last, group_size = protocol["num_places"], protocol["group_size"]
     thin = len(rows) > MANY
 
     with matplotlib.rc_context(STYLE):
@@ -49,7 +48,7 @@ def coarse_fine_figure(analysis: dict, path: str | os.PathLike, takeaway: str = 
             values = np.array([row[name] for row in rows])
             values = np.where(values > 0, values, np.nan)  # a logarithm has no place for none
             size.plot(
-                timesteps,
+                places,
                 values,
                 marker=markers[name],
                 color=color,
@@ -62,15 +61,15 @@ def coarse_fine_figure(analysis: dict, path: str | os.PathLike, takeaway: str = 
             size.set_yscale("log")
         size.set(
             title="(a) squared error,\nfitted per image and channel",
-            xlabel=TIMESTEP,
+            xlabel=_axis(protocol),
             ylabel="mean of $(e_T - e_S)^2$",
             xlim=(0, last),
         )
 
-        edges = np.linspace(0, last, len(rows) + 1)  # of the stretches of the schedule for which timesteps stand
+        edges = np.linspace(0, last, len(rows) + 1)  # of the stretches of the schedule for which places stand
         by_channel, by_group = (
             np.array([part["coarse_share"] for part in parts], dtype=float)  # None, a share of no error, becomes nan
-            for parts in (rows, [row["place"] for row in rows])
+            for parts in (rows, [row["groups"] for row in rows])
         )
         place_width = 0.8 if thin else 1.8
         share.stairs((by_channel >= 0).astype(float), edges, fill=True, color=FINE)
@@ -79,18 +78,22 @@ def coarse_fine_figure(analysis: dict, path: str | os.PathLike, takeaway: str = 
             by_group, edges, baseline=None, color=TOTAL, linewidth=place_width, linestyle="-" if thin else "--"
         )
         share.set(
-            title="(b) share of it", xlabel=TIMESTEP, ylabel="share of the squared error", xlim=(0, last), ylim=(0, 1)
+            title="(b) share of it",
+            xlabel=_axis(protocol),
+            ylabel="share of the squared error",
+            xlim=(0, last),
+            ylim=(0, 1),
         )
         share.yaxis.set_major_formatter(PercentFormatter(1))
 
-        ranks = analysis["mean"]["place"]["ranks"]
+        ranks = analysis["mean"]["groups"]["ranks"]
         edges = np.arange(len(ranks["total"]) + 1) - 0.5
         fine = group.stairs(ranks["total"], edges, fill=True, color=FINE)
         coarse = group.stairs(ranks["coarse"], edges, fill=True, color=COARSE)
         group.set(
             title=f"(c) squared error,\nfitted per group of {group_size}",
             xlabel="group rank (0: smallest errors)",
-            ylabel="mean of $(e_T - e_S)^2$, all $t$",
+            ylabel=f"mean of $(e_T - e_S)^2$, all {protocol['place_name']}s",
             xlim=(edges[0], edges[-1]),
         )
         group.xaxis.get_major_locator().set_params(integer=True)
@@ -111,8 +114,8 @@ def coarse_fine_figure(analysis: dict, path: str | os.PathLike, takeaway: str = 
 
 
 def line_figure(analysis: dict, path: str | os.PathLike, takeaway: str = "") -> None:
-    """Slope and intercept by timestep: median and quartiles over images, of each of up to four channels."""
-    rows, timesteps = analysis["timesteps"], [row["timestep"] for row in analysis["timesteps"]]
+    """Slope and intercept along the schedule: median and quartiles over images, of each of up to four channels."""
+    rows, places, protocol = analysis["places"], [row["place"] for row in analysis["places"]], analysis["protocol"]
     channels = len(rows[0]["channels"])
     if 1 < channels <= len(CHANNELS):
         curves = [[row["channels"][c] for row in rows] for c in range(channels)]
@@ -129,11 +132,11 @@ def line_figure(analysis: dict, path: str | os.PathLike, takeaway: str = "") -> 
             axes.axhline(perfect, color=GREY, linestyle="--", linewidth=1, label="perfect student")
             for c, (curve, label) in enumerate(zip(curves, labels, strict=True)):
                 spreads = [entry[name] for entry in curve]
-                _draw_spread(axes, timesteps, spreads, label, band if c == 0 else None, CHANNELS[c])
+                _draw_spread(axes, places, spreads, label, band if c == 0 else None, CHANNELS[c])
             axes.set(
-                xlabel=TIMESTEP,
+                xlabel=_axis(protocol),
                 ylabel=f"{name} ${symbol}$" + ", in units\nof the prediction" * (name == "intercept"),
-                xlim=(0, analysis["protocol"]["num_train_timesteps"]),
+                xlim=(0, protocol["num_places"]),
             )
             axes.ticklabel_format(axis="y", useOffset=False)
         # below the axes, where it hides nothing
@@ -142,24 +145,29 @@ def line_figure(analysis: dict, path: str | os.PathLike, takeaway: str = "") -> 
         figure.savefig(path)
 
 
-def _draw_spread(axes, timesteps: list[int], spreads: list[dict], label: str, band: str | None, color: str) -> None:
-    """Median and quartiles by timestep; of a single one, a point and a bar, as a band would have no width."""
+def _axis(protocol: dict) -> str:
+    return f"{protocol['place_name']} (larger is noisier)"
+
+
+def _draw_spread(axes, places: list[int], spreads: list[dict], label: str, band: str | None, color: str) -> None:
+    """Median and quartiles by place; of a single one, a point and a bar, as a band would have no width."""
     lower, middle, upper = np.array([[spread[key] for spread in spreads] for key in ("q25", "median", "q75")])
-    if len(timesteps) == 1:
+    if len(places) == 1:
         bars = [middle - lower, upper - middle]
-        axes.errorbar(timesteps, middle, yerr=bars, fmt="none", ecolor=color, elinewidth=6, alpha=0.25, label=band)
+        axes.errorbar(places, middle, yerr=bars, fmt="none", ecolor=color, elinewidth=6, alpha=0.25, label=band)
     else:
-        axes.fill_between(timesteps, lower, upper, color=color, alpha=0.25, linewidth=0, label=band)
-    thin = len(timesteps) > MANY
-    axes.plot(timesteps, middle, "-" if thin else "o-", color=color, linewidth=1 if thin else 1.5, ms=4, label=label)
+        axes.fill_between(places, lower, upper, color=color, alpha=0.25, linewidth=0, label=band)
+    thin = len(places) > MANY
+    axes.plot(places, middle, "-" if thin else "o-", color=color, linewidth=1 if thin else 1.5, ms=4, label=label)
 
 
 def error_maps_figure(
-    maps: dict[str, np.ndarray], group_size: int, path: str | os.PathLike, takeaway: str = ""
+    maps: dict[str, np.ndarray], protocol: dict, path: str | os.PathLike, takeaway: str = ""
 ) -> None:
-    """Where the error is at a few timesteps: one image, its error, its PLACE groups, and the error of all images.
+    """Where the error is at a few places of the schedule: one image, its error, its PLACE groups, and the error of all
+    images.
 
-    `maps`: timestep (T,); image and image_error (T, C, H, W); group_rank, of channel 0, and mean_error (T, H, W).
+    `maps`: place (T,); image and image_error (T, C, H, W); group_rank, of channel 0, and mean_error (T, H, W).
     """
     channels, last_rank = maps["image"].shape[1], int(maps["group_rank"].max())
     noised = "an image" if channels in (1, 3) else "channel 0"
@@ -167,11 +175,11 @@ def error_maps_figure(
     rows = (  # label, pictures, colours
         (f"{noised},\nnoised", [_as_picture(image) for image in maps["image"]], "gray"),
         (f"its error,{over}\n$|e_T - e_S|$", maps["image_error"].mean(axis=1), "magma"),
-        (f"its groups of {group_size}{of},\nby rank", maps["group_rank"], "cividis"),
+        (f"its groups of {protocol['group_size']}{of},\nby rank", maps["group_rank"], "cividis"),
         ("mean error\nof all images", maps["mean_error"], "magma"),
     )
     with matplotlib.rc_context(STYLE):
-        figure, grid = _picture_grid(len(rows), len(maps["timestep"]))
+        figure, grid = _picture_grid(len(rows), len(maps["place"]))
         for line, (label, pictures, colours) in zip(grid, rows, strict=True):
             for axes, values in zip(line, pictures, strict=True):
                 ranks, image = colours == "cividis", colours == "gray"
@@ -185,8 +193,8 @@ def error_maps_figure(
                 bar.outline.set_visible(False)
                 bar.ax.set_visible(not image and (not ranks or axes is line[-1]))
             _row_label(line, label)
-        for axes, timestep in zip(grid[0], maps["timestep"], strict=True):
-            axes.set_title(f"$t$ = {timestep}", loc="center")
+        for axes, place in zip(grid[0], maps["place"], strict=True):
+            axes.set_title(f"{protocol['place_name']} {place}", loc="center")
         _say(figure, takeaway)
         figure.savefig(path)
 

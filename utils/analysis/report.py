@@ -42,30 +42,30 @@ def save_figures(analysis: dict, maps: dict, samples: dict[str, Tensor], folder:
     # few samples have a distance far above that of many: the table says so beside the numbers, a picture could not
     distances = {} if analysis["samples"].get("warning") else analysis["samples"].get("frechet_distance", {})
     rows = {who + (f"\nFrechet {distances[who]:.2f}" if distances else ""): images for who, images in samples.items()}
-    words, group_size = writable(analysis["samples"].get("shown", [])), analysis["protocol"]["group_size"]
+    words, protocol = writable(analysis["samples"].get("shown", [])), analysis["protocol"]
     coarse_fine_figure(analysis, folder / FIGURES[0], coarse_fine_takeaway(analysis))
     line_figure(analysis, folder / FIGURES[1], line_takeaway(analysis))
     image_grid(rows, columns=words, title=samples_takeaway(analysis)).save(folder / FIGURES[2])
-    error_maps_figure(maps, group_size, folder / FIGURES[3], error_maps_takeaway(maps))
+    error_maps_figure(maps, protocol, folder / FIGURES[3], error_maps_takeaway(maps, protocol["place_name"]))
 
 
 def error_table(analysis: dict) -> str:
-    """The split by timestep, and what correcting it brings."""
+    """The split by place of the schedule, and what correcting it brings."""
 
     def line(name, row: dict) -> str:
         parts = "".join(f"{row[part]:11.3e}" if part in row else " " * 11 for part in ("total", "coarse", "fine"))
-        shares = [part["coarse_share"] for part in (row, row["place"])]
+        shares = [part["coarse_share"] for part in (row, row["groups"])]
         shares = "".join("        -" if value is None else f"{value:9.1%}" for value in shares)
         medians = "".join(f"{row[key]['median']:11.4f}" for key in ("slope", "intercept") if key in row)
         return f"{name:>8}{parts}{shares}{medians}"
 
     samples = analysis["samples"]
     distances = samples.get("frechet_distance", {})
-    group = f"{analysis['protocol']['group_size']} each"
+    group, place_name = f"{analysis['protocol']['group_size']} each", analysis["protocol"]["place_name"]
     lines = [
         f"{'':8}{'mean squared error':^33}{'coarse share, line':>19}{'median over lines':>21}",
-        f"{'timestep':>8}{'total':>11}{'coarse':>11}{'fine':>11}{'channel':>9}{group:>9}{'slope':>11}{'intercept':>11}",
-        *(line(row["timestep"], row) for row in analysis["timesteps"]),
+        f"{place_name:>8}{'total':>11}{'coarse':>11}{'fine':>11}{'channel':>9}{group:>9}{'slope':>11}{'intercept':>11}",
+        *(line(row["place"], row) for row in analysis["places"]),
         line("mean", analysis["mean"]),
         line("chance", analysis["chance"]),
         "",

@@ -10,7 +10,7 @@ EVEN = 0.005  # how far a slope may be from 1 and still be called so
 
 def coarse_fine_takeaway(analysis: dict) -> str:
     """Where on the schedule the error is, and where it is coarse; `analysis` as in analysis.json."""
-    rows, last = analysis["timesteps"], analysis["protocol"]["num_train_timesteps"]
+    rows, last, name = analysis["places"], analysis["protocol"]["num_places"], analysis["protocol"]["place_name"]
     whole = sum(row["total"] for row in rows)
     if whole == 0:
         return "The student predicts what the teacher predicts."
@@ -19,29 +19,29 @@ def coarse_fine_takeaway(analysis: dict) -> str:
     if len(rows) >= len(FIFTHS):
         by_fifth = np.zeros(len(FIFTHS))
         for row in rows:
-            by_fifth[row["timestep"] * len(FIFTHS) // last] += row["total"] / whole
+            by_fifth[row["place"] * len(FIFTHS) // last] += row["total"] / whole
         most = int(by_fifth.argmax())
-        said = f"{by_fifth[most]:.0%} of the error is in the {FIFTHS[most]} fifth of the timesteps; a line removes "
+        said = f"{by_fifth[most]:.0%} of the error is in the {FIFTHS[most]} fifth of the {name}s; a line removes "
         said += f"{removed:.0%} of it all"
     shares = [row["coarse_share"] or 0.0 for row in rows]
     first = next((i for i in range(len(rows)) if min(shares[i:]) >= NOTABLE), None)
     if first is None:
         highest = int(np.argmax(shares))
-        return f"{said}, at most {shares[highest]:.0%}, at timestep {rows[highest]['timestep']}."
-    start = f"from timestep {rows[first]['timestep']} on" if first else "everywhere"
+        return f"{said}, at most {shares[highest]:.0%}, at {name} {rows[highest]['place']}."
+    start = f"from {name} {rows[first]['place']} on" if first else "everywhere"
     return f"{said}, a third or more {start}."
 
 
 def line_takeaway(analysis: dict) -> str:
     """Where the lines change the student's prediction most."""
-    rows = analysis["timesteps"]
+    rows, name = analysis["places"], analysis["protocol"]["place_name"]
     furthest = max(rows, key=lambda row: abs(row["slope"]["median"] - 1))
     slope = furthest["slope"]["median"]
     if abs(slope - 1) < EVEN:
-        return f"The median slope is within {EVEN:.1%} of 1, a perfect student's, at every timestep."
+        return f"The median slope is within {EVEN:.1%} of 1, a perfect student's, at every {name}."
     verb = "shrink" if slope < 1 else "stretch"
     return (
-        f"The lines {verb} the student's prediction most at timestep {furthest['timestep']}: "
+        f"The lines {verb} the student's prediction most at {name} {furthest['place']}: "
         f"median slope {slope:.3f}, where 1 is perfect."
     )
 
@@ -67,9 +67,9 @@ def samples_takeaway(analysis: dict) -> str:
     )
 
 
-def error_maps_takeaway(maps: dict[str, np.ndarray]) -> str:
-    """How unevenly the error is spread over the image, at the timestep of `maps` that has most of it."""
-    errors = maps["mean_error"].reshape(len(maps["timestep"]), -1)
+def error_maps_takeaway(maps: dict[str, np.ndarray], place_name: str) -> str:
+    """How unevenly the error is spread over the image, at the place of `maps` that has most of it."""
+    errors = maps["mean_error"].reshape(len(maps["place"]), -1)
     most = int(errors.sum(axis=1).argmax())
     ordered = np.sort(errors[most])[::-1]
     if ordered.sum() == 0:
@@ -77,6 +77,6 @@ def error_maps_takeaway(maps: dict[str, np.ndarray]) -> str:
     tenth = max(1, len(ordered) // 10)
     share = ordered[:tenth].sum() / ordered.sum()
     return (
-        f"At timestep {maps['timestep'][most]}, the tenth of the image with the largest mean error holds {share:.0%} "
+        f"At {place_name} {maps['place'][most]}, the tenth of the image with the largest mean error holds {share:.0%} "
         f"of it; evenly spread it were {tenth / len(ordered):.0%}."
     )

@@ -22,6 +22,7 @@ OTHER_PROCESSES = {
     "ScoreSdeVe": "a variance exploding process",
     "KarrasVe": "a variance exploding process",
 }
+CONSISTENCY = ("LCMScheduler", "TCDScheduler")  # of consistency models in DDPM's process, which have guidance in them
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
 
@@ -79,7 +80,7 @@ class Diffusion(Process):
     Predicted is the noise, x_0, or v (Salimans and Ho 2022), as the teacher's scheduler says.
     """
 
-    name, scheduler_class = "DDIM, eta 0", DDPMScheduler
+    name, scheduler_class, place_name = "DDIM, eta 0", DDPMScheduler, "timestep"
     flags = frozenset("snr_gamma antithetic_timesteps input_perturbation noise_offset".split())
     # what decides which noise a timestep has
     schedule = "num_train_timesteps trained_betas beta_start beta_end beta_schedule rescale_betas_zero_snr".split()
@@ -111,13 +112,19 @@ class Diffusion(Process):
             ]
         return differing
 
-    def looks_guided_already(self) -> bool:
-        """Whether the teacher's scheduler is as those of models that were distilled to need no guidance (SD-Turbo,
-        SDXL-Turbo): epsilon from the last timestep on, where an epsilon model without such a distillation starts one
-        step before, and one of v_prediction may have a zero terminal SNR."""
+    def guided_already(self) -> str | None:
+        """By what the teacher's scheduler looks as those of models that were distilled to need no guidance, if it
+        does: it samples consistency models, as LCM and TCD; or is as SD-Turbo's and SDXL-Turbo's, epsilon from the
+        last timestep on, where an epsilon model without such a distillation starts one step before, and one of
+        v_prediction may have a zero terminal SNR."""
+        if found := [name for name in self.listed if name in CONSISTENCY]:
+            return f"its scheduler is a {found[0]}, as consistency models' are"
         config = self.scheduler.config
-        trailing = config.get("timestep_spacing") == "trailing" and not config.rescale_betas_zero_snr
-        return trailing and config.prediction_type == "epsilon"
+        if config.get("timestep_spacing") != "trailing" or config.rescale_betas_zero_snr:
+            return None
+        if config.prediction_type != "epsilon":
+            return None
+        return "it predicts the noise, and its scheduler spaces timesteps from the last one on, as turbo models' do"
 
     def draw(self, count: int, rng: StepRandom) -> Tensor:
         """(count,) int64 places, uniform over the schedule, or in antithetic pairs."""

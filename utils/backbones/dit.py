@@ -8,11 +8,13 @@ from diffusers.models.embeddings import LabelEmbedding
 from torch import Tensor, nn
 
 from utils.backbones.base import Configs, Prediction, vae_factor
+from utils.backbones.folder import Part
 from utils.backbones.labels import Labels
+from utils.backbones.loading import TEACHER
 from utils.backbones.process import Noised
 from utils.backbones.stand_in import GuidedLabels
 from utils.backbones.transformer import Transformer
-from utils.backbones.variance import LearnedVariance
+from utils.backbones.variance import LearnedVariance, has_bound
 from utils.command_line import UsageError
 from utils.data.labels import class_names
 from utils.students.sizes import full_config
@@ -63,6 +65,17 @@ class DiT(Transformer):
             raise UsageError(
                 f"--resolution {args.resolution}: the teacher's table of positions is for {own} pixels a side, and "
                 "its pipeline samples no other. Leave the flag out."
+            )
+
+    @classmethod
+    def check_parts(cls, args, configs: Configs, parts: dict[str, Part]) -> None:
+        """A schedule in which the variance that is predicted has no bound."""
+        full = full_config(configs.student, cls.model_class)
+        if full["out_channels"] == 2 * full["in_channels"] and not has_bound(configs.process.scheduler):
+            raise UsageError(
+                f"{TEACHER} {args.pretrained_model_name_or_path}: its transformer predicts the noise and a variance, "
+                "and its schedule ends in noise alone (rescale_betas_zero_snr), where neither says anything of the "
+                "data. Choose a teacher of another schedule, or of v_prediction."
             )
 
     def make_student(self, args, batch: dict[str, Tensor]) -> tuple[DiTTransformer2DModel, str]:

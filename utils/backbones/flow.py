@@ -60,7 +60,7 @@ class Flow(Process):
         "input_perturbation": "it has no such form for a flow. Leave it out",
         "noise_offset": "a flow starts from pure noise, which it was trained on. Leave it out",
     }
-    scheduler_class = FlowMatchEulerDiscreteScheduler
+    scheduler_class, place_name = FlowMatchEulerDiscreteScheduler, "place"  # its times are other numbers
 
     def __init__(self, args, scheduler: FlowMatchEulerDiscreteScheduler, *, bounded: bool):
         super().__init__(args, scheduler, bounded=bounded)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from utils.backbones.conditions import Nothing
-from utils.data.labels import LabelTransform
+from utils.data.labels import LabelTransform, label_names
 from utils.randomness import StepRandom
 
 
@@ -52,8 +52,8 @@ class Labels(Nothing):
         return [number % self.num_classes for number in range(first, first + count)]
 
     def described(self, conditions: Sequence[int]) -> list[str]:
-        """The first of each class's names, or its number."""
-        return [self.class_names.get(label, f"class {label}").split(",")[0] for label in conditions]
+        """See `label_names`."""
+        return label_names(conditions, self.class_names)
 
     def pipeline_arguments(self, conditions) -> dict[str, Any]:
         """Of the stock pipeline's call."""

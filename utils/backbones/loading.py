@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 
-from utils.backbones.weights import find_weights
+from utils.backbones.weights import find_weights, has_only
 from utils.command_line import UsageError, announce
 from utils.devices import DTYPE_KEYWORD
 
@@ -131,6 +131,13 @@ def _check_weights(folder: Path, kind: type, flag: str, variant: str | None, pic
         hint = "" if flag == TEACHER else " (--variant is the teacher's: save a student without one)"
         raise UsageError(f"{flag} {folder} does not load: {error}{hint}") from error
     if found.variant != variant:
+        parts = sorted(folder.parent.glob("*/")) if (folder.parent / "model_index.json").is_file() else []
+        if alone := [part.name for part in parts if has_only(part, variant)]:
+            raise UsageError(
+                f"--variant {variant}: {folder} has no weights of it, and {' and '.join(alone)} beside it no others. "
+                f'Give all parts plain ones: DiffusionPipeline.from_pretrained("{folder.parent}", '
+                f'variant="{variant}").save_pretrained("other"), and name that folder without the flag.'
+            )
         raise UsageError(
             f"--variant {variant}: {folder} has no weights of it. Leave the flag out to load its plain ones."
         )

@@ -5,6 +5,7 @@ A place is an integer from 0, the cleanest, to `num_places` - 1, the noisiest; l
 What the denoiser is told, its time, is another thing in a flow, and the same in a diffusion.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 from diffusers import SchedulerMixin
@@ -38,7 +39,9 @@ class Process:
     flags: ClassVar[frozenset[str]] = frozenset()  # those of `FAMILY_FLAGS` that it reads
     instead: ClassVar[dict[str, str]] = {}  # a flag of another process -> what to do here
     scheduler_class: ClassVar[type[SchedulerMixin]]
+    place_name: ClassVar[str]  # what a place is called where people read of one
     name: str  # the sampler, for logs, cards and analyses
+    listed: Sequence[str] = ()  # the classes of scheduler that the teacher's files name
 
     def __init__(self, args, scheduler: SchedulerMixin, *, bounded: bool):
         """`bounded`: whether clean data lie in [-1, 1], where a sampler may clip them: pixels do, latents not."""
@@ -58,7 +61,9 @@ class Process:
         source, student = args.pretrained_model_name_or_path, args.student_model_name_or_path
         if not source:
             return cls(args, cls.scheduler_class(), bounded=bounded)
-        process = cls(args, cls._of_pipeline(source, args.revision), bounded=bounded)
+        scheduler, listed = cls._of_pipeline(source, args.revision)
+        process = cls(args, scheduler, bounded=bounded)
+        process.listed = listed
         if not student:
             return process
         flag = "--student_model_name_or_path"
@@ -74,13 +79,15 @@ class Process:
         return process
 
     @classmethod
-    def _of_pipeline(cls, source: str, revision: str | None) -> SchedulerMixin:
-        """Its own config and model_index.json may name two classes: a stock pipeline takes the listed one, the weights
-        were perhaps trained with the other, so both have to be of this process."""
+    def _of_pipeline(cls, source: str, revision: str | None) -> tuple[SchedulerMixin, list[str]]:
+        """The scheduler and the classes that it is said to be of. Its own config and model_index.json may name two: a
+        stock pipeline takes the listed one, the weights were perhaps trained with the other, so both have to be of
+        this process."""
         said = f"{TEACHER} {source}"
         config = component_config(cls.scheduler_class, "scheduler", source, TEACHER, revision)
-        scheduler, listed = cls.scheduler_of(config, said), listed_scheduler(source, TEACHER, revision)
-        return cls.scheduler_of(config | {"_class_name": listed}, said) if listed else scheduler
+        named = [config.get("_class_name"), listed_scheduler(source, TEACHER, revision)]
+        schedulers = [cls.scheduler_of(config | {"_class_name": name}, said) for name in named if name]
+        return (schedulers or [cls.scheduler_of(config, said)])[-1], [name for name in named if name]
 
     @classmethod
     def scheduler_of(cls, config: dict, said: str) -> SchedulerMixin:

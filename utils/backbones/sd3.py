@@ -46,7 +46,7 @@ class SD3(Transformer):
     def check_denoiser(cls, config: dict, flag: str) -> None:
         """What sees more than noisy latents."""
         super().check_denoiser(config, flag)
-        if config["in_channels"] != config["out_channels"]:
+        if config["out_channels"] not in (None, config["in_channels"]):
             raise UsageError(
                 f"{flag}: the transformer has in_channels {config['in_channels']} and out_channels "
                 f"{config['out_channels']}; here it sees noisy latents alone. Choose another one."
@@ -57,9 +57,10 @@ class SD3(Transformer):
         """More places than the table of positions has, more tokens than the stock pipeline takes, and dropout."""
         factor = vae_factor(cls.vae_config(args))
         most = min(config["pos_embed_max_size"] * config["patch_size"] for config in (teacher, student)) * factor
-        if (args.resolution or 0) > most:
+        resolution = args.resolution or cls.own_resolution(teacher, factor)
+        if isinstance(resolution, int) and resolution > most:
             raise UsageError(
-                f"--resolution {args.resolution}: the table of positions ends at {most} pixels a side "
+                f"--resolution {resolution}: the table of positions ends at {most} pixels a side "
                 "(pos_embed_max_size). Give less."
             )
         if (args.max_sequence_length or 0) > LENGTHS[1]:

@@ -61,12 +61,12 @@ class StableDiffusion(Latent):
         self.sampling_options = {"guidance_scale": self.guidance_scale(), "height": side, "width": side}
 
     def guidance_scale(self) -> float:
-        """Of samples: what the flag says, else the stock pipeline's own; none for a teacher as the turbo models."""
-        if self.args.validation_guidance_scale is None and self.process.looks_guided_already():
+        """Of samples: what the flag says, else the stock pipeline's own; none for a teacher as the distilled ones."""
+        if self.args.validation_guidance_scale is None and (why := self.process.guided_already()):
             flag = getattr(self.args, "called", {}).get("validation_guidance_scale", "validation_guidance_scale")
             logger.warning(
-                f"The teacher predicts the noise, and its scheduler spaces timesteps from the last one on, as turbo "
-                f"models' do: samples are drawn without guidance. --{flag} gives them some."
+                f"The teacher was perhaps distilled to need no guidance: {why}. Samples are drawn without it; "
+                f"--{flag} gives them some."
             )
             return 0.0
         return super().guidance_scale()

@@ -17,8 +17,14 @@ from utils.backbones.process import Noised
 BIN = 1 / 255  # half the width of one of 256 values in [-1, 1], which the likelihood at t = 0 is of
 
 
+def has_bound(scheduler: DDPMScheduler) -> bool:
+    """Whether every timestep has one: noise alone, as the last is under `rescale_betas_zero_snr`, says nothing of x_0
+    to a model that predicts the noise."""
+    return scheduler.config.prediction_type != "epsilon" or bool((scheduler.alphas_cumprod > 0).all())
+
+
 class LearnedVariance:
-    """For the betas of one `scheduler`, whatever it predicts."""
+    """For the betas of one `scheduler` that `has_bound`."""
 
     def __init__(self, scheduler: DDPMScheduler):
         self.prediction_type = scheduler.config.prediction_type

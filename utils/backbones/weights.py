@@ -82,6 +82,12 @@ def what_is_there(folder: Path, kind: type) -> str:
     return f"there is only {', '.join(others[:3])}" if others else "there is no weight file at all"
 
 
+def has_only(folder: Path, variant: str) -> bool:
+    """Whether a component has weights, of `variant` alone."""
+    weights = [path.name for path in folder.glob("*") if path.suffix in (".safetensors", ".bin")]
+    return bool(weights) and all(f".{variant}." in name or f".{variant}-" in name for name in weights)
+
+
 def copy_component(source: Path, target: Path, weights: Weights | None) -> None:
     """Copy a component's files to a new folder; of its weights only `weights`, under the names that a load without a
     variant looks for."""

@@ -77,7 +77,12 @@ def check_cache(args, accelerator: Accelerator, dataset: Dataset | None, backbon
         if dataset is None:
             raise UsageError(f"{flag}: no cache there. Give the data that is to be encoded.")
         return
-    made, wanted = read_json(path) or {}, cache_settings(args, accelerator, dataset, backbone)
+    made, wanted = read_json(path), cache_settings(args, accelerator, dataset, backbone)
+    if not isinstance(made, dict):
+        raise UsageError(
+            f"{flag}: its cache.json is empty or cut off, as a full disk leaves it, and what the cache is of is "
+            "unknown. Delete the folder, or encode anew into another one."
+        )
     if made.get("format") != FORMAT:
         raise UsageError(
             f"{flag} is a cache of another version of these scripts, whose files mean something else (format "

@@ -2,14 +2,15 @@
 """A stored image to 8 bits a channel: opened, turned upright, put on a background. What cannot be is said why."""
 
 import io
+import multiprocessing
 import warnings
 
 import fsspec
 import numpy as np
 from PIL import Image, ImageOps
-from torch.utils.data import get_worker_info
 
 BACKGROUND = "white"
+SAID = multiprocessing.Value("b")  # that there are transparent pixels; one for all data workers, where they are forks
 ORIENTATION = 0x0112  # the EXIF tag; 5 to 8 swap the sides
 
 
@@ -128,8 +129,9 @@ def _composed(image: Image.Image, background: str) -> Image.Image:
     alpha = image.convert("LA" if image.mode == "La" else "RGBA")
     if alpha.getchannel("A").getextrema()[0] == 255:
         return image
-    worker = get_worker_info()
-    if worker is None or worker.id == 0:
+    with SAID.get_lock():
+        first, SAID.value = not SAID.value, True
+    if first:
         warnings.warn(
             f"there are transparent pixels: they are composed on {background}, see --background.", stacklevel=2
         )

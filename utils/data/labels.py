@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Class labels of a dataset: a column of it, or the folders that images lie in; checked against a model's classes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +50,11 @@ def class_names(pipeline_config: Mapping[str, Any]) -> dict[int, str]:
     """What a pipeline's model_index.json calls the classes by their numbers, its `id2label`; empty where it does not
     say."""
     return {int(number): name for number, name in (pipeline_config.get("id2label") or {}).items()}
+
+
+def label_names(labels: Iterable[int], names: Mapping[int, str]) -> list[str]:
+    """The first of each class's names, of those in `class_names`, or its number."""
+    return [names.get(label, f"class {label}").split(",")[0] for label in labels]
 
 
 def read_labels(

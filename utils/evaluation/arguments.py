@@ -88,7 +88,11 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
         help="whether the scheduler clips its estimate of the clean image to [-1, 1] in every step (default: as its "
         "config says, for the Hub's DDPMs true; false in the paper's pixel tables)",
     )
-    group.add_argument("--guidance_scale", type=float, help="classifier-free guidance (default: the pipeline's own)")
+    group.add_argument(
+        "--guidance_scale",
+        type=float,
+        help="classifier-free guidance (default: the pipeline's own; distilled models, as turbo ones, want 0)",
+    )
     group.add_argument("--height", type=int, help="pixels of a sample, where the pipeline takes it")
     group.add_argument("--width", type=int, help="pixels of a sample, where the pipeline takes it")
     add_shared(

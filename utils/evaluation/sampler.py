@@ -17,6 +17,7 @@ from diffusers import DiffusionPipeline
 
 from utils.backbones.stand_in import GuidedLabels
 from utils.command_line import UsageError
+from utils.data.labels import class_names, label_names
 from utils.evaluation.conditions import LISTED, described, num_classes
 from utils.evaluation.pipelines import clips, denoiser_of
 from utils.randomness import VALIDATION_STREAM, seed_from
@@ -150,9 +151,7 @@ class Sampler:
     def described(self) -> list[str]:
         """What samples are of in words, over and over; empty where they are of nothing in particular."""
         if self.class_labels:
-            names = self.pipeline.config.get("id2label") or {}
-            labels = [names.get(label, names.get(str(label), f"class {label}")) for label in self.class_labels]
-            return [label.split(",")[0] for label in labels]
+            return label_names(self.class_labels, class_names(self.pipeline.config))
         return list(self.prompts or [])
 
     def size(self) -> tuple[int, int] | None:

@@ -25,7 +25,7 @@ PANELS = (
         | {name: name for name in ("task", "variance", "output", "coarse", "fine", "output_variance", "feature")},
     ),
     Panel(
-        "error by timestep",
+        "error along the schedule",
         "mean squared error",
         {f"error_quarter_{i}": label for i, label in enumerate(QUARTERS, 1)},
     ),
@@ -43,7 +43,7 @@ COLUMNS, FEW = 3, 20  # panels in a row; points of a curve up to which each is m
 
 
 def plot_losses(log: Path, picture: Path) -> None:
-    """Draw `log.jsonl`: the loss terms, the student's error by quarter of the noise schedule, weight and slope of the
+    """Draw `log.jsonl`: the loss terms, the student's error by quarter of the schedule, weight and slope of the
     line, the distance of its samples, the learning rate. Curves that are nowhere above 0, as `coarse` is in the
     conventional losses, and panels without a curve are left out."""
     import matplotlib  # here and not above: half a second that --help and a refused flag need not wait for

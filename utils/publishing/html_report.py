@@ -42,7 +42,7 @@ MEASURED = "measured"  # in a student's folder: copies of what was measured of i
 SHOWN_STEPS = 12  # grids over the training; more would make the page heavy, and tell no more
 LARGEST_SIDE, LARGEST_PNG = 1280, 400_000  # pixels and bytes of an embedded picture
 CAPTIONS = {  # of the figures of analyze_error.py, by name
-    "coarse_fine.png": "Coarse and fine error by timestep, and by group of similar error",
+    "coarse_fine.png": "Coarse and fine error along the schedule, and by group of similar error",
     "line.png": "Slope and intercept of the lines",
     "samples.png": "Samples from the same noise",
     "error_maps.png": "Where in the image",
@@ -151,7 +151,7 @@ def _evaluation(measured: Path, folder: Path, without: Sequence[str]) -> dict[st
 def _analysis(measured: Path, folder: Path) -> dict[str, Any] | None:
     """What the page says of analysis.json in `measured`."""
     content = without_paths(measured_by(measured / "analysis.json", folder))
-    if "samples" not in content:  # none, or one that was stopped
+    if not {"places", "samples"} <= content.keys():  # none, or one that was stopped, or of an older version
         return None
     protocol, samples, mean = content["protocol"], content["samples"], content["mean"]
     args, distances = protocol["arguments"], samples.get("frechet_distance", {})
@@ -165,10 +165,12 @@ def _analysis(measured: Path, folder: Path) -> dict[str, Any] | None:
     return {
         "teacher": args["pretrained_model_name_or_path"],
         "images": args["num_images"],
-        "num_timesteps": len(content["timesteps"]),
+        "places": f"{len(content['places'])} {protocol['place_name']}s",
         "total": f"{mean['total']:.3g}",
         "share": f"{mean['coarse_share']:.1%}" if mean["coarse_share"] is not None else "none",
-        "group_share": f"{mean['place']['coarse_share']:.1%}" if mean["place"]["coarse_share"] is not None else "none",
+        "group_share": f"{mean['groups']['coarse_share']:.1%}"
+        if mean["groups"]["coarse_share"] is not None
+        else "none",
         "group_size": protocol["group_size"],
         "sentence": sentence,
         "warning": samples.get("warning"),

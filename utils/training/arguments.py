@@ -462,7 +462,8 @@ def _validation(parser: argparse.ArgumentParser) -> None:
         "--validation_guidance_scale",
         type=float,
         help="classifier-free guidance of samples, 0 for none (default: the stock pipeline's own, 7.5, for XL 5, for "
-        "Stable Diffusion 3 7, for DiT 4; none where the teacher's scheduler is as a turbo model's)",
+        "Stable Diffusion 3 7, for DiT 4; none where the teacher's scheduler is as a turbo model's, LCM's or TCD's. "
+        "Give 0 for a distilled flow, as SD3.5-large-turbo, whose files do not tell it)",
     )
     group.add_argument(
         "--validation_guidance_channels",
