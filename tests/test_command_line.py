@@ -5,6 +5,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -35,6 +36,14 @@ from utils.training import arguments as training
 
 TRAINING = ("train_lift", "train_place")
 SCRIPTS = (*TRAINING, "evaluate_fid", "analyze_error")
+PROGRAMS = {name: [str(ROOT / f"{name}.py")] for name in SCRIPTS}  # and all others that documents name
+PROGRAMS["convert_ddim"] = [str(ROOT / "recipes" / "convert_ddim.py")]
+PROGRAMS["hub"] = ["-m", "utils.publishing.hub"]
+PROGRAMS |= {
+    name: [str(ROOT / "benchmarks" / f"{name}.py")]
+    for name in "busy_machine cache_speed compare default_study faults gpu_checks hub_checks make_assets peers "
+    "recipe_memory step_time study sweep".split()
+}
 NEEDED = {  # the shortest command line of each
     "evaluate_fid": "--pretrained_model_name_or_path t --dataset_name d",
     "analyze_error": "--pretrained_model_name_or_path t --student_model_name_or_path s --dataset_name d",
@@ -404,8 +413,7 @@ def test_main_processes_refuse_for_all():
 
 @pytest.mark.parametrize("path", [*(f"{script}.py" for script in SCRIPTS), "utils/publishing/hub.py"])
 def test_every_script_tells_its_errors_so(path):
-    arguments = "main" if "hub" in path else "main, ARGS"
-    assert (ROOT / path).read_text().endswith(f'\n\nif __name__ == "__main__":\n    run({arguments})\n')
+    assert (ROOT / path).read_text().endswith('\n\nif __name__ == "__main__":\n    run(main, ARGS)\n')
 
 
 def cpu_seconds(*words) -> tuple[subprocess.CompletedProcess, float]:
@@ -416,22 +424,34 @@ def cpu_seconds(*words) -> tuple[subprocess.CompletedProcess, float]:
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_waits_for_no_library(script):
-    done, seconds = cpu_seconds(str(ROOT / f"{script}.py"), "--help")
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith(f"usage: {script}.py [@recipe")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_waits_for_no_library(program):
+    done, seconds = cpu_seconds(*PROGRAMS[program], "--help")
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: ")
+    assert ("[@recipe" in done.stdout.splitlines()[0]) == (program in (*SCRIPTS, "sweep"))
     assert seconds < 1  # a tenth here; torch alone takes 1.4, all that the scripts import 5 to 7
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_wrong_flag_is_refused_before_anything_is_loaded(script):
-    """In the same time, and with nothing before or behind the sentence, whatever a library says when it is loaded."""
-    done, seconds = cpu_seconds("-X", "importtime", str(ROOT / f"{script}.py"), "--sed", "3")
-    *imported, sentence = done.stderr.splitlines()
-    assert done.returncode == 2 and sentence.startswith(f"{script}.py: error: unrecognized arguments: --sed")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_wrong_flag_is_refused_before_anything_is_loaded(program):
+    """In the same time, and with nothing behind the sentence, whatever a library says when it is loaded."""
+    done, seconds = cpu_seconds("-X", "importtime", *PROGRAMS[program], "--sed", "3")
+    imported = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    sentence = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and ": error: " in sentence
+    if program in SCRIPTS:
+        assert sentence.startswith(f"{program}.py: error: unrecognized arguments: --sed")
+        assert len(imported) == len(done.stderr.splitlines()) - 1
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in imported}
     assert not loaded & {"torch", "diffusers", "transformers", "accelerate", "datasets", "numpy"}
     assert seconds < 1
+
+
+def test_every_program_of_the_documents_is_among_them():
+    texts = [path.read_text() for path in (ROOT, ROOT / "docs", ROOT / "assets") for path in path.glob("*.md")]
+    named = {name for text in texts for name in re.findall(r"(?:benchmarks|recipes)/(\w+)\.py", text)}
+    named |= {name for text in texts for name in re.findall(r"python -m utils[\w.]*\.(\w+)", text)}
+    assert named - {"study_rows"} <= PROGRAMS.keys()  # which holds settings
 
 
 def test_a_script_as_a_user_runs_it(tmp_path):
