@@ -23,7 +23,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from hub_server import USER, HubServer
 
 from utils.analysis import arguments as analysis
-from utils.command_line import ROOT, ArgumentParser, Switch, UsageError, bundled, without_root
+from utils.command_line import ROOT, ArgumentParser, Switch, UsageError, bundled, refuse_missing, without_root
 from utils.devices import cpu_share, use_cpu_threads
 from utils.distributed import on_main_process
 from utils.download_cache import use_download_cache
@@ -447,11 +447,76 @@ def test_a_wrong_flag_is_refused_before_anything_is_loaded(program):
     assert seconds < 1
 
 
+MISSING = {  # what is not here and cannot be on the Hub either -> how the sentence goes on
+    "evaluate_fid": {
+        "--images nothere": "no such folder. Give a folder of images.",
+        "--reference_images nothere": "no such folder. Give a folder of images.",
+        "--reference_stats nothere.npz": "no such file. Give an .npz file",
+        "--prompts nothere.txt": "no such file. Give a text file, one prompt a line.",
+        "--compare_to ../nothere": "no such folder here. Paths are relative",
+        "--clip_model a/b/c": "no such folder here",
+    },
+    "analyze_error": {
+        "--prompts nothere.txt": "no such file. Give a text file, one prompt a line.",
+        "--student_model_name_or_path earlier/nothere": "no such folder here",
+        "--feature_extractor ./nothere": "no such folder here",
+        "--inception_path nothere": "no such file. Give the file of inception's",
+    },
+    **dict.fromkeys(
+        TRAINING,
+        {
+            "--train_data_dir nothere": "no such folder. Give a folder of images.",
+            "--pretrained_model_name_or_path ./nothere": "no such folder here. Paths are relative to the current",
+            "--pretrained_model_name_or_path teacher.safetensors": "no such folder here",
+            "--student_config x.json": "no such file. Give the config.json of a diffusers model.",
+            "--dataset_name assets/typo": "no such folder here",
+            "--dataset_name /nothere": "no such folder here",
+            "--validation_feature_extractor ~/nothere": "no such folder here",
+            "--resume_from_checkpoint nothere": "",
+        },
+    ),
+}
+
+
+def named(script: str, *flags: str) -> list[str]:
+    """The shortest command line with these flags in the place of those that exclude them."""
+    instead = {"--train_data_dir": "--dataset_name", "--student_config": "--pruning_ratio"}
+    instead |= dict.fromkeys(("--reference_images", "--reference_stats"), "--dataset_name")
+    instead["--images"] = "--pretrained_model_name_or_path"
+    words = NEEDED[script].split()
+    kept = [words[i : i + 2] for i in range(0, len(words), 2)]
+    kept = [pair for pair in kept if pair[0] not in (flags[0], instead.get(flags[0]))]
+    return [*(word for pair in kept for word in pair), *flags]
+
+
+@pytest.mark.parametrize("script, flags", [(script, flags) for script in MISSING for flags in MISSING[script]])
+def test_what_is_missing_is_refused_before_anything_is_loaded(script, flags, tmp_path):
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "model_index.json").touch()
+    path = str(ROOT / f"{script}.py")
+    done, seconds = cpu_seconds("-X", "importtime", path, *named(script, *flags.split()))
+    sentence = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and sentence.startswith(f"{script}.py: error: {flags}"), done.stderr[-2000:]
+    assert MISSING[script][flags] in sentence
+    assert not [line for line in done.stderr.splitlines() if line.endswith("| torch")] and seconds < 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    "student user/model user/model-v1.5 google/ddpm-cifar10-32 d hf://datasets/user/images assets/teacher".split(),
+)
+def test_what_may_be_on_the_hub_is_not_refused(name, tmp_path):
+    """A folder here of a user's name, as of copies of their repositories, makes no path of a Hub id."""
+    (tmp_path / "google" / "ddpm-celebahq-256").mkdir(parents=True)
+    refuse_missing(parse("train_place", "--pretrained_model_name_or_path", name, "--dataset_name", name))
+    refuse_missing(parse("evaluate_fid", "--compare_to", name, "--feature_extractor", name))
+
+
 def test_every_program_of_the_documents_is_among_them():
     texts = [path.read_text() for path in (ROOT, ROOT / "docs", ROOT / "assets") for path in path.glob("*.md")]
-    named = {name for text in texts for name in re.findall(r"(?:benchmarks|recipes)/(\w+)\.py", text)}
-    named |= {name for text in texts for name in re.findall(r"python -m utils[\w.]*\.(\w+)", text)}
-    assert named - {"study_rows"} <= PROGRAMS.keys()  # which holds settings
+    found = {name for text in texts for name in re.findall(r"(?:benchmarks|recipes)/(\w+)\.py", text)}
+    found |= {name for text in texts for name in re.findall(r"python -m utils[\w.]*\.(\w+)", text)}
+    assert found - {"study_rows"} <= PROGRAMS.keys()  # which holds settings
 
 
 def test_a_script_as_a_user_runs_it(tmp_path):

@@ -15,6 +15,7 @@ from utils.flags import (
     check_not_negative,
     check_output_folder,
     check_positive,
+    read_prompts_file,
 )
 
 PR_NEIGHBOURS = 5  # k of precision and recall, the paper's
@@ -294,8 +295,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--cleanfid_stats needs --cleanfid_res, the resolution in the name of the statistics.")
     if args.prompts and args.caption_column:
         raise UsageError("Give one of --prompts and --caption_column; found both.")
-    if args.prompts and not Path(args.prompts).is_file():
-        raise UsageError(f"--prompts {args.prompts}: no such file. Give a text file, one prompt a line.")
+    if args.prompts:
+        read_prompts_file(args.prompts)  # what it would refuse, now and not when models are loaded
     for name in ("caption_column", "label_column"):
         if getattr(args, name) and not (args.dataset_name or args.train_data_dir):
             raise UsageError(f"--{name} is a column of --dataset_name or --train_data_dir: give one.")
