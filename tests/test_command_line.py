@@ -31,7 +31,7 @@ from utils.evaluation import arguments as evaluation
 from utils.evaluation.parallel import block_threads
 from utils.launcher import VARIABLES
 from utils.publishing.card import recipe as card_recipe
-from utils.threads import BRIEFLY, POLICIES
+from utils.threads import AT_ONCE, BRIEFLY, POLICIES, how_threads_wait
 from utils.training import arguments as training
 
 TRAINING = ("train_lift", "train_place")
@@ -540,9 +540,11 @@ def test_a_run_says_at_once_what_it_waits_for(tmp_path):
 # How threads wait
 
 
-def started(**environment) -> dict:
-    """What a script finds after `start`: the environment that torch will read, and whether it is there already."""
-    code = "import json, os, sys, utils.command_line as c, utils.threads as t; c.start(lambda: None); "
+def started(load: float | None = 0.0, **environment) -> dict:
+    """What a script finds after `start`: the environment that torch will read, and whether it is there already; on a
+    machine of that load, or of one that is not known."""
+    known = f"os.getloadavg = lambda: ({load}, 0.0, 0.0)" if load is not None else "del os.getloadavg"
+    code = f"import json, os, sys, utils.command_line as c, utils.threads as t; {known}; c.start(lambda: None); "
     code += "print(json.dumps({'torch': 'torch' in sys.modules, **{n: os.environ.get(n) for n in t.POLICIES}}))"
     unset = dict.fromkeys(POLICIES, "")
     variables = {name: value for name, value in {**os.environ, **unset, **environment}.items() if value}
@@ -551,13 +553,31 @@ def started(**environment) -> dict:
     return json.loads(done.stdout)
 
 
-def test_threads_sleep_in_wait():
-    assert started() == {"torch": False, **dict.fromkeys(POLICIES), **BRIEFLY}
+@pytest.mark.parametrize(
+    "load, ours",
+    [
+        (0.0, BRIEFLY),
+        (0.49 * os.cpu_count(), BRIEFLY),
+        (0.5 * os.cpu_count(), AT_ONCE),
+        (9.0 * os.cpu_count(), AT_ONCE),
+        (None, BRIEFLY),  # Windows does not say
+    ],
+)
+def test_threads_sleep_in_wait(load, ours, monkeypatch):
+    """At once where half of the cores are busy."""
+    assert started(load) == {"torch": False, **dict.fromkeys(POLICIES), **ours}
+    for name in POLICIES:
+        monkeypatch.delenv(name, raising=False)
+    assert how_threads_wait() == "waiting as the environment says"
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)
+    assert how_threads_wait().startswith("asleep" if ours is AT_ONCE else "spinning briefly")
 
 
 @pytest.mark.parametrize("name, value", zip(POLICIES, ("ACTIVE", "30000", "200"), strict=True))
-def test_a_users_wish_how_threads_wait_holds(name, value):
-    assert started(**{name: value}) == {"torch": False, **dict.fromkeys(POLICIES), name: value}
+@pytest.mark.parametrize("load", [0.0, 9.0 * os.cpu_count()])
+def test_a_users_wish_how_threads_wait_holds(name, value, load):
+    assert started(load, **{name: value}) == {"torch": False, **dict.fromkeys(POLICIES), name: value}
 
 
 @pytest.mark.parametrize(
