@@ -200,13 +200,14 @@ def _cost(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compare_to",
         type=bundled,
-        help="a second pipeline, such as the teacher: its size, time and memory beside the first's",
+        help="a second pipeline, such as the teacher: its metrics by the same protocol from the same noise, its size, "
+        "time and memory beside the first's. It takes as long as to measure that one by itself",
     )
     group.add_argument(
         "--compare_num_samples",
         type=int,
-        help="samples drawn from it, with the same flags (default: for each process a batch to warm up, and one more "
-        "for each of its threads)",
+        help="samples drawn from it (default: as many as from the first); with another number only size, time and "
+        "memory are measured, which a few batches tell",
     )
 
 
@@ -274,6 +275,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.pretrained_model_name_or_path and args.num_samples is None:
         args.num_samples = 10_000
+    if args.compare_to and args.compare_num_samples is None:
+        args.compare_num_samples = args.num_samples
     given = [f"--{name}" for name in REFERENCES if getattr(args, name)]
     if len(given) != 1:
         raise UsageError(
