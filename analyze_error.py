@@ -34,6 +34,7 @@ from utils.analysis.corrected import WHO, probe_denoisers
 from utils.analysis.error import ErrorStatistics, summarize
 from utils.analysis.report import FIGURES, MAPS_FILE, error_table, save_analysis, save_figures, weight_hashes
 from utils.backbones import choose_backbone
+from utils.counts import counted
 from utils.data.rows import ImageRows, fingerprint, load_rows, sample_batch
 from utils.devices import use_cpu_threads
 from utils.distillation.features import Tapped
@@ -59,7 +60,8 @@ def refuse_mismatches(args, num_rows: int, image_channels: int, num_places: int)
             )
     if args.num_images > num_rows:
         raise UsageError(
-            f"--num_images is {args.num_images}; {data} has {num_rows} images. Take fewer, or another --split."
+            f"--num_images is {args.num_images}; {data} has {counted(num_rows, 'image')}. Take fewer, or another "
+            "--split."
         )
     if args.feature_extractor and num_rows < 2:
         raise UsageError(

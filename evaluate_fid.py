@@ -18,7 +18,8 @@ import warnings
 from argparse import Namespace
 from pathlib import Path
 
-from utils.command_line import ROOT, UsageError, announce, run, start
+from utils.command_line import UsageError, announce, run, start
+from utils.counts import counted
 from utils.evaluation.arguments import METRICS, PR_NEIGHBOURS, parse_args
 
 if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
@@ -29,19 +30,18 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from tqdm.auto import tqdm
 
-from utils.commands import python, shell_line
 from utils.data.labels import class_names
 from utils.devices import DTYPES
 from utils.distributed import main_process_first, on_main_process, process_settings, wait_for_everyone
 from utils.evaluation.conditions import read_class_labels, read_prompts
-from utils.evaluation.cost import Meter, cost, free, measure
+from utils.evaluation.cost import Meter, cost, free
 from utils.evaluation.image_sets import ImageSet, image_files
 from utils.evaluation.measure import Measured, measure_images
 from utils.evaluation.parallel import block_threads, check_processes
 from utils.evaluation.pipelines import load_pipeline, pipeline_files, pipeline_folder, use_clip_sample, use_scheduler
 from utils.evaluation.reference import measure_reference, open_reference
-from utils.evaluation.report import open_card, report, update_model_card
-from utils.evaluation.sample_folder import SampleFolder, clear_evaluation
+from utils.evaluation.report import next_command, open_card, report, update_model_card
+from utils.evaluation.sample_folder import OTHER, SampleFolder, clear_evaluation
 from utils.evaluation.sampler import Sampler
 from utils.files import read_json, sha256, versions, write_json
 from utils.grids import image_grid, writable
@@ -123,7 +123,7 @@ def fit_reference(args, reference: ImageSet, size: tuple[int, int] | None, quiet
         reference.resize_to(size[0])
 
 
-def draw_missing(samples: SampleFolder, meter: Meter, accelerator: Accelerator) -> None:
+def draw_missing(samples: SampleFolder, meter: Meter, accelerator: Accelerator, what: str = "sampling") -> None:
     """Draw the blocks that are not on disk yet; the missing ones are dealt to the processes in turn."""
     missing = [samples.missing() if accelerator.is_main_process else None]
     broadcast_object_list(missing)
@@ -132,7 +132,7 @@ def draw_missing(samples: SampleFolder, meter: Meter, accelerator: Accelerator) 
     progress = tqdm(
         total=samples.num_samples,
         initial=done,
-        desc="sampling",
+        desc=what,
         unit="image",
         disable=not accelerator.is_local_main_process,
     )
@@ -167,6 +167,21 @@ def compute_metrics(args, real: Measured, generated: Measured, device) -> dict[s
     return metrics
 
 
+def size_of_other(args, told) -> tuple[int, int] | None:
+    """Of the samples of `--compare_to`, as far as that can be told. Raises UsageError, as `open_sampler`."""
+    sampler, _ = open_sampler(args, "--compare_to", *told, "cpu")
+    return sampler.size()
+
+
+def refuse_other_size(args, size: tuple[int, int] | None, other: tuple[int, int] | None) -> None:
+    """Raises UsageError where `--compare_to` draws another size, and both are to be measured as they are drawn."""
+    if size and other and size != other and not args.resolution and args.compare_num_samples == args.num_samples:
+        raise UsageError(
+            f"--compare_to {args.compare_to} draws {other[0]}x{other[1]}, the samples are {size[0]}x{size[1]}: bring "
+            "both to one with --resolution, or measure only what it costs, with --compare_num_samples 64."
+        )
+
+
 def check_counts(args, count: int, reference) -> None:
     """Raises UsageError where there are too few samples or reference images for one of `--metrics`."""
     for name in args.metrics:
@@ -178,46 +193,61 @@ def check_counts(args, count: int, reference) -> None:
             )
 
 
-def compare_costs(args, sampler: Sampler, files: list[Path], records: list[dict], told, accelerator) -> tuple:
-    """What the pipeline costs by the `records` of its blocks; with `--compare_to`, the other too, and ratios; and the
-    first samples of that other one that this process drew, (C, H, W) each, by number. `told`: reference and prompts.
-    """
-    shown: dict[int, torch.Tensor] = {}
-
-    def keep(block: range, images: torch.Tensor, _record: dict) -> None:
-        shown.update({index: image for index, image in zip(block, images, strict=True) if index < GRID_IMAGES})
-
-    costs = {"cost": cost(sampler.pipeline, records, files, accelerator.num_processes)}
-    if args.compare_to:
-        free(sampler)
-        other, other_files = open_sampler(args, "--compare_to", *told, accelerator.device)
-        meter = Meter(other, accelerator.device, args.num_cpu_threads)
-        number = args.compare_num_samples or (1 + meter.threads) * args.batch_size * accelerator.num_processes
-        records = measure(meter, accelerator, number, args.batch_size, "sampling --compare_to", keep)
-        costs["compare_to"] = cost(other.pipeline, records, list(other_files.values()), accelerator.num_processes)
-        costs["ratios"] = {key: costs["cost"][key] / costs["compare_to"][key] for key in COSTS}
-    return costs, shown
+def draw_other(args, told, accelerator) -> tuple[SampleFolder, dict]:
+    """Samples of `--compare_to` from the same noise, as many as are asked for, on disk as those of the first are; and
+    what it costs. `told`: reference and prompts."""
+    other, files = open_sampler(args, "--compare_to", *told, accelerator.device)
+    samples = SampleFolder(str(Path(args.output_dir) / OTHER), args.compare_num_samples, args.batch_size)
+    on_main_process(accelerator, samples.open, drawn_how(args, other, files))
+    draw_missing(samples, Meter(other, accelerator.device, args.num_cpu_threads), accelerator, "sampling --compare_to")
+    records = samples.block_records()
+    return samples, cost(other.pipeline, records, list(files.values()), accelerator.num_processes)
 
 
-def samples_grid(args, images: ImageSet, others: dict[int, torch.Tensor], words: list[str], content: dict):
+def drawn_how(args, sampler: Sampler, files: dict[str, Path]) -> dict:
+    """All that samples depend on."""
+    return sampler.protocol | {
+        "batch_size": args.batch_size,  # decides the last bits
+        "model_files": {name: sha256(path) for name, path in files.items()},
+        "versions": versions("torch", "diffusers"),
+    }
+
+
+def images_of(samples: SampleFolder, resolution: int | None, size: tuple[int, int] | None, quiet: bool, **options):
+    """The samples as they are measured. Raises UsageError where they are not of the (height, width) that the reference
+    was brought to; None, where that cannot be told beforehand."""
+    images = ImageSet.from_files(samples.paths(), "samples", **options)
+    if not resolution and size not in (None, drawn := images.keep_size(quiet=quiet)):
+        raise UsageError(
+            f"--resolution: the samples are {drawn[0]}x{drawn[1]}, not {size[0]}x{size[1]} as the reference was "
+            "brought to. Say to what both are brought; the samples are kept."
+        )
+    if resolution:
+        images.resize_to(resolution)
+    return images
+
+
+def samples_grid(args, images: ImageSet, others: SampleFolder | None, words: list[str], content: dict):
     """The first of `images`; above them those of `--compare_to`, `others`, from the same noise, where there are any.
     `words` say what samples are of, over and over; `content`, that of metrics.json, how they were drawn and measured.
     """
-    numbers = sorted(number for number in others if number < len(images)) or range(min(GRID_IMAGES, len(images)))
+    numbers = range(min(GRID_IMAGES, len(images), others.num_samples if others else GRID_IMAGES))
     metrics, protocol = content["metrics"], content["protocol"]
     names = args.images or args.pretrained_model_name_or_path, args.compare_to or ""
     own, other = (Path(name).resolve().name for name in names)
     rows = {own: images.__getitems__(list(numbers))}
     if others:
         other = "--compare_to" if other == own else other
-        rows = {other: torch.stack([others[number] for number in numbers]), **rows}
+        rows = {other: images_of(others, None, None, quiet=True).__getitems__(list(numbers)), **rows}
     columns = writable([words[number % len(words)] for number in numbers]) if words else ()
     lines = [sampler_sentence(protocol["samples"])]
     if "frechet_distance" in metrics:
         extractor = Path(protocol["extractor"]["name"]).name
         distance = f"Frechet distance of {own} {metrics['frechet_distance']:.4g}"
+        if "frechet_distance" in (compared := content.get("compare_to_metrics", {})):
+            distance += f", of {other} {compared['frechet_distance']:.4g}"
         size = f" at {args.resolution} pixels" if args.resolution else ""  # shown are those that were drawn
-        lines.append(f"{distance}: {protocol['samples']['count']:,} samples{size}, features of {extractor}")
+        lines.append(f"{distance}: {counted(protocol['samples']['count'], 'sample')}{size}, features of {extractor}")
     return image_grid(rows, columns=columns, title="\n".join(filter(None, lines)))
 
 
@@ -242,15 +272,18 @@ def main(args: Namespace) -> None:
         if args.skip_bad_images:
             images.leave_out_unreadable(quiet=quiet)
         if args.num_samples and len(images) < args.num_samples:
-            warnings.warn(f"--images {args.images} has {len(images)} images, not {args.num_samples}.", stacklevel=1)
+            found = counted(len(images), "image")
+            warnings.warn(f"--images {args.images} has {found}, not {args.num_samples}.", stacklevel=1)
         size = (args.resolution,) * 2 if args.resolution else images.keep_size(quiet=quiet)
         count, sampler = len(images), None
     else:
         told = reference, prompts  # what samples are told may be of the reference's rows
+        other_size = None
         if args.compare_to:  # what it would refuse, now and not hours later
-            on_main_process(accelerator, open_sampler, args, "--compare_to", *told, "cpu")
+            other_size = on_main_process(accelerator, size_of_other, args, told)
         sampler, files = main_process_first(accelerator, open_sampler, args, PIPELINE, *told, accelerator.device)
         size, count = sampler.size(), args.num_samples
+        on_main_process(accelerator, refuse_other_size, args, size, other_size)
         if not args.label_column and count < (classes := len(sampler.class_labels or [])):
             warnings.warn(f"--num_samples {count}: the first {count} of {classes} classes are drawn.", stacklevel=1)
     if isinstance(reference, ImageSet):
@@ -265,11 +298,7 @@ def main(args: Namespace) -> None:
         on_main_process(accelerator, clear_evaluation, args.output_dir)
     if sampler:
         samples = SampleFolder(args.output_dir, count, args.batch_size)
-        how = sampler.protocol | {
-            "batch_size": args.batch_size,  # decides the last bits
-            "model_files": {name: sha256(path) for name, path in files.items()},
-            "versions": versions("torch", "diffusers"),
-        }
+        how = drawn_how(args, sampler, files)
         if done := on_main_process(accelerator, samples.open, how):
             print(f"{done:,} of {count:,} samples are in {samples.images} already")
 
@@ -279,19 +308,24 @@ def main(args: Namespace) -> None:
         real.statistics.save(args.save_stats)
     if sampler:
         draw_missing(samples, Meter(sampler, accelerator.device, args.num_cpu_threads), accelerator)
-        images = ImageSet.from_files(samples.paths(), "samples", **resizing)
-        if not args.resolution and size not in (None, drawn := images.keep_size(quiet=quiet)):
-            raise UsageError(
-                f"--resolution: the samples are {drawn[0]}x{drawn[1]}, not {size[0]}x{size[1]} as the reference was "
-                "brought to. Say to what both are brought; the samples are kept."
-            )
-    if args.resolution:
+        images = images_of(samples, args.resolution, size, quiet, **resizing)
+    elif args.resolution:
         images.resize_to(args.resolution)
     generated = measure_images(images, extractor, accelerator, args, "features", clip=clip, prompts=prompts)
 
-    costs, others, words = {}, {}, sampler.described() if sampler else []
+    # What it costs; with --compare_to, the other too, and how far that is from the same reference
+    costs, others, compared, words = {}, None, None, sampler.described() if sampler else []
     if sampler:
-        costs, others = compare_costs(args, sampler, list(files.values()), samples.block_records(), told, accelerator)
+        records = samples.block_records()
+        costs["cost"] = cost(sampler.pipeline, records, list(files.values()), accelerator.num_processes)
+    if args.compare_to:
+        free(sampler)
+        others, costs["compare_to"] = draw_other(args, told, accelerator)
+        costs["ratios"] = {key: costs["cost"][key] / costs["compare_to"][key] for key in COSTS}
+        if others.num_samples == count:
+            of_other = images_of(others, args.resolution, size, quiet, **resizing)
+            told_clip = {"clip": clip, "prompts": prompts}
+            compared = measure_images(of_other, extractor, accelerator, args, "features of --compare_to", **told_clip)
 
     # Metrics and the report
     if accelerator.is_main_process:
@@ -307,6 +341,7 @@ def main(args: Namespace) -> None:
             source = {"images": args.images, "sha256": images.content_hash(quiet=quiet)}
         content = {
             "metrics": compute_metrics(args, real, generated, accelerator.device),
+            **({"compare_to_metrics": compute_metrics(args, real, compared, accelerator.device)} if compared else {}),
             **costs,
             "warnings": [text for text in dict.fromkeys(warned) if text],
             "protocol": {
@@ -339,8 +374,8 @@ def main(args: Namespace) -> None:
             images.keep_size(quiet=True)
         samples_grid(args, images, others, words, content).save(folder / "samples.png")
         if sampler and not args.keep_images:
-            for path in (samples.images, samples.records):
-                shutil.rmtree(path)
+            for path in (samples.images, samples.records, Path(args.output_dir) / OTHER):
+                shutil.rmtree(path, ignore_errors=True)
         print(f"\n{report(content)}")
         print(f"Saved: {folder / 'metrics.json'}, with the protocol; samples: {folder / 'samples.png'}")
         page = report_measurement(
@@ -349,8 +384,8 @@ def main(args: Namespace) -> None:
         print(f"Report: {page}")
         if args.update_model_card:
             print(f"Updated: {update_model_card(Path(args.pretrained_model_name_or_path), content)}")
-        analysis = [python(), ROOT / "analyze_error.py", "--help"]
-        print(f"Next: where a student's error lies\n    {shell_line(analysis)}")
+        columns = getattr(getattr(reference, "rows", None), "column_names", ())
+        print(next_command(args, columns, real.statistics.count, labelled=bool(sampler and sampler.class_labels)))
     wait_for_everyone(accelerator)
     accelerator.end_training()
     unlock_output_dir(args.output_dir)

@@ -7,11 +7,6 @@ import os
 import time
 from collections.abc import Callable, Mapping
 
-from accelerate.state import AcceleratorState, PartialState
-
-import train_place
-from utils.command_line import call
-
 
 class Skip(Exception):
     """The line does not apply here; says why."""
@@ -25,6 +20,11 @@ def quiet():
 
 def train(command: list[str]) -> None:
     """train_place.py in this process, without a word."""
+    from accelerate.state import AcceleratorState, PartialState  # here and not above: --help need not wait for it
+
+    import train_place
+    from utils.command_line import call
+
     AcceleratorState._reset_state(reset_partial_state=True)
     PartialState._reset_state()
     with quiet():

@@ -17,15 +17,9 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.metrics.distances import frechet_distance  # noqa: E402
-from utils.metrics.extractors import FeatureExtractor  # noqa: E402
-from utils.metrics.statistics import FeatureStatistics  # noqa: E402
-from utils.randomness import seed_from  # noqa: E402
+from utils.command_line import start  # noqa: E402
 
 ROWS = {
     "init": {
@@ -50,6 +44,31 @@ ROWS = {
         "PLACE + FeatKD": "train_place.py --lambda_kd_feat 4.7e-5",
     },
 }
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which tables (default: all)")
+    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of every row (default: 1200)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="runs per row (default: 0)")
+    parser.add_argument("--samples", type=int, default=2048, help="images per distance (default: 2048)")
+    parser.add_argument("--teacher", default="assets/teacher", help="teacher pipeline (default: assets/teacher)")
+    parser.add_argument("--output", type=Path, default=Path("study"), help="where students and results go")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = start(parse_args)
+
+import torch  # noqa: E402
+from diffusers import DDIMPipeline, DDIMScheduler, DDPMPipeline  # noqa: E402
+
+from utils.metrics.distances import frechet_distance  # noqa: E402
+from utils.metrics.extractors import FeatureExtractor  # noqa: E402
+from utils.metrics.statistics import FeatureStatistics  # noqa: E402
+from utils.randomness import seed_from  # noqa: E402
+
 BATCH = 128
 
 
@@ -79,15 +98,7 @@ def test_statistics(extractor: FeatureExtractor) -> FeatureStatistics:
     return statistics_
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="which tables (default: all)")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps of every row (default: 1200)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="runs per row (default: 0)")
-    parser.add_argument("--samples", type=int, default=2048, help="images per distance (default: 2048)")
-    parser.add_argument("--teacher", default="assets/teacher", help="teacher pipeline (default: assets/teacher)")
-    parser.add_argument("--output", type=Path, default=Path("study"), help="where students and results go")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     path = args.output / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -122,4 +133,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGS)

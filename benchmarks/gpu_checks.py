@@ -26,10 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from check_table import Skip, run_table, train, wanted_words  # noqa: E402
+
+from utils.command_line import start  # noqa: E402
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    WORDS = start(wanted_words, __doc__)
+
 import conftest  # noqa: E402
 import latent_pipelines  # noqa: E402
 import torch  # noqa: E402
-from check_table import Skip, run_table, train, wanted_words  # noqa: E402
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DConditionModel  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
@@ -350,8 +356,7 @@ def lines() -> dict[str, Callable[[Bench], str]]:
     }
 
 
-def main() -> None:
-    words = wanted_words(__doc__)
+def main(words: list[str]) -> None:
     where = torch.cuda.get_device_name() if CUDA else "no GPU here: the lines that a CPU can show"
     print(f"{where}; torch {torch.__version__}\n")
     utils.data.rows.StepRandom = HostRandom
@@ -363,4 +368,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(WORDS)

@@ -26,10 +26,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ.setdefault("HF_HUB_OFFLINE", "0")  # or the tests' own setting would hold
 
+from check_table import Skip, quiet, run_table, train, wanted_words  # noqa: E402
+
+from utils.command_line import start  # noqa: E402
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    WORDS = start(wanted_words, __doc__)
+
 import conftest  # noqa: E402
 import latent_pipelines  # noqa: E402
 import torch  # noqa: E402
-from check_table import Skip, quiet, run_table, train, wanted_words  # noqa: E402
 from diffusers import DiffusionPipeline  # noqa: E402
 from huggingface_hub import HfApi, constants, get_token  # noqa: E402
 from huggingface_hub.utils import get_session  # noqa: E402
@@ -204,8 +210,7 @@ class Hub:
         return f"names {', '.join(named) or 'nothing of the Hub'}"
 
 
-def main() -> None:
-    words = wanted_words(__doc__)
+def main(words: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         hub = Hub(Path(folder))
         silence = f", no network here ({hub.silence}): the lines that need none"
@@ -215,4 +220,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(WORDS)

@@ -19,13 +19,71 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
 DEBIAN_FOLDER = "/usr/share/datasets/fashion-mnist"  # of the Debian package dataset-fashion-mnist
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 BUNDLED_TRAIN_IMAGES = 10_000  # 2 MB of parquet instead of 13: small enough to live in the git repository
+
+
+def parse_args() -> argparse.Namespace:
+    """Read the command line: `dataset` or `classifier`, each with --source and its own output folder."""
+    originals = argparse.ArgumentParser(add_help=False)
+    originals.add_argument(
+        "--source",
+        type=Path,
+        default=Path(DEBIAN_FOLDER),
+        help="folder with train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
+        "t10k-labels-idx1-ubyte.gz (default: where the Debian package dataset-fashion-mnist installs them, "
+        f"{DEBIAN_FOLDER})",
+    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    dataset = commands.add_parser(
+        "dataset", parents=[originals], help="write the images as parquet, with a card and the licence (seconds)"
+    )
+    where = dataset.add_mutually_exclusive_group()
+    where.add_argument(
+        "--output",
+        type=Path,
+        default=ASSETS / "fashion_mnist_16",
+        help=f"folder to write, with the first {BUNDLED_TRAIN_IMAGES:,} of train: 4.6 MB (default: %(default)s)",
+    )
+    where.add_argument(
+        "--full",
+        type=Path,
+        metavar="DIR",
+        help="write DIR instead, with all 60,000 training images: 16 MB, to train a teacher on more than the bundle",
+    )
+
+    classifier = commands.add_parser(
+        "classifier",
+        parents=[originals],
+        help="train the bundled feature extractor on all 60,000 images (one CPU core, about five minutes)",
+    )
+    classifier.add_argument(
+        "--output",
+        type=Path,
+        default=ASSETS / "classifier",
+        help="transformers model directory to write: 0.7 MB (default: %(default)s)",
+    )
+    teacher = commands.add_parser("teacher", help="round a trained pipeline to float16 for the bundle (seconds)")
+    teacher.add_argument("--source", type=Path, required=True, help="the --output_dir of train_lift.py")
+    teacher.add_argument(
+        "--output",
+        type=Path,
+        default=ASSETS / "teacher",
+        help="folder to write: 5.2 MB (default: %(default)s)",
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = parse_args()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+
 LABELS = (
     "T-shirt/top",
     "Trouser",
@@ -307,59 +365,6 @@ def test_accuracy(model: torch.nn.Module, processor: Callable, source: Path) -> 
     return correct / len(images)
 
 
-def parse_args() -> argparse.Namespace:
-    """Read the command line: `dataset` or `classifier`, each with --source and its own output folder."""
-    originals = argparse.ArgumentParser(add_help=False)
-    originals.add_argument(
-        "--source",
-        type=Path,
-        default=Path(DEBIAN_FOLDER),
-        help="folder with train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz, t10k-images-idx3-ubyte.gz and "
-        "t10k-labels-idx1-ubyte.gz (default: where the Debian package dataset-fashion-mnist installs them, "
-        f"{DEBIAN_FOLDER})",
-    )
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-
-    dataset = commands.add_parser(
-        "dataset", parents=[originals], help="write the images as parquet, with a card and the licence (seconds)"
-    )
-    where = dataset.add_mutually_exclusive_group()
-    where.add_argument(
-        "--output",
-        type=Path,
-        default=ASSETS / "fashion_mnist_16",
-        help=f"folder to write, with the first {BUNDLED_TRAIN_IMAGES:,} of train: 4.6 MB (default: %(default)s)",
-    )
-    where.add_argument(
-        "--full",
-        type=Path,
-        metavar="DIR",
-        help="write DIR instead, with all 60,000 training images: 16 MB, to train a teacher on more than the bundle",
-    )
-
-    classifier = commands.add_parser(
-        "classifier",
-        parents=[originals],
-        help="train the bundled feature extractor on all 60,000 images (one CPU core, about five minutes)",
-    )
-    classifier.add_argument(
-        "--output",
-        type=Path,
-        default=ASSETS / "classifier",
-        help="transformers model directory to write: 0.7 MB (default: %(default)s)",
-    )
-    teacher = commands.add_parser("teacher", help="round a trained pipeline to float16 for the bundle (seconds)")
-    teacher.add_argument("--source", type=Path, required=True, help="the --output_dir of train_lift.py")
-    teacher.add_argument(
-        "--output",
-        type=Path,
-        default=ASSETS / "teacher",
-        help="folder to write: 5.2 MB (default: %(default)s)",
-    )
-    return parser.parse_args()
-
-
 def make_teacher(source: Path, output: Path) -> None:
     """Save the pipeline in `source` with float16 weights."""
     from diffusers import DDPMPipeline
@@ -367,9 +372,8 @@ def make_teacher(source: Path, output: Path) -> None:
     DDPMPipeline.from_pretrained(source, dtype=torch.float16).save_pretrained(output)
 
 
-def main() -> None:
+def main(args: argparse.Namespace) -> None:
     """Build what the command line asks for."""
-    args = parse_args()
     if args.command == "teacher":
         make_teacher(args.source, args.output)
     elif args.command == "classifier":
@@ -381,4 +385,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGS)

@@ -19,6 +19,20 @@ from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from utils.command_line import UsageError, run, start  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", nargs="?", help="of recipes/, without .args (default: a table of all)")
+    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of train_place.py, behind the recipe")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = start(parse_args)
+
 import torch  # noqa: E402
 from published import configs_of  # noqa: E402
 
@@ -27,11 +41,10 @@ from utils.backbones.ddpm import DDPM  # noqa: E402
 from utils.backbones.dit import DiT  # noqa: E402
 from utils.backbones.sd3 import SD3  # noqa: E402
 from utils.backbones.stable_diffusion import StableDiffusion  # noqa: E402
-from utils.command_line import UsageError, run  # noqa: E402
 from utils.devices import DTYPES  # noqa: E402
 from utils.distillation.features import tap_pair  # noqa: E402
 from utils.students.sizes import example_inputs  # noqa: E402
-from utils.training.arguments import parse_args  # noqa: E402
+from utils.training.arguments import parse_args as parse_training  # noqa: E402
 from utils.training.memory import memory_estimate  # noqa: E402
 
 VAE = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ["DownEncoderBlock2D"] * 4}
@@ -65,7 +78,7 @@ def estimate(recipe: str, *flags: str) -> str:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of flags that have no effect
-        args = parse_args("", train_place.add_method_arguments, [f"@recipes/{recipe}.args", *flags])
+        args = parse_training("", train_place.add_method_arguments, [f"@recipes/{recipe}.args", *flags])
     if args.pretrained_model_name_or_path not in TEACHERS:
         raise UsageError(f"{recipe}: its teacher {args.pretrained_model_name_or_path} is none of TEACHERS.")
     family, vae = TEACHERS[args.pretrained_model_name_or_path]
@@ -97,11 +110,7 @@ def estimate(recipe: str, *flags: str) -> str:
     return memory_estimate(args, gpu, student, tapped, backbone)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", help="of recipes/, without .args (default: a table of all)")
-    parser.add_argument("flags", nargs=argparse.REMAINDER, help="of train_place.py, behind the recipe")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     rows = [(path.stem, "") for path in sorted((ROOT / "recipes").glob("*_*.args")) if "teacher" not in path.stem]
     rows += [(KNOB, flags) for flags in KNOBS]
     if args.recipe:
@@ -111,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGS)

@@ -23,13 +23,27 @@ from pathlib import Path
 
 START = time.perf_counter()  # before the imports, which are most of a start
 
-import torch  # noqa: E402
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from utils.command_line import call, start  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=["default", "celeba"], default="default", help="what is trained")
+    parser.add_argument("--steps", type=int, default=60, help="timed steps (default: 60)")
+    parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = start(parse_args)
+
+import torch  # noqa: E402
+
 import train_place  # noqa: E402
 from utils.backbones.ddpm import DDPM  # noqa: E402
-from utils.command_line import call  # noqa: E402
 
 CELEBA = {
     "sample_size": 64,
@@ -178,12 +192,7 @@ def quartiles(values: list[float]) -> str:
     return f"{middle * 1e3:9.2f}  ({low * 1e3:.2f} to {high * 1e3:.2f})"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=["default", "celeba"], default="default", help="what is trained")
-    parser.add_argument("--steps", type=int, default=60, help="timed steps (default: 60)")
-    parser.add_argument("--output", type=Path, help="also write the numbers to this JSON file")
-    args = parser.parse_args()
+def main(args: argparse.Namespace) -> None:
     timers = Timers()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
@@ -214,4 +223,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(ARGS)

@@ -27,12 +27,6 @@ if __name__ == "__main__":  # before torch: one thread, asleep while it waits, a
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", OPENBLAS_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import datasets  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from study_jobs import RESULTS, Results, apart, as_asked, evaluate, sampled, train  # noqa: E402
-from study_probe import probe  # noqa: E402
-from study_report import draw_samples, report  # noqa: E402
 from study_rows import (  # noqa: E402
     COMMON,
     LATENT_TEACHERS,
@@ -48,7 +42,41 @@ from study_rows import (  # noqa: E402
     Family,
 )
 
-from utils.command_line import UsageError, run  # noqa: E402
+from utils.command_line import UsageError, run, start  # noqa: E402
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line, checked. Raises UsageError."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="run the grids of all methods")
+    parser.add_argument("--references", action="store_true", help="measure noise and the teacher")
+    parser.add_argument("--stage", type=int, choices=STAGES, help="run the rows of a stage")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the stage (default: 0 1 2)")
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="only these (default: all)"
+    )
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="only these of the stage (default: all)")
+    parser.add_argument("--report", action="store_true", help="write tables and plots beside the numbers")
+    parser.add_argument("--pictures", action="store_true", help="draw samples of the first of --seeds beside them")
+    parser.add_argument("--work", type=Path, default=Path("study"), help="students, records (default: study)")
+    args = parser.parse_args()
+    if not (args.tune or args.references or args.stage or args.pictures or args.report):
+        raise UsageError("nothing to do: give --tune, --references, --stage, --pictures or --report.")
+    if TUNING_SEED in args.seeds:
+        raise UsageError(f"--seeds {TUNING_SEED} is the seed of the tuning, and is not reported.")
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = start(parse_args)
+
+import datasets  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from study_jobs import RESULTS, Results, apart, as_asked, evaluate, sampled, train  # noqa: E402
+from study_probe import probe  # noqa: E402
+from study_report import draw_samples, report  # noqa: E402
+
 from utils.files import read_json  # noqa: E402
 from utils.randomness import seed_from  # noqa: E402
 
@@ -263,24 +291,7 @@ def pictures(work: Path, settings: list[str], seed: int) -> None:
             draw_samples(students, SETTINGS[setting].family, title, RESULTS / f"{setting}_samples.png")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="run the grids of all methods")
-    parser.add_argument("--references", action="store_true", help="measure noise and the teacher")
-    parser.add_argument("--stage", type=int, choices=STAGES, help="run the rows of a stage")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the stage (default: 0 1 2)")
-    parser.add_argument(
-        "--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="only these (default: all)"
-    )
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="only these of the stage (default: all)")
-    parser.add_argument("--report", action="store_true", help="write tables and plots beside the numbers")
-    parser.add_argument("--pictures", action="store_true", help="draw samples of the first of --seeds beside them")
-    parser.add_argument("--work", type=Path, default=Path("study"), help="students, records (default: study)")
-    args = parser.parse_args()
-    if not (args.tune or args.references or args.stage or args.pictures or args.report):
-        raise UsageError("nothing to do: give --tune, --references, --stage, --pictures or --report.")
-    if TUNING_SEED in args.seeds:
-        raise UsageError(f"--seeds {TUNING_SEED} is the seed of the tuning, and is not reported.")
+def main(args: argparse.Namespace) -> None:
     work = args.work.resolve()
     os.chdir(ROOT)
     os.nice(19)
@@ -298,4 +309,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGS)

@@ -24,19 +24,62 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import train_lift  # noqa: E402
-import train_place  # noqa: E402
-from utils.command_line import ArgumentParser, UsageError, bundled, run  # noqa: E402
-from utils.evaluation.arguments import parse_args as parse_evaluation  # noqa: E402
-from utils.files import read_json, write_file  # noqa: E402
-from utils.training.arguments import parse_args as parse_training  # noqa: E402
+from utils.command_line import ArgumentParser, UsageError, bundled, run, start  # noqa: E402
 
-SCRIPTS = {"train_place.py": train_place, "train_lift.py": train_lift}
+TRAINING = ("train_place.py", "train_lift.py")
 KINDS = {  # flag of this script -> (flag of the training script, type)
     "ratios": ("--pruning_ratio", float),
     "presets": ("--student_preset", str),
     "depths": ("--student_depth", int),
 }
+
+
+def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """(own flags, those of the training script). Raises UsageError."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    at = argv.index("--evaluate") if "--evaluate" in argv else len(argv)
+    parser = ArgumentParser(usage="%(prog)s --ratios X X ... [@recipe.args] [flags]", description=__doc__)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--ratios", nargs="+", help="--pruning_ratio of each student: .7 leaves 30 %% of the channels")
+    which.add_argument("--presets", nargs="+", help="--student_preset of each")
+    which.add_argument("--depths", nargs="+", help="--student_depth of each: transformer layers")
+    parser.add_argument("--script", choices=TRAINING, default=TRAINING[0], help=f"(default: {TRAINING[0]})")
+    parser.add_argument("--output_dir", type=Path, default=Path("sweep"), help="of everything (default: sweep)")
+    parser.add_argument(
+        "--evaluate", nargs=argparse.REMAINDER, default=[], help="flags of evaluate_fid.py, to the end"
+    )
+    own = [word for word in argv[:at] if not word.startswith("@")]
+    recipes = [word for word in argv[:at] if word.startswith("@")]
+    args, flags = parser.parse_known_args(own)
+    args.evaluate, flags = argv[at + 1 :], [*recipes, *flags]
+    kind = next(name for name in KINDS if getattr(args, name))
+    args.flag, value_type = KINDS[kind]
+    args.sizes = list(dict.fromkeys(getattr(args, kind)))
+    for size in args.sizes:
+        try:
+            value_type(size)
+        except ValueError as error:
+            raise UsageError(f"--{kind} {size}: not a number. Write flags of the training behind @recipe.") from error
+    for word in flags:
+        name = word.partition("=")[0]
+        if name in ("--student_config", "--student_model_name_or_path", *(each for each, _ in KINDS.values())):
+            raise UsageError(f"{name}: the students' size is what --{kind} gives. Leave it out.")
+    if not recipes and not any(word.startswith("--pretrained_model_name_or_path") for word in flags):
+        flags = ["@assets/default.args", *flags]
+    return args, flags
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    ARGS, FLAGS = start(parse_args)
+
+import train_lift  # noqa: E402
+import train_place  # noqa: E402
+from utils.evaluation.arguments import parse_args as parse_evaluation  # noqa: E402
+from utils.files import read_json, write_file  # noqa: E402
+from utils.training.arguments import parse_args as parse_training  # noqa: E402
+
+SCRIPTS = dict(zip(TRAINING, (train_place, train_lift), strict=True))
 COLUMNS = {  # key of metrics.json's cost -> (title, factor, digits)
     "parameters": ("parameters, M", 1e-6, 3),
     "macs_per_image": ("multiply-adds an image, G", 1e-9, 3),
@@ -116,44 +159,8 @@ def plot(rows: list[dict], path: Path) -> None:
         figure.savefig(path, dpi=110)
 
 
-def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """(own flags, those of the training script). Raises UsageError."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    at = argv.index("--evaluate") if "--evaluate" in argv else len(argv)
-    parser = ArgumentParser(usage="%(prog)s --ratios X X ... [@recipe.args] [flags]", description=__doc__)
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--ratios", nargs="+", help="--pruning_ratio of each student: .7 leaves 30 %% of the channels")
-    which.add_argument("--presets", nargs="+", help="--student_preset of each")
-    which.add_argument("--depths", nargs="+", help="--student_depth of each: transformer layers")
-    parser.add_argument("--script", choices=SCRIPTS, default="train_place.py", help="(default: train_place.py)")
-    parser.add_argument("--output_dir", type=Path, default=Path("sweep"), help="of everything (default: sweep)")
-    parser.add_argument(
-        "--evaluate", nargs=argparse.REMAINDER, default=[], help="flags of evaluate_fid.py, to the end"
-    )
-    own = [word for word in argv[:at] if not word.startswith("@")]
-    recipes = [word for word in argv[:at] if word.startswith("@")]
-    args, flags = parser.parse_known_args(own)
-    args.evaluate, flags = argv[at + 1 :], [*recipes, *flags]
-    kind = next(name for name in KINDS if getattr(args, name))
-    args.flag, value_type = KINDS[kind]
-    args.sizes = list(dict.fromkeys(getattr(args, kind)))
-    for size in args.sizes:
-        try:
-            value_type(size)
-        except ValueError as error:
-            raise UsageError(f"--{kind} {size}: not a number. Write flags of the training behind @recipe.") from error
-    for word in flags:
-        name = word.partition("=")[0]
-        if name in ("--student_config", "--student_model_name_or_path", *(each for each, _ in KINDS.values())):
-            raise UsageError(f"{name}: the students' size is what --{kind} gives. Leave it out.")
-    if not recipes and not any(word.startswith("--pretrained_model_name_or_path") for word in flags):
-        flags = ["@assets/default.args", *flags]
-    return args, flags
-
-
-def main(argv: list[str] | None = None) -> None:
+def main(args: argparse.Namespace, flags: list[str]) -> None:
     """Check all sizes, train, measure, report."""
-    args, flags = parse_args(argv)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     names = {size: args.flag.removeprefix("--").replace("_", "-") + f"-{size}" for size in args.sizes}
     commands, method = {}, SCRIPTS[args.script].add_method_arguments
@@ -208,5 +215,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    run(main)
+    run(main, ARGS, FLAGS)

@@ -11,16 +11,42 @@ model; its published files are one state dict. The pipeline's scheduler has DDIM
 import pickle
 import re
 import sys
+from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from torch import Tensor
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils.backbones.loading import read_json_config  # noqa: E402
-from utils.command_line import ArgumentParser, UsageError, bundled, run  # noqa: E402
+from utils.command_line import ArgumentParser, UsageError, bundled, run, start  # noqa: E402
 from utils.flags import add_shared, check_output_folder  # noqa: E402
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The command line, checked. Raises UsageError."""
+    parser = ArgumentParser(description=__doc__, usage="%(prog)s CHECKPOINT [flags]")
+    parser.add_argument("checkpoint", help="the file, such as ckpt.pth")
+    add_shared(parser, "allow_pickle_weights", allow_pickle_weights={"help": "it is a pickle: read it, weights only"})
+    parser.add_argument(
+        "--config",
+        type=bundled,
+        default=bundled("recipes/ddpm_celeba64_teacher.json"),
+        help="config.json of the UNet2DModel (default: recipes/ddpm_celeba64_teacher.json)",
+    )
+    add_shared(parser, "output_dir", output_dir={"default": "ddpm-celeba64", "help": "default: ddpm-celeba64"})
+    args = parser.parse_args(argv)
+    if not args.allow_pickle_weights:
+        raise UsageError(f"{args.checkpoint} is a pickle: --allow_pickle_weights reads it, weights only.")
+    check_output_folder(args, "is not empty: choose another folder.", unless=False)
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = start(parse_args)
+
+import torch  # noqa: E402
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from utils.backbones.loading import read_json_config  # noqa: E402
 
 NAMES = (  # a part of DDIM's name -> of UNet2DModel's
     (r"^module\.", ""),  # of nn.DataParallel
@@ -80,22 +106,8 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     return weights[-1]  # the EMA comes last
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(args: Namespace) -> None:
     """Read, convert, save."""
-    parser = ArgumentParser(description=__doc__, usage="%(prog)s CHECKPOINT [flags]")
-    parser.add_argument("checkpoint", help="the file, such as ckpt.pth")
-    add_shared(parser, "allow_pickle_weights", allow_pickle_weights={"help": "it is a pickle: read it, weights only"})
-    parser.add_argument(
-        "--config",
-        type=bundled,
-        default=bundled("recipes/ddpm_celeba64_teacher.json"),
-        help="config.json of the UNet2DModel (default: recipes/ddpm_celeba64_teacher.json)",
-    )
-    add_shared(parser, "output_dir", output_dir={"default": "ddpm-celeba64", "help": "default: ddpm-celeba64"})
-    args = parser.parse_args(argv)
-    if not args.allow_pickle_weights:
-        raise UsageError(f"{args.checkpoint} is a pickle: --allow_pickle_weights reads it, weights only.")
-    check_output_folder(args, "is not empty: choose another folder.", unless=False)
     model = convert(read_checkpoint(args.checkpoint), read_json_config(args.config, "--config"))
     scheduler = DDPMScheduler(variance_type="fixed_large", clip_sample=False)
     DDPMPipeline(model, scheduler).save_pretrained(args.output_dir)
@@ -103,4 +115,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGS)

@@ -794,9 +794,10 @@ def test_what_the_other_figures_say():
     error = np.ones((2, 10, 10))
     error[1, 0] = 91  # a tenth of the image, 91 % of the error
     assert re.fullmatch(
-        "At timestep 500, the tenth of the image .* holds 91% of it; evenly spread it were 10%.",
+        "At timestep 500, .* the worst 10% of the image hold 91% of it, 9.1 times an even share.",
         error_maps_takeaway({"place": np.array([5, 500]), "mean_error": error}, "timestep"),
     )
+    assert "nearly evenly" in error_maps_takeaway({"place": np.array([5]), "mean_error": error[:1]}, "timestep")
     assert error_maps_takeaway({"place": np.array([5]), "mean_error": 0 * error[:1]}, "timestep") == ""
 
 
@@ -816,6 +817,20 @@ def test_a_place_of_the_schedule_has_the_name_that_its_process_gives_it(figures,
     assert len(written) == 4
     for what, text in written.items():
         assert name in text.lower() and other not in text.lower().replace("timestep_", ""), what
+
+
+def test_error_maps_share_one_scale(figures, tmp_path):
+    """Of all timesteps, for an image's error and that of all; ranks have their own."""
+    shape, size = np.ones((3, 1, 8, 8)), np.array([1.0, 0.1, 0.01])
+    maps = {"place": np.array([5, 500, 900]), "image": shape, "image_error": 2 * size[:, None, None, None] * shape}
+    maps |= {"mean_error": size[:, None, None] * shape[:, 0], "group_rank": np.zeros((3, 8, 8), int)}
+    error_maps_figure(maps, {"group_size": 16, "place_name": "timestep"}, tmp_path / "error_maps.png")
+    drawn = [axes.images[0] for axes in figures["error_maps.png"].axes if axes.images]
+    errors = [*drawn[3:6], *drawn[9:12]]
+    assert {(image.norm.vmin, image.norm.vmax) for image in errors} == {(0.01, 2.0)}
+    shown = [image.norm(image.get_array()).max() for image in errors]
+    assert shown[:3] == sorted(shown[:3], reverse=True) and shown[0] == 1 and len(set(shown[:3])) == 3
+    assert texts(figures["error_maps.png"]).count("error") >= 4  # the bars say so
 
 
 def test_takeaways_stand_above_and_legends_hide_nothing(figures, tmp_path):

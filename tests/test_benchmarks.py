@@ -68,10 +68,10 @@ def test_a_sweep_is_one_student_of_each_size(launched, tmp_path, teacher_dir, da
     flags += ["--validation_num_inference_steps", "2", "--validation_feature_extractor", "assets/classifier"]
     flags += ["--validation_num_samples", "4", "--report_to", "none", "--output_dir", str(folder)]
     after = ["--evaluate", "--num_samples", "4", "--num_cpu_threads", "1", "--reference_cache_dir", str(tmp_path)]
-    sweep.main(["--ratios", ".5", *flags, *after])
+    sweep.main(*sweep.parse_args(["--ratios", ".5", *flags, *after]))
     train, measure = ("train_place", False), ("evaluate_fid", False)
     assert launched == [("train_place", True), train, measure, measure]
-    sweep.main(["--ratios", ".5", ".25", *flags, *after])  # one more, and the rest is there
+    sweep.main(*sweep.parse_args(["--ratios", ".5", ".25", *flags, *after]))  # one more, and the rest is there
     assert launched[4:] == [("train_place", True), train, measure]
     lines = (folder / "sweep.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| teacher", "| pruning-ratio-.5", "| pruning-ratio-.25"]
@@ -80,7 +80,7 @@ def test_a_sweep_is_one_student_of_each_size(launched, tmp_path, teacher_dir, da
     ]
     assert f"{parameters[0] / 1e6:.3f} (" in lines[3] and (folder / "sweep.png").stat().st_size > 10_000
     with pytest.raises(UsageError, match="a sweep with other flags"):
-        sweep.main(["--ratios", ".5", *flags, "--seed", "1", *after])
+        sweep.main(*sweep.parse_args(["--ratios", ".5", *flags, "--seed", "1", *after]))
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ def test_a_sweep_is_one_student_of_each_size(launched, tmp_path, teacher_dir, da
 )
 def test_a_sweep_refuses_before_it_trains(launched, tmp_path, flags, said):
     with pytest.raises(UsageError, match=said):
-        sweep.main(["--output_dir", str(tmp_path / "sweep"), *flags])
+        sweep.main(*sweep.parse_args(["--output_dir", str(tmp_path / "sweep"), *flags]))
     assert not launched
 
 

@@ -285,6 +285,7 @@ EVERYTHING = {
         "inception_score_std": 0.0456,
         "clip_score": 31.41592,
     },
+    "compare_to_metrics": {"frechet_distance": 2.34567, "kernel_distance": 0.002, "kernel_distance_stderr": 0.0001},
     "cost": {"parameters": 1000, "seconds_per_image": 0.0123456, "peak_memory_bytes": 3 * 2**20},
     "compare_to": {"parameters": 2000, "seconds_per_image": 0.04, "peak_memory_bytes": 6 * 2**20},
     "warnings": ["few samples."],
@@ -319,7 +320,11 @@ def test_the_front_matter_is_short_and_the_numbers_are_what_they_carry(student):
         **{"fid": 12.35, "kid": 0.01235, "precision": 0.654, "recall": 0.123},
         **{"inception_score": 3.211, "clip_score": 31.42},
     }
-    assert "| KID, lower is better | 0.01235 +- 0.00046 |" in text and "Warning: few samples." in text
+    assert "| metric | student | `teacher` |" in text and "| FID, lower is better | 12.35 | 2.346 |" in text
+    assert (
+        "| KID, lower is better | 0.01235 +- 0.00046 | 0.00200 +- 0.00010 |" in text
+        and "Warning: few samples." in text
+    )
     assert "| parameters of the denoiser | 2,000 | 1,000 | 0.5 |" in text
     assert "| | student | `teacher` | ratio |" in text and "cuda" in text.split("| | student | `teacher`")[0]
     assert "| memory above the idle process | 3 MiB | 6 MiB | 0.5 |" in text

@@ -5,6 +5,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from hub_server import USER, HubServer
 
 from utils.analysis import arguments as analysis
-from utils.command_line import ROOT, ArgumentParser, Switch, UsageError, bundled, without_root
+from utils.command_line import ROOT, ArgumentParser, Switch, UsageError, bundled, refuse_missing, without_root
 from utils.devices import cpu_share, use_cpu_threads
 from utils.distributed import on_main_process
 from utils.download_cache import use_download_cache
@@ -30,11 +31,19 @@ from utils.evaluation import arguments as evaluation
 from utils.evaluation.parallel import block_threads
 from utils.launcher import VARIABLES
 from utils.publishing.card import recipe as card_recipe
-from utils.threads import BRIEFLY, POLICIES
+from utils.threads import AT_ONCE, BRIEFLY, POLICIES, how_threads_wait
 from utils.training import arguments as training
 
 TRAINING = ("train_lift", "train_place")
 SCRIPTS = (*TRAINING, "evaluate_fid", "analyze_error")
+PROGRAMS = {name: [str(ROOT / f"{name}.py")] for name in SCRIPTS}  # and all others that documents name
+PROGRAMS["convert_ddim"] = [str(ROOT / "recipes" / "convert_ddim.py")]
+PROGRAMS["hub"] = ["-m", "utils.publishing.hub"]
+PROGRAMS |= {
+    name: [str(ROOT / "benchmarks" / f"{name}.py")]
+    for name in "busy_machine cache_speed compare default_study faults gpu_checks hub_checks make_assets peers "
+    "recipe_memory step_time study sweep".split()
+}
 NEEDED = {  # the shortest command line of each
     "evaluate_fid": "--pretrained_model_name_or_path t --dataset_name d",
     "analyze_error": "--pretrained_model_name_or_path t --student_model_name_or_path s --dataset_name d",
@@ -404,8 +413,7 @@ def test_main_processes_refuse_for_all():
 
 @pytest.mark.parametrize("path", [*(f"{script}.py" for script in SCRIPTS), "utils/publishing/hub.py"])
 def test_every_script_tells_its_errors_so(path):
-    arguments = "main" if "hub" in path else "main, ARGS"
-    assert (ROOT / path).read_text().endswith(f'\n\nif __name__ == "__main__":\n    run({arguments})\n')
+    assert (ROOT / path).read_text().endswith('\n\nif __name__ == "__main__":\n    run(main, ARGS)\n')
 
 
 def cpu_seconds(*words) -> tuple[subprocess.CompletedProcess, float]:
@@ -416,22 +424,99 @@ def cpu_seconds(*words) -> tuple[subprocess.CompletedProcess, float]:
     return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_help_waits_for_no_library(script):
-    done, seconds = cpu_seconds(str(ROOT / f"{script}.py"), "--help")
-    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith(f"usage: {script}.py [@recipe")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_waits_for_no_library(program):
+    done, seconds = cpu_seconds(*PROGRAMS[program], "--help")
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: ")
+    assert ("[@recipe" in done.stdout.splitlines()[0]) == (program in (*SCRIPTS, "sweep"))
     assert seconds < 1  # a tenth here; torch alone takes 1.4, all that the scripts import 5 to 7
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_wrong_flag_is_refused_before_anything_is_loaded(script):
-    """In the same time, and with nothing before or behind the sentence, whatever a library says when it is loaded."""
-    done, seconds = cpu_seconds("-X", "importtime", str(ROOT / f"{script}.py"), "--sed", "3")
-    *imported, sentence = done.stderr.splitlines()
-    assert done.returncode == 2 and sentence.startswith(f"{script}.py: error: unrecognized arguments: --sed")
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_wrong_flag_is_refused_before_anything_is_loaded(program):
+    """In the same time, and with nothing behind the sentence, whatever a library says when it is loaded."""
+    done, seconds = cpu_seconds("-X", "importtime", *PROGRAMS[program], "--sed", "3")
+    imported = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    sentence = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and ": error: " in sentence
+    if program in SCRIPTS:
+        assert sentence.startswith(f"{program}.py: error: unrecognized arguments: --sed")
+        assert len(imported) == len(done.stderr.splitlines()) - 1
     loaded = {line.rpartition("|")[2].strip().partition(".")[0] for line in imported}
     assert not loaded & {"torch", "diffusers", "transformers", "accelerate", "datasets", "numpy"}
     assert seconds < 1
+
+
+MISSING = {  # what is not here and cannot be on the Hub either -> how the sentence goes on
+    "evaluate_fid": {
+        "--images nothere": "no such folder. Give a folder of images.",
+        "--reference_images nothere": "no such folder. Give a folder of images.",
+        "--reference_stats nothere.npz": "no such file. Give an .npz file",
+        "--prompts nothere.txt": "no such file. Give a text file, one prompt a line.",
+        "--compare_to ../nothere": "no such folder here. Paths are relative",
+        "--clip_model a/b/c": "no such folder here",
+    },
+    "analyze_error": {
+        "--prompts nothere.txt": "no such file. Give a text file, one prompt a line.",
+        "--student_model_name_or_path earlier/nothere": "no such folder here",
+        "--feature_extractor ./nothere": "no such folder here",
+        "--inception_path nothere": "no such file. Give the file of inception's",
+    },
+    **dict.fromkeys(
+        TRAINING,
+        {
+            "--train_data_dir nothere": "no such folder. Give a folder of images.",
+            "--pretrained_model_name_or_path ./nothere": "no such folder here. Paths are relative to the current",
+            "--pretrained_model_name_or_path teacher.safetensors": "no such folder here",
+            "--student_config x.json": "no such file. Give the config.json of a diffusers model.",
+            "--dataset_name assets/typo": "no such folder here",
+            "--dataset_name /nothere": "no such folder here",
+            "--validation_feature_extractor ~/nothere": "no such folder here",
+            "--resume_from_checkpoint nothere": "",
+        },
+    ),
+}
+
+
+def named(script: str, *flags: str) -> list[str]:
+    """The shortest command line with these flags in the place of those that exclude them."""
+    instead = {"--train_data_dir": "--dataset_name", "--student_config": "--pruning_ratio"}
+    instead |= dict.fromkeys(("--reference_images", "--reference_stats"), "--dataset_name")
+    instead["--images"] = "--pretrained_model_name_or_path"
+    words = NEEDED[script].split()
+    kept = [words[i : i + 2] for i in range(0, len(words), 2)]
+    kept = [pair for pair in kept if pair[0] not in (flags[0], instead.get(flags[0]))]
+    return [*(word for pair in kept for word in pair), *flags]
+
+
+@pytest.mark.parametrize("script, flags", [(script, flags) for script in MISSING for flags in MISSING[script]])
+def test_what_is_missing_is_refused_before_anything_is_loaded(script, flags, tmp_path):
+    (tmp_path / "earlier").mkdir()
+    (tmp_path / "earlier" / "model_index.json").touch()
+    path = str(ROOT / f"{script}.py")
+    done, seconds = cpu_seconds("-X", "importtime", path, *named(script, *flags.split()))
+    sentence = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and sentence.startswith(f"{script}.py: error: {flags}"), done.stderr[-2000:]
+    assert MISSING[script][flags] in sentence
+    assert not [line for line in done.stderr.splitlines() if line.endswith("| torch")] and seconds < 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    "student user/model user/model-v1.5 google/ddpm-cifar10-32 d hf://datasets/user/images assets/teacher".split(),
+)
+def test_what_may_be_on_the_hub_is_not_refused(name, tmp_path):
+    """A folder here of a user's name, as of copies of their repositories, makes no path of a Hub id."""
+    (tmp_path / "google" / "ddpm-celebahq-256").mkdir(parents=True)
+    refuse_missing(parse("train_place", "--pretrained_model_name_or_path", name, "--dataset_name", name))
+    refuse_missing(parse("evaluate_fid", "--compare_to", name, "--feature_extractor", name))
+
+
+def test_every_program_of_the_documents_is_among_them():
+    texts = [path.read_text() for path in (ROOT, ROOT / "docs", ROOT / "assets") for path in path.glob("*.md")]
+    found = {name for text in texts for name in re.findall(r"(?:benchmarks|recipes)/(\w+)\.py", text)}
+    found |= {name for text in texts for name in re.findall(r"python -m utils[\w.]*\.(\w+)", text)}
+    assert found - {"study_rows"} <= PROGRAMS.keys()  # which holds settings
 
 
 def test_a_script_as_a_user_runs_it(tmp_path):
@@ -455,9 +540,11 @@ def test_a_run_says_at_once_what_it_waits_for(tmp_path):
 # How threads wait
 
 
-def started(**environment) -> dict:
-    """What a script finds after `start`: the environment that torch will read, and whether it is there already."""
-    code = "import json, os, sys, utils.command_line as c, utils.threads as t; c.start(lambda: None); "
+def started(load: float | None = 0.0, **environment) -> dict:
+    """What a script finds after `start`: the environment that torch will read, and whether it is there already; on a
+    machine of that load, or of one that is not known."""
+    known = f"os.getloadavg = lambda: ({load}, 0.0, 0.0)" if load is not None else "del os.getloadavg"
+    code = f"import json, os, sys, utils.command_line as c, utils.threads as t; {known}; c.start(lambda: None); "
     code += "print(json.dumps({'torch': 'torch' in sys.modules, **{n: os.environ.get(n) for n in t.POLICIES}}))"
     unset = dict.fromkeys(POLICIES, "")
     variables = {name: value for name, value in {**os.environ, **unset, **environment}.items() if value}
@@ -466,13 +553,31 @@ def started(**environment) -> dict:
     return json.loads(done.stdout)
 
 
-def test_threads_sleep_in_wait():
-    assert started() == {"torch": False, **dict.fromkeys(POLICIES), **BRIEFLY}
+@pytest.mark.parametrize(
+    "load, ours",
+    [
+        (0.0, BRIEFLY),
+        (0.49 * os.cpu_count(), BRIEFLY),
+        (0.5 * os.cpu_count(), AT_ONCE),
+        (9.0 * os.cpu_count(), AT_ONCE),
+        (None, BRIEFLY),  # Windows does not say
+    ],
+)
+def test_threads_sleep_in_wait(load, ours, monkeypatch):
+    """At once where half of the cores are busy."""
+    assert started(load) == {"torch": False, **dict.fromkeys(POLICIES), **ours}
+    for name in POLICIES:
+        monkeypatch.delenv(name, raising=False)
+    assert how_threads_wait() == "waiting as the environment says"
+    for name, value in ours.items():
+        monkeypatch.setenv(name, value)
+    assert how_threads_wait().startswith("asleep" if ours is AT_ONCE else "spinning briefly")
 
 
 @pytest.mark.parametrize("name, value", zip(POLICIES, ("ACTIVE", "30000", "200"), strict=True))
-def test_a_users_wish_how_threads_wait_holds(name, value):
-    assert started(**{name: value}) == {"torch": False, **dict.fromkeys(POLICIES), name: value}
+@pytest.mark.parametrize("load", [0.0, 9.0 * os.cpu_count()])
+def test_a_users_wish_how_threads_wait_holds(name, value, load):
+    assert started(load, **{name: value}) == {"torch": False, **dict.fromkeys(POLICIES), name: value}
 
 
 @pytest.mark.parametrize(

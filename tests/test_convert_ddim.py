@@ -130,13 +130,13 @@ def test_the_average_is_taken_where_there_is_one(script, original, tmp_path, mon
         str(tmp_path / "out"),
     ]
     with pytest.raises(ValueError, match="is a pickle: --allow_pickle_weights"):
-        script.main(argv)
-    script.main([*argv, "--allow_pickle_weights"])
+        script.main(script.parse_args(argv))
+    script.main(script.parse_args([*argv, "--allow_pickle_weights"]))
     pipeline = DDPMPipeline.from_pretrained(tmp_path / "out")
     assert torch.equal(pipeline.unet.conv_in.weight, original[0].weights["conv_in.weight"])
     assert pipeline.unet.config.dropout == 0.1 and not pipeline.scheduler.config.clip_sample
     with pytest.raises(ValueError, match="--output_dir .* is not empty"):
-        script.main([*argv, "--allow_pickle_weights"])
+        script.main(script.parse_args([*argv, "--allow_pickle_weights"]))
 
 
 def test_what_is_no_checkpoint_of_it(script, original, tmp_path):

@@ -160,7 +160,7 @@ def test_samples_give_the_distance_that_training_printed(run, evaluate):
 
 
 def test_what_is_written(evaluate, tmp_path, teacher_dir, capsys):
-    found = evaluate("--metrics", *LISTED, "--compare_to", teacher_dir, "--compare_num_samples", 8)
+    found = evaluate("--metrics", *LISTED, "--compare_to", teacher_dir)
     printed = capsys.readouterr().out
     protocol = found["protocol"]
     samples, reference = protocol["samples"], protocol["reference"]
@@ -176,8 +176,8 @@ def test_what_is_written(evaluate, tmp_path, teacher_dir, capsys):
     assert found["cost"]["timed_images"] == 12  # 20, without the first block
     assert any("rank of at most 19" in text for text in found["warnings"]) and "rank of at most 19" in printed
     assert protocol["kid_subset_size"] == 10 and not any("subsets" in text for text in found["warnings"])
-    for value in found["metrics"].values():
-        assert f"{value:.6g}" in printed
+    for key, value in found["metrics"].items():  # the other is the same pipeline: the same protocol, number and noise
+        assert printed.count(f"{value:>22.6g}{value:>22.6g}\n") and found["compare_to_metrics"][key] == value
     assert "Saved:" in printed and "Next:" in printed and "FID" not in printed  # no FID without inception
     names = sorted(path.name for path in (tmp_path / "evaluation").iterdir())
     assert names == ["metrics.json", "report.html", "samples.png"]  # the samples are gone
@@ -191,7 +191,7 @@ def test_what_is_written(evaluate, tmp_path, teacher_dir, capsys):
 
 def test_samples_are_shown_as_they_were_drawn(evaluate, tmp_path, teacher_dir):
     """Those of both pipelines, whatever size they are measured at."""
-    given = ["--num_samples", 8, "--metrics", "fid", "--compare_to", teacher_dir, "--compare_num_samples", 8]
+    given = ["--num_samples", 8, "--metrics", "fid", "--compare_to", teacher_dir]
     evaluate(*given, "--resolution", 6, "--keep_images")
     grid = np.asarray(Image.open(tmp_path / "evaluation" / "samples.png"))
     paths = sorted((tmp_path / "evaluation" / "images").iterdir())
@@ -201,6 +201,23 @@ def test_samples_are_shown_as_they_were_drawn(evaluate, tmp_path, teacher_dir):
         line = grid[height - bottom : height - bottom + 64, width - 8 * 68 :]
         for i, image in enumerate(drawn):
             assert (line[:, 68 * i : 68 * i + 64].reshape(64, 64, -1) == image[..., None]).all(), (bottom, i)
+
+
+def test_a_few_samples_of_another_pipeline_tell_its_cost_alone(evaluate, teacher_dir, tmp_path):
+    given = ["--num_samples", 8, "--metrics", "fid", "--compare_to", teacher_dir]
+    found = evaluate(*given, "--compare_num_samples", 5)
+    assert "compare_to_metrics" not in found and found["ratios"]["parameters"] == 1
+    assert sorted(path.name for path in (tmp_path / "evaluation").iterdir()) == [
+        *("metrics.json", "report.html", "samples.png")
+    ]
+
+
+def test_another_pipeline_is_measured_as_by_itself(evaluate, run, teacher_dir):
+    student = run("train_place", "--max_train_steps", 1)
+    given = ["--num_samples", 12, "--metrics", *LISTED]
+    found = evaluate(*given, "--pretrained_model_name_or_path", student, "--compare_to", teacher_dir, output="both")
+    alone = evaluate(*given, output="alone")["metrics"]
+    assert found["compare_to_metrics"] == alone != found["metrics"]
 
 
 def test_blocks_and_images_do_not_depend_on_other_metrics_or_the_count(evaluate, tmp_path):

@@ -144,6 +144,26 @@ def test_a_stopped_run_goes_on_by_its_launcher(elsewhere, tmp_path, launcher, co
 # Next: where the error lies
 
 
+@pytest.mark.parametrize("known_by", ["--compare_to", "its own files"])
+def test_an_evaluation_of_a_student_prints_its_analysis(kind, known_by, python, elsewhere, capsys, tmp_path):
+    """Complete, for a student of every family, whichever way its teacher is known."""
+    student = kind.run(NAME, *NO_SAMPLES, "--max_train_steps", "1")
+    flags = ["--pretrained_model_name_or_path", student, *kind.data, "--num_samples", "8", "--metrics", "fid"]
+    flags += ["--num_inference_steps", "2", "--batch_size", "8", "--reference_cache_dir", "cache"]
+    flags += ["--feature_extractor", "assets/classifier", "--resolution", "8"]
+    if kind.prompt and isinstance(kind.prompt[0], str):
+        flags += ["--caption_column", "text"]
+    if known_by == "--compare_to":
+        flags += ["--compare_to", kind.teacher, "--compare_num_samples", "2"]
+    done = python.run(ROOT / "evaluate_fid.py", *map(str, flags), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = command_after(done.stdout, "Next: where the student's error lies")
+    assert "--help" not in line and str(student.resolve()) in shlex.split(line)
+    analysed = run_in(elsewhere, f"{line} --num_timesteps 2", python)
+    assert analysed.returncode == 0, analysed.stderr[-3000:]
+    assert (elsewhere / "analysis" / "analysis.json").is_file()
+
+
 def test_an_evaluation_names_the_analysis(python, elsewhere, teacher_dir, data_dir, tmp_path):
     flags = f"--pretrained_model_name_or_path {teacher_dir} --dataset_name {data_dir} --num_samples 4 --metrics fid "
     flags += "--num_inference_steps 1 --feature_extractor assets/classifier --reference_cache_dir cache"

@@ -167,6 +167,47 @@ def _with_recipes(words: Sequence[str], place: str = "", within: Sequence[Path] 
             yield from _with_recipes(inner, here, (*within, resolved))
 
 
+# flags that name something to read -> what to give; a name of the last kind may be one of the Hub
+FOLDERS = dict.fromkeys(("train_data_dir", "images", "reference_images"), "Give a folder of images.")
+FILES = {
+    "prompts": "Give a text file, one prompt a line.",
+    "student_config": "Give the config.json of a diffusers model.",
+    "reference_stats": "Give an .npz file of --save_stats, clean-fid or pytorch-fid.",
+    "inception_path": "Give the file of inception's weights, or the folder that it lies in.",
+    "config": "Give the config.json of a UNet2DModel.",
+}
+ON_HUB = (
+    *("pretrained_model_name_or_path", "student_model_name_or_path", "pretrained_vae_model_name_or_path"),
+    *("compare_to", "dataset_name", "feature_extractor", "validation_feature_extractor", "clip_model"),
+)
+MODEL_FILES = ("model_index.json", "config.json")  # no folder of a user's repositories has one itself
+# a name that ends so is a file's; repositories have dots in their names too, as of versions
+SUFFIXES = {".json", ".jsonl", ".safetensors", ".bin", ".ckpt", ".pt", ".pth", ".parquet", ".arrow", ".csv", ".zip"}
+
+
+def refuse_missing(args: argparse.Namespace) -> None:
+    """Raises UsageError where a flag names something to read that is not here and can be nothing on the Hub."""
+    for name, value in vars(args).items():
+        if not isinstance(value, str) or Path(value).exists():
+            continue
+        if name in FOLDERS:
+            raise UsageError(f"--{name} {value}: no such folder. {FOLDERS[name]}")
+        if name in FILES:
+            raise UsageError(f"--{name} {value}: no such file. {FILES[name]}")
+        if name in ON_HUB and not _may_be_on_hub(value):
+            raise UsageError(f"--{name} {value}: no such folder here. Paths are relative to the current folder.")
+
+
+def _may_be_on_hub(name: str) -> bool:
+    """Whether `name`, which is nothing here, can be that of a repository, `model` or `user/model`; or a URL."""
+    if "://" in name:
+        return True
+    user = Path(name).parts[0]
+    is_ours = user in ("assets", "recipes") or any((Path(user) / each).is_file() for each in MODEL_FILES)
+    looks_so = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name, re.ASCII)
+    return bool(looks_so) and Path(name).suffix.lower() not in SUFFIXES and not ("/" in name and is_ours)
+
+
 def warn_of_idle_flags(
     args: argparse.Namespace, parser: argparse.ArgumentParser, table: Sequence[tuple[str, bool, str]]
 ) -> None:
@@ -187,10 +228,13 @@ def announce(waiting_for: str) -> None:
 
 
 def start(parse: Callable[..., argparse.Namespace], *arguments) -> argparse.Namespace:
-    """What a script's `parse` says of the command line, before the script imports what takes seconds: --help and a
-    wrong flag do not wait for torch, and its threads are told how to wait while it can still hear of it."""
+    """What a script's `parse` says of the command line, before the script imports what takes seconds: --help, a wrong
+    flag and a folder that is not there do not wait for torch, and its threads are told how to wait while it can still
+    hear of it."""
     sleep_in_wait()
     args = run(parse, *arguments)
+    if isinstance(args, argparse.Namespace):
+        run(refuse_missing, args)
     announce("loading torch, diffusers and transformers")
     return args
 

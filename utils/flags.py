@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import ImageColor
 
-from utils.command_line import HideToken, Switch, UsageError, bundled
+from utils.command_line import FILES, HideToken, Switch, UsageError, bundled
 from utils.files import is_stray
 from utils.output_dir import LOCK
 
@@ -208,6 +208,8 @@ def read_prompts_file(path: str) -> list[str]:
     Raises:
         UsageError: no such file, no text, an empty line between others, or none at all.
     """
+    if not Path(path).exists():
+        raise UsageError(f"--prompts {path}: no such file. {FILES['prompts']}")
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:

@@ -10,6 +10,7 @@ import textwrap
 
 import matplotlib
 import numpy as np
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
@@ -165,38 +166,48 @@ def error_maps_figure(
     maps: dict[str, np.ndarray], protocol: dict, path: str | os.PathLike, takeaway: str = ""
 ) -> None:
     """Where the error is at a few places of the schedule: one image, its error, its PLACE groups, and the error of all
-    images.
+    images. The errors have one scale, so that places compare.
 
     `maps`: place (T,); image and image_error (T, C, H, W); group_rank, of channel 0, and mean_error (T, H, W).
     """
     channels, last_rank = maps["image"].shape[1], int(maps["group_rank"].max())
     noised = "an image" if channels in (1, 3) else "channel 0"
     over, of = (" mean of channels,", "\nof channel 0") if channels > 1 else ("", "")
-    rows = (  # label, pictures, colours
-        (f"{noised},\nnoised", [_as_picture(image) for image in maps["image"]], "gray"),
-        (f"its error,{over}\n$|e_T - e_S|$", maps["image_error"].mean(axis=1), "magma"),
-        (f"its groups of {protocol['group_size']}{of},\nby rank", maps["group_rank"], "cividis"),
-        ("mean error\nof all images", maps["mean_error"], "magma"),
+    image_error = maps["image_error"].mean(axis=1)
+    errors, ranks = _error_scale(image_error, maps["mean_error"]), Normalize(0, max(last_rank, 1))
+    rows = (  # label, pictures, colours, their scale, what it is of
+        (f"{noised},\nnoised", [_as_picture(image) for image in maps["image"]], "gray", Normalize(0, 1), ""),
+        (f"its error,{over}\n$|e_T - e_S|$", image_error, "magma", errors, "error"),
+        (f"its groups of {protocol['group_size']}{of},\nby rank", maps["group_rank"], "cividis", ranks, "rank"),
+        ("mean error\nof all images", maps["mean_error"], "magma", errors, "error"),
     )
     with matplotlib.rc_context(STYLE):
         figure, grid = _picture_grid(len(rows), len(maps["place"]))
-        for line, (label, pictures, colours) in zip(grid, rows, strict=True):
+        for line, (label, pictures, colours, scale, what) in zip(grid, rows, strict=True):
+            colours = matplotlib.colormaps[colours].with_extremes(bad="black")  # no error, on a logarithm
             for axes, values in zip(line, pictures, strict=True):
-                ranks, image = colours == "cividis", colours == "gray"
-                highest = max(last_rank, 1) if ranks else (values.max() or 1)  # of an error of 0, all is dark
-                drawn = axes.imshow(values, cmap=colours, vmin=0, vmax=highest, interpolation="nearest")
-                bar = figure.colorbar(drawn, ax=axes, fraction=0.046, pad=0.03)
-                bar.locator = matplotlib.ticker.MaxNLocator(3, integer=ranks)
-                if ranks and last_rank == 0:
-                    bar.set_ticks([0])
-                bar.ax.tick_params(labelsize=8)
-                bar.outline.set_visible(False)
-                bar.ax.set_visible(not image and (not ranks or axes is line[-1]))
+                drawn = axes.imshow(values, cmap=colours, norm=scale, interpolation="nearest")
+            bar = figure.colorbar(drawn, ax=list(line), fraction=0.05, pad=0.01, aspect=10, label=what)
+            if what == "rank":
+                bar.set_ticks(np.unique(np.linspace(0, last_rank, 4).round()))
+            bar.ax.tick_params(labelsize=9)
+            bar.outline.set_visible(False)
+            bar.ax.set_visible(bool(what))
             _row_label(line, label)
         for axes, place in zip(grid[0], maps["place"], strict=True):
             axes.set_title(f"{protocol['place_name']} {place}", loc="center")
         _say(figure, takeaway)
         figure.savefig(path)
+
+
+def _error_scale(*errors: np.ndarray) -> Normalize:
+    """One for all of them: a logarithm, as errors of different timesteps differ by orders of magnitude, over three at
+    the most; of no error at all, all is dark."""
+    values = np.concatenate([error[error > 0] for error in errors])
+    if not len(values):
+        return Normalize(0, 1)
+    lowest = errors[-1][errors[-1] > 0].min(initial=values.max())  # of the means; single errors come near 0 by chance
+    return LogNorm(max(min(lowest, values.max() / 10), values.max() / 1000), values.max(), clip=True)
 
 
 def _as_picture(image: np.ndarray) -> np.ndarray:

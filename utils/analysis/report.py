@@ -10,6 +10,7 @@ from torch import Tensor
 from utils.analysis.arguments import PROBES
 from utils.analysis.figures import coarse_fine_figure, error_maps_figure, line_figure
 from utils.analysis.takeaways import coarse_fine_takeaway, error_maps_takeaway, line_takeaway, samples_takeaway
+from utils.counts import counted
 from utils.files import sha256, write_file
 from utils.grids import image_grid, writable
 
@@ -69,7 +70,7 @@ def error_table(analysis: dict) -> str:
         line("mean", analysis["mean"]),
         line("chance", analysis["chance"]),
         "",
-        f"{samples['num_samples']:,} samples each, from the same noise",
+        f"{counted(samples['num_samples'], 'sample')} each, from the same noise",
         f"{'':12}{'pixels from the teacher (of 255)':>36}" + ("Frechet distance".rjust(20) if distances else ""),
     ]
     lines.append(f"corrected by lines {PROBES[samples['probe']]} (--probe {samples['probe']})")

@@ -75,8 +75,8 @@ def error_maps_takeaway(maps: dict[str, np.ndarray], place_name: str) -> str:
     if ordered.sum() == 0:
         return ""
     tenth = max(1, len(ordered) // 10)
-    share = ordered[:tenth].sum() / ordered.sum()
-    return (
-        f"At {place_name} {maps['place'][most]}, the tenth of the image with the largest mean error holds {share:.0%} "
-        f"of it; evenly spread it were {tenth / len(ordered):.0%}."
-    )
+    share, even = ordered[:tenth].sum() / ordered.sum(), tenth / len(ordered)
+    said = f"At {place_name} {maps['place'][most]}, which has the largest error of these, "
+    if share < 1.5 * even:
+        return f"{said}it is spread nearly evenly: the worst {even:.0%} of the image hold {share:.0%} of it."
+    return f"{said}the worst {even:.0%} of the image hold {share:.0%} of it, {share / even:.1f} times an even share."

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from utils.command_line import UsageError
+from utils.counts import counted
 from utils.data.cache_key import FORMAT, cache_settings
 from utils.data.rows import ImageRows, as_is, load_rows
 from utils.distributed import on_main_process, wait_for_everyone
@@ -121,7 +122,7 @@ class CachedRows(Dataset):
         return {**self.__dict__, "handles": {}}  # a data worker opens its own
 
     def __str__(self) -> str:
-        return f"{len(self):,} images, encoded in {self.folder}"
+        return f"{counted(len(self), 'image')}, encoded in {self.folder}"
 
     def fingerprint(self) -> str:
         """Of the data that was encoded."""

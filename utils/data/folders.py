@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 from PIL import Image
 
-from utils.command_line import UsageError
+from utils.command_line import FOLDERS, UsageError
 from utils.data.metadata import METADATA, read_metadata
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def folder_rows(folder: str, flag: str, split: str | None = None, split_flag: st
 
     if not Path(folder).is_dir():
         found = "it is a file" if Path(folder).exists() else "no such folder"
-        raise UsageError(f"{flag} {folder}: {found}. Give a folder of images.")
+        raise UsageError(f"{flag} {folder}: {found}. {FOLDERS['images']}")
     root, what = os.path.abspath(folder), f"{flag} {folder}"
     files = _Files(root, what)
     if files.metadata:

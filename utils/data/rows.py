@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
 from utils.command_line import UsageError, announce
+from utils.counts import counted
 from utils.data.columns import undecoded
 from utils.data.folders import BUILDER, folder_rows, is_image_folder
 from utils.data.images import UnreadableImage, file_content
@@ -184,7 +185,7 @@ class ImageRows(Dataset):
 
     def __str__(self) -> str:
         bad = f" ({len(self.bad_rows)} undecodable ones replaced)" if self.bad_rows else ""
-        return f"{len(self):,} images{bad}, {'decoded as read' if self.held is None else 'held in memory'}"
+        return f"{counted(len(self), 'image')}{bad}, {'decoded as read' if self.held is None else 'held in memory'}"
 
 
 class StreamSampler(Sampler[list[tuple[int, int]]]):

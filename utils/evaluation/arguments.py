@@ -15,6 +15,7 @@ from utils.flags import (
     check_not_negative,
     check_output_folder,
     check_positive,
+    read_prompts_file,
 )
 
 PR_NEIGHBOURS = 5  # k of precision and recall, the paper's
@@ -203,13 +204,14 @@ def _cost(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--compare_to",
         type=bundled,
-        help="a second pipeline, such as the teacher: its size, time and memory beside the first's",
+        help="a second pipeline, such as the teacher: its metrics by the same protocol from the same noise, its size, "
+        "time and memory beside the first's. It takes as long as to measure that one by itself",
     )
     group.add_argument(
         "--compare_num_samples",
         type=int,
-        help="samples drawn from it, with the same flags (default: for each process a batch to warm up, and one more "
-        "for each of its threads)",
+        help="samples drawn from it (default: as many as from the first); with another number only size, time and "
+        "memory are measured, which a few batches tell",
     )
 
 
@@ -277,6 +279,8 @@ def _check(args: argparse.Namespace) -> None:
         )
     if args.pretrained_model_name_or_path and args.num_samples is None:
         args.num_samples = 10_000
+    if args.compare_to and args.compare_num_samples is None:
+        args.compare_num_samples = args.num_samples
     given = [f"--{name}" for name in REFERENCES if getattr(args, name)]
     if len(given) != 1:
         raise UsageError(
@@ -298,8 +302,8 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError("--cleanfid_stats needs --cleanfid_res, the resolution in the name of the statistics.")
     if args.prompts and args.caption_column:
         raise UsageError("Give one of --prompts and --caption_column; found both.")
-    if args.prompts and not Path(args.prompts).is_file():
-        raise UsageError(f"--prompts {args.prompts}: no such file. Give a text file, one prompt a line.")
+    if args.prompts:
+        read_prompts_file(args.prompts)  # what it would refuse, now and not when models are loaded
     for name in ("caption_column", "label_column"):
         if getattr(args, name) and not (args.dataset_name or args.train_data_dir):
             raise UsageError(f"--{name} is a column of --dataset_name or --train_data_dir: give one.")

@@ -16,14 +16,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import gather_object
 from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
-from tqdm.auto import tqdm
 
 from utils.devices import peak_process_memory
-from utils.evaluation.parallel import blocks, mapping
+from utils.evaluation.parallel import mapping
 from utils.evaluation.pipelines import denoiser_of
 from utils.evaluation.sampler import Sampler
 
@@ -95,17 +92,6 @@ class Meter:
                 module(*args, **kwargs)
             self.counting = False
             self.macs = counter.get_total_flops() // 2 // batch_size
-
-
-def measure(
-    meter: Meter, accelerator: Accelerator, num_samples: int, batch_size: int, description: str, keep=None
-) -> list[dict]:
-    """The records of `num_samples` samples, drawn by all processes as an evaluation draws them; they are thrown away,
-    unless `keep`, as `Meter.draw`, keeps them."""
-    own = blocks(num_samples, batch_size)[accelerator.process_index :: accelerator.num_processes]
-    quiet = not accelerator.is_local_main_process
-    bar = tqdm(meter.draw(own, keep), desc=description, total=len(own), unit="block", disable=quiet)
-    return gather_object(list(bar))
 
 
 def cost(pipeline: DiffusionPipeline, records: list[dict], files: Sequence[Path], num_processes: int) -> dict:

@@ -13,6 +13,8 @@ from utils.evaluation.parallel import blocks
 from utils.files import read_json, write_json, written_beside
 from utils.publishing.html_report import NAME
 
+OTHER = "compare_to"  # in --output_dir: the folder of the second pipeline's samples
+
 
 def clear_evaluation(output_dir: str) -> None:
     """Delete what an earlier evaluation left in `output_dir`, and nothing else.
@@ -25,6 +27,7 @@ def clear_evaluation(output_dir: str) -> None:
     ours = {
         "images": sampled,
         "sampling": sampled,
+        OTHER: sampled,
         "metrics.json": measured,
         "samples.png": sampled or measured,
         NAME: measured,

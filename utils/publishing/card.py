@@ -15,6 +15,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData, hf_hub_download
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from utils.counts import counted
 from utils.distillation.equations import equations
 from utils.files import sha256, write_file, write_json
 from utils.publishing.curves import plot_losses
@@ -133,6 +134,7 @@ def render(folder: Path, facts: dict, name: str) -> str:
             },
             validation_sentence=validation_sentence(args, facts["sampler"]),
             args=args,
+            counted=counted,
             teacher=teacher,
             no_mid_block=config.get("mid_block_type", "") is None,
             metrics=metric_rows(evaluation),

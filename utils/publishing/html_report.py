@@ -18,6 +18,7 @@ from huggingface_hub.utils import yaml_dump
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from utils.counts import counted
 from utils.distillation.equations import equations
 from utils.files import read_json, write_file
 from utils.publishing.card import card_facts, how_made, recipe
@@ -62,7 +63,7 @@ def write_report(folder: Path, **measured: Path) -> Path:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    page = environment.get_template(TEMPLATE).render(title=folder.resolve().name, **context)
+    page = environment.get_template(TEMPLATE).render(title=folder.resolve().name, counted=counted, **context)
     write_file(folder / NAME, page)
     return folder / NAME
 
@@ -156,16 +157,16 @@ def _analysis(measured: Path, folder: Path) -> dict[str, Any] | None:
     protocol, samples, mean = content["protocol"], content["samples"], content["mean"]
     args, distances = protocol["arguments"], samples.get("frechet_distance", {})
     drawn = protocol["sampler"]
-    sentence = f"{samples['num_samples']:,} samples each from the same noise ({drawn['name']}, {drawn['steps']} steps"
+    sentence = f"{counted(samples['num_samples'], 'sample')} each from the same noise ({drawn['name']}, "
+    sentence += counted(drawn["steps"], "step")
     sentence += f", seed {args['seed']})"
     if distances:
-        sentence += (
-            f", against {samples['num_real_images']:,} real images on the features of {samples['extractor']['name']}"
-        )
+        sentence += f", against {counted(samples['num_real_images'], 'real image')} on the features of "
+        sentence += samples["extractor"]["name"]
     return {
         "teacher": args["pretrained_model_name_or_path"],
-        "images": args["num_images"],
-        "places": f"{len(content['places'])} {protocol['place_name']}s",
+        "images": counted(args["num_images"], "image"),
+        "places": counted(len(content["places"]), protocol["place_name"]),
         "total": f"{mean['total']:.3g}",
         "share": f"{mean['coarse_share']:.1%}" if mean["coarse_share"] is not None else "none",
         "group_share": f"{mean['groups']['coarse_share']:.1%}"

@@ -11,17 +11,34 @@ is a pipeline of its own, and can be pushed as one.
 import contextlib
 import gc
 import json
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from utils.command_line import ROOT, ArgumentParser, UsageError, run, start
+from utils.flags import add_hub_arguments
+
+
+def parse_args(argv: Sequence[str] | None = None) -> Namespace:
+    """The command line, checked. Raises UsageError."""
+    parser = ArgumentParser(description=__doc__, usage="python -m utils.publishing.hub FOLDER [flags]")
+    parser.add_argument("folder", type=Path, help="a pipeline: the --output_dir of a run, or its best/")
+    add_hub_arguments(parser)
+    args = parser.parse_args(argv)
+    if not (args.folder / "model_index.json").exists():
+        raise UsageError(f"{args.folder} has no model_index.json: give the --output_dir of a finished run.")
+    return args
+
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = start(parse_args)
 
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from utils.command_line import ROOT, ArgumentParser, UsageError, run
 from utils.commands import from_folder, python
 from utils.files import is_stray
-from utils.flags import add_hub_arguments
 from utils.publishing.card import card_for_hub
 from utils.publishing.model_index import without_paths
 
@@ -163,17 +180,11 @@ def operations(folder: Path, repo_id: str) -> list[CommitOperationAdd]:
     return [CommitOperationAdd(name, content) for name, content in added.items()]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(args: Namespace) -> None:
     """Push a folder."""
-    parser = ArgumentParser(description=__doc__, usage="python -m utils.publishing.hub FOLDER [flags]")
-    parser.add_argument("folder", type=Path, help="a pipeline: the --output_dir of a run, or its best/")
-    add_hub_arguments(parser)
-    args = parser.parse_args(argv)
-    if not (args.folder / "model_index.json").exists():
-        raise UsageError(f"{args.folder} has no model_index.json: give the --output_dir of a finished run.")
     repo_id = create_repository(args.hub_model_id or args.folder.resolve().name, args.hub_private_repo, trained=True)
     push(args.folder, repo_id)
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, ARGS)

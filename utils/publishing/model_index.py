@@ -17,16 +17,21 @@ REFERENCES = ("dataset_name", "train_data_dir", "reference_images", "statistics"
 
 
 def card_evaluation(content: dict) -> dict[str, Any]:
-    """What a card says of metrics.json: the finite `metrics` and their `protocol`, `cost` and that of `compare_to`,
-    which `compared` names, and `warnings`; without this machine's paths and without the flags and versions, which stay
-    there."""
+    """What a card says of metrics.json: the finite `metrics` and their `protocol`, the `cost`, both also of
+    `compare_to`, which `compared` names, and `warnings`; without this machine's paths and without the flags and
+    versions, which stay there."""
     content = without_paths(content)
-    metrics, protocol = content.get("metrics", {}), content.get("protocol", {})
+    protocol = content.get("protocol", {})
+    metrics, others = (
+        {key: value for key, value in found.items() if isinstance(value, int | float) and math.isfinite(value)}
+        for found in (content.get("metrics", {}), content.get("compare_to_metrics", {}))
+    )
     return {
         **{key: content.get(key) for key in ("cost", "compare_to")},
         "compared": part(protocol, "arguments").get("compare_to"),
         "warnings": content.get("warnings", []),
-        "metrics": {k: v for k, v in metrics.items() if isinstance(v, int | float) and math.isfinite(v)},
+        "metrics": metrics,
+        "compare_to_metrics": others,
         "protocol": {k: v for k, v in protocol.items() if k not in ("arguments", "versions") and v is not None},
     }
 

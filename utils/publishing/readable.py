@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from utils.counts import counted
+
 LABELS = {  # key in metrics.json -> (with Inception features, with others), each with what is better
     "frechet_distance": ("FID, lower is better", "Frechet distance, lower is better"),
     "kernel_distance": ("KID, lower is better", "kernel distance, lower is better"),
@@ -62,16 +64,25 @@ def _decimals(error: float) -> int:
     return max(0, 1 - math.floor(math.log10(error)))
 
 
-def metric_rows(evaluation: Mapping[str, dict]) -> list[tuple[str, str]]:
-    """(what it is, its value and error) for each of the `metrics` of `card_evaluation`."""
-    metrics, protocol = evaluation["metrics"], evaluation["protocol"]
-    inception, rows = part(protocol, "extractor").get("name") == "inception", []
-    for name, value in carried(metrics, part(protocol, "samples").get("count")).items():
-        error, text = metrics.get(ERRORS.get(name, ""), 0), f"{value:.10g}"
-        if error > 0:
-            text = f"{value:.{_decimals(error)}f} +- {error:.{_decimals(error)}f}"
-        rows.append((LABELS[name][not inception] if name in LABELS else name, text))
-    return rows
+def metric_rows(evaluation: Mapping[str, dict]) -> list[list[str]]:
+    """[what it is, its value and error] for each of the `metrics` of `card_evaluation`, and those of `--compare_to`
+    behind them where they were measured."""
+    protocol, others = evaluation["protocol"], evaluation.get("compare_to_metrics")
+    inception, count = part(protocol, "extractor").get("name") == "inception", part(protocol, "samples").get("count")
+    own, other = (_with_errors(metrics or {}, count) for metrics in (evaluation["metrics"], others))
+    return [
+        [LABELS[name][not inception] if name in LABELS else name, text, *([other.get(name, "-")] if other else [])]
+        for name, text in own.items()
+    ]
+
+
+def _with_errors(metrics: Mapping[str, float], count: int | None) -> dict[str, str]:
+    found = {}
+    for name, value in carried(metrics, count).items():
+        error = metrics.get(ERRORS.get(name, ""), 0)
+        exact = f"{value:.{_decimals(error)}f} +- {error:.{_decimals(error)}f}" if error > 0 else f"{value:.10g}"
+        found[name] = exact
+    return found
 
 
 def part(protocol: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -85,7 +96,7 @@ def sampler(samples: Mapping[str, Any]) -> str:
     steps, eta, guidance = (samples.get(name) for name in ("num_inference_steps", "eta", "guidance_scale"))
     words = [
         samples.get("scheduler"),
-        steps and f"{steps} steps",
+        steps and counted(steps, "step"),
         f"eta {eta:g}" if eta is not None else None,
         f"guidance {guidance:g}" if guidance is not None else None,
         f"seed {samples['seed']}" if "seed" in samples else None,
@@ -112,10 +123,10 @@ def protocol_sentence(protocol: Mapping[str, Any], reference_name: str) -> str:
     split = f", split {reference['split']}" if reference.get("split") else ""
     side = reference.get("resolution")
     size = f" at {side}x{side}" if isinstance(side, int) else ""
-    count = f"{reference['count']:,} images" if isinstance(reference.get("count"), int) else "the images"
+    count = counted(reference["count"], "image") if isinstance(reference.get("count"), int) else "the images"
     return (
-        f"{samples['count']:,} samples{drawn} against {count} of {reference_name}{split}{size}, on the features of "
-        f"{extractor.get('name', 'an unknown extractor')}"
+        f"{counted(samples['count'], 'sample')}{drawn} against {count} of {reference_name}{split}{size}, on the "
+        f"features of {extractor.get('name', 'an unknown extractor')}"
         + (f" ({extractor['dimensions']} dimensions)." if "dimensions" in extractor else ".")
     )
 
@@ -127,14 +138,10 @@ def cost_sentence(protocol: Mapping[str, Any]) -> str:
         samples.get("device") or protocol.get("device"),
         samples.get("dtype"),
         f"batches of {protocol.get('batch_size')}",
-        f"{_some(protocol.get('processes') or 1, 'process')} of {_some(threads or 1, 'thread')}",
+        f"{counted(protocol.get('processes') or 1, 'process')} of {counted(threads or 1, 'thread')}",
         sampler({key: value for key, value in samples.items() if key in ("scheduler", "num_inference_steps")}),
     ]
     return ", ".join(word for word in words if word)
-
-
-def _some(count: int, what: str) -> str:
-    return f"{count} {what}" if count == 1 else f"{count} {what}{'es' if what.endswith('s') else 's'}"
 
 
 def cost_rows(
@@ -187,7 +194,8 @@ def validation_sentence(args: Mapping[str, Any], sampler_name: str) -> str:
     """What the distances of a training run are; `args` are its flags."""
     split = args["validation_split"] or args.get("train_split") or "train"
     return (
-        f"Frechet distance of {args['validation_num_samples']:,} samples ({sampler_name}, "
-        f"{args['validation_num_inference_steps']} steps, seed {args['seed']}) to split `{split}`, on the features of "
-        f"`{args['validation_feature_extractor']}`. It is no FID, and compares with nothing measured otherwise."
+        f"Frechet distance of {counted(args['validation_num_samples'], 'sample')} ({sampler_name}, "
+        f"{counted(args['validation_num_inference_steps'], 'step')}, seed {args['seed']}) to split `{split}`, on the "
+        f"features of `{args['validation_feature_extractor']}`. It is no FID, and compares with nothing measured "
+        "otherwise."
     )

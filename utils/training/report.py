@@ -8,8 +8,10 @@ import torch
 from accelerate import Accelerator
 
 from utils.commands import python_code, string
+from utils.counts import counted
 from utils.devices import peak_process_memory
 from utils.files import PACKAGES, versions, write_json
+from utils.threads import how_threads_wait
 from utils.training.log import RunLog
 
 
@@ -18,7 +20,9 @@ def plan(args, accelerator: Accelerator, dataset, sizes: str, memory: str | None
     `memory` as `utils.training.memory` estimates it."""
     batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
     images = batch * args.max_train_steps
-    threads = f", {torch.get_num_threads()} threads each" if accelerator.device.type == "cpu" else ""
+    count, threads = torch.get_num_threads(), ""
+    if accelerator.device.type == "cpu":
+        threads = f", {counted(count, 'thread')} each" + f", {how_threads_wait()}" * (count > 1)
     distance = " and the best by Frechet distance" if args.validation_feature_extractor else ""
     return "\n".join(
         [
@@ -27,12 +31,12 @@ def plan(args, accelerator: Accelerator, dataset, sizes: str, memory: str | None
             f"devices      {accelerator.num_processes} x {accelerator.device.type}, mixed precision "
             f"{accelerator.mixed_precision}{threads}",
             f"batch        {args.train_batch_size} x {args.gradient_accumulation_steps} accumulated x "
-            f"{accelerator.num_processes} processes = {batch}",
-            f"data         {dataset}; {args.max_train_steps:,} steps see {images:,}, "
+            f"{counted(accelerator.num_processes, 'process')} = {batch}",
+            f"data         {dataset}; {images:,} seen in {counted(args.max_train_steps, 'step')}, "
             f"{images / len(dataset):.1f} epochs",
             f"memory       {memory}",
-            f"checkpoints  {args.output_dir}/checkpoints, every {args.checkpointing_steps:,} steps, the newest "
-            f"{args.checkpoints_total_limit} kept{distance}",
+            f"checkpoints  {args.output_dir}/checkpoints, every {counted(args.checkpointing_steps, 'step')}, the "
+            f"newest {args.checkpoints_total_limit} kept{distance}",
             f"student      {args.output_dir}, a diffusers pipeline",
         ]
     )
@@ -63,7 +67,7 @@ def summary(args, log: RunLog, validation, dataset) -> str:
         f"Report: {folder / 'report.html'}, samples, sizes, distances and curves on one page",
     ]
     if validation.distances:
-        lines.append(f"Frechet distance to real images, {args.validation_num_samples:,} samples:")
+        lines.append(f"Frechet distance to real images, {counted(args.validation_num_samples, 'sample')}:")
         lines += [f"  {who:<26}{distance:10.2f}" for who, distance in validation.distances.items()]
     if validation.best:
         distance, step = validation.best
@@ -73,7 +77,7 @@ def summary(args, log: RunLog, validation, dataset) -> str:
             f"{log.images / log.seconds:.0f} images/s in training, peak memory {_peak_memory(log.accelerator)}"
         )
     if dataset.bad_rows:
-        lines.append(f"{len(dataset.bad_rows)} images could not be decoded; the next good ones stood in for them")
+        lines.append(f"{counted(len(dataset.bad_rows), 'image')} could not be decoded; the next good rows stood in")
     code = validation.backbone.sampling_code(
         string(folder.resolve()), args.validation_num_inference_steps, validation.condition
     )

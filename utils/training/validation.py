@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from utils.backbones.stand_in import InAutocast
 from utils.command_line import announce
+from utils.counts import counted
 from utils.data.rows import ImageRows, load_rows
 from utils.distributed import on_main_process
 from utils.files import write_file, write_json
@@ -64,11 +65,13 @@ class Validation:
         if self.extractor is None:
             return
         with self._at_any_rate("the references"):
+            announce("measuring the distance of noise, of the student before training and of the teacher")
             self.distances = {"noise": self._distance(self._noise_images()), **self.distances}
-            untrained = self._distance(self._sampled(self.untrained.to(self.accelerator.device)))
-            self.distances = {"noise": self.distances["noise"], "student before training": untrained, **self.distances}
+            untrained = self._sampled(self.untrained.to(self.accelerator.device), "the student before training")
+            distance = self._distance(untrained)
+            self.distances = {"noise": self.distances["noise"], "student before training": distance, **self.distances}
             if self.backbone.teacher is not None:
-                self.distances["teacher"] = self._distance(self._sampled(self.backbone.teacher))
+                self.distances["teacher"] = self._distance(self._sampled(self.backbone.teacher, "the teacher"))
 
     def run(self, student: nn.Module, step: int) -> dict[str, float]:
         """Grid and distance of `student`, as it is inside `evaluated`; values to log."""
@@ -77,7 +80,8 @@ class Validation:
             return values
         with self._at_any_rate(f"step {step}"):
             if self.extractor is not None:
-                distance = self._distance(self._sampled(student))
+                announce(f"measuring the student's distance at step {step:,}")
+                distance = self._distance(self._sampled(student, "the student"))
                 self.distances["student"] = values["frechet_distance"] = distance
                 if self.best is None or distance < self.best[0]:
                     self.best = (distance, step)
@@ -116,13 +120,14 @@ class Validation:
     def _title(self, step: int, distance: float | None) -> str:
         """What a grid shows, and the distance with what it has to be read with."""
         guidance = self.backbone.sampling_options.get("guidance_scale")
-        how = f"{self.backbone.process.name}, {self.args.validation_num_inference_steps} steps"
+        how = f"{self.backbone.process.name}, {counted(self.args.validation_num_inference_steps, 'step')}"
         how += "" if guidance is None else f", guidance {guidance:g}"
         title = f"step {step:,} of {self.args.max_train_steps:,}; {how}"
         if distance is None:
             return title
-        samples, name = self.args.validation_num_samples, Path(self.args.validation_feature_extractor).name
-        return f"{title}\nFrechet distance of the student {distance:.4g}: {samples:,} samples, features of {name}"
+        samples = counted(self.args.validation_num_samples, "sample")
+        name = Path(self.args.validation_feature_extractor).name
+        return f"{title}\nFrechet distance of the student {distance:.4g}: {samples}, features of {name}"
 
     def _grid(self, student: nn.Module, step: int, distance: float | None) -> None:
         """Above the teacher, below the student, column by column from the same noise."""
@@ -164,8 +169,8 @@ class Validation:
         for first in tqdm(firsts, desc=description, leave=False, disable=not self.accelerator.is_local_main_process):
             yield first, min(size, count - first)
 
-    def _sampled(self, denoiser: nn.Module) -> Iterator[torch.Tensor]:
-        for first, size in self._batches("sampling", self.args.validation_num_samples):
+    def _sampled(self, denoiser: nn.Module, who: str) -> Iterator[torch.Tensor]:
+        for first, size in self._batches(f"sampling {who}", self.args.validation_num_samples):
             yield self._draw(denoiser, first, size)
 
     def _draw(self, denoiser: nn.Module, first: int, count: int) -> torch.Tensor:
