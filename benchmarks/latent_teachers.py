@@ -162,7 +162,14 @@ def save_whole(part: DiffusionPipeline | nn.Module, folder: Path) -> None:
 
 
 def train(
-    pipeline: DiffusionPipeline, denoiser: nn.Module, batch_loss: Callable, folder: Path, steps: int, rate: float
+    pipeline: DiffusionPipeline,
+    denoiser: nn.Module,
+    batch_loss: Callable,
+    folder: Path,
+    *,
+    steps: int,
+    rate: float,
+    seed: int,
 ) -> None:
     """Train `denoiser` on the latents, encoded once; its EMA is saved in the pipeline in `folder` at the end.
 
@@ -185,7 +192,7 @@ def train(
         print(f"going on from step {done}, after {spent:.0f} CPU s", flush=True)
     start = time.process_time() - spent
     for step in range(done + 1, steps + 1):
-        generator = torch.Generator().manual_seed(seed_from(SEED, step))
+        generator = torch.Generator().manual_seed(seed_from(seed, step))
         rows = torch.randint(len(mean), (BATCH,), generator=generator)
         clean = mean[rows] + std[rows] * torch.randn(mean[rows].shape, generator=generator)
         told = labels[rows].masked_fill(torch.rand(BATCH, generator=generator) < DROPPED, len(NOUNS))
@@ -275,6 +282,8 @@ def run_script(name: str, description: str, make: Callable, *, steps: int, rate:
         "folder", type=Path, help=f"of all teachers: vae, data and {name} are made in it where they are not there"
     )
     parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps of {BATCH} images ({steps})")
+    parser.add_argument("--init_from", type=Path, help="an earlier teacher whose denoiser is trained on, with its VAE")
+    parser.add_argument("--seed", type=int, default=SEED, help=f"of its batches and noise (default: {SEED})")
     parser.add_argument("--vae_steps", type=int, default=VAE_STEPS, help=f"of {VAE_BATCH} images ({VAE_STEPS})")
     parser.add_argument("--learning_rate", type=float, default=rate, help=f"its peak (default: {rate})")
     parser.add_argument("--measure", action="store_true", help="measure the trained teacher instead, numbers to JSON")
@@ -289,9 +298,16 @@ def run_script(name: str, description: str, make: Callable, *, steps: int, rate:
             raise UsageError(f"{target} is trained. Give --measure, or another folder.")
         args.folder.mkdir(parents=True, exist_ok=True)
         make_captioned(args.folder / "data")
+        if args.init_from and not (args.folder / "vae").exists():
+            shutil.copytree(args.init_from / "vae", args.folder / "vae")
         pipeline, denoiser, batch_loss = make(train_vae(args.folder / "vae", args.vae_steps))
+        if args.init_from:
+            part = next(part for part, module in pipeline.components.items() if module is denoiser)
+            trained = type(denoiser).from_pretrained(args.init_from, subfolder=part, use_safetensors=True)
+            denoiser.load_state_dict(trained.state_dict())
         print(f"{name}: {sum(p.numel() for p in denoiser.parameters()):,} parameters", flush=True)
-        train(pipeline, denoiser, batch_loss, target, args.steps, args.learning_rate)
+        options = {"steps": args.steps, "rate": args.learning_rate, "seed": args.seed}
+        train(pipeline, denoiser, batch_loss, target, **options)
         return
     if not (target / "model_index.json").exists():
         raise UsageError(f"--measure: {target} holds no trained teacher. Run this without --measure first.")

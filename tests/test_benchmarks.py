@@ -119,7 +119,7 @@ def test_a_killed_teacher_goes_on(tmp_path, monkeypatch):
             asked.append(batch)
             return batch_loss(*batch)
 
-        latent_teachers.train(pipeline, transformer, counted, tmp_path / folder, 4, 1e-3)
+        latent_teachers.train(pipeline, transformer, counted, tmp_path / folder, steps=4, rate=1e-3, seed=0)
 
     make("whole")
     with pytest.raises(KeyboardInterrupt):

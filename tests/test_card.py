@@ -313,7 +313,7 @@ def test_the_front_matter_is_short_and_the_numbers_are_what_they_carry(student):
     update_card(student)
     text = str(valid(student))
     header = text.split("\n---\n")[0]
-    assert "samples: 50000 by DPMSolverMultistep, 1000 steps, eta 0.5, guidance 7.5\n" in header
+    assert "samples: 50000 by DPMSolverMultistep, 1,000 steps, eta 0.5, guidance 7.5\n" in header
     assert len(header.splitlines()) < 40 and "0" * 64 not in header and "0" * 64 in text
     values = {result.metric_type: result.metric_value for result in ModelCard(text).data.eval_results}
     assert values == {

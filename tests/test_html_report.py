@@ -145,7 +145,7 @@ def test_measurements_join_the_page_of_their_student(student, tmp_path):
     page = Page(write_report(student))
     assert check_alone(page) == 7
     text = " ".join(page.text.split())
-    assert "12.35" in text and "50,000 samples (DPMSolverMultistepScheduler, 1000 steps" in text
+    assert "12.35" in text and "50,000 samples (DPMSolverMultistepScheduler, 1,000 steps" in text
     assert "0.0123 s" in text and "cuda" in text and "not measured yet" not in text
     assert "at 3 places: a mean" in text and "timestep" not in text.split("Where the error")[1].split("Flags")[0]
     assert "10.4% of it" in text and "against 99 real images on the features of classifier" in text

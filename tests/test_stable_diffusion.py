@@ -416,7 +416,7 @@ def test_a_latent_student_is_measured_to_the_end(train):
     flags = ["--validation_feature_extractor", "assets/classifier", "--validation_num_samples", "4"]
     folder = train("sd1", *flags, "--validation_num_inference_steps", "1", "--max_train_steps", "1")
     card = (folder / "README.md").read_text()
-    assert "| noise |" in card and "| teacher |" in card and "DDIM, eta 0, 1 steps" in card
+    assert "| noise |" in card and "| teacher |" in card and "DDIM, eta 0, 1 step" in card
 
 
 @pytest.mark.parametrize("kind", ["sd1", "xl"])
