@@ -540,10 +540,10 @@ def test_a_run_says_at_once_what_it_waits_for(tmp_path):
 # How threads wait
 
 
-def started(load: float | None = 0.0, **environment) -> dict:
+def started(percent: float = 0.0, **environment) -> dict:
     """What a script finds after `start`: the environment that torch will read, and whether it is there already; on a
-    machine of that load, or of one that is not known."""
-    known = f"os.getloadavg = lambda: ({load}, 0.0, 0.0)" if load is not None else "del os.getloadavg"
+    machine whose cores are so busy."""
+    known = f"t.psutil.cpu_percent = lambda interval: {percent}"
     code = f"import json, os, sys, utils.command_line as c, utils.threads as t; {known}; c.start(lambda: None); "
     code += "print(json.dumps({'torch': 'torch' in sys.modules, **{n: os.environ.get(n) for n in t.POLICIES}}))"
     unset = dict.fromkeys(POLICIES, "")
@@ -553,19 +553,10 @@ def started(load: float | None = 0.0, **environment) -> dict:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize(
-    "load, ours",
-    [
-        (0.0, BRIEFLY),
-        (0.49 * os.cpu_count(), BRIEFLY),
-        (0.5 * os.cpu_count(), AT_ONCE),
-        (9.0 * os.cpu_count(), AT_ONCE),
-        (None, BRIEFLY),  # Windows does not say
-    ],
-)
-def test_threads_sleep_in_wait(load, ours, monkeypatch):
+@pytest.mark.parametrize("percent, ours", [(0.0, BRIEFLY), (49.0, BRIEFLY), (50.0, AT_ONCE), (100.0, AT_ONCE)])
+def test_threads_sleep_in_wait(percent, ours, monkeypatch):
     """At once where half of the cores are busy."""
-    assert started(load) == {"torch": False, **dict.fromkeys(POLICIES), **ours}
+    assert started(percent) == {"torch": False, **dict.fromkeys(POLICIES), **ours}
     for name in POLICIES:
         monkeypatch.delenv(name, raising=False)
     assert how_threads_wait() == "waiting as the environment says"
@@ -575,9 +566,9 @@ def test_threads_sleep_in_wait(load, ours, monkeypatch):
 
 
 @pytest.mark.parametrize("name, value", zip(POLICIES, ("ACTIVE", "30000", "200"), strict=True))
-@pytest.mark.parametrize("load", [0.0, 9.0 * os.cpu_count()])
-def test_a_users_wish_how_threads_wait_holds(name, value, load):
-    assert started(load, **{name: value}) == {"torch": False, **dict.fromkeys(POLICIES), name: value}
+@pytest.mark.parametrize("percent", [0.0, 100.0])
+def test_a_users_wish_how_threads_wait_holds(name, value, percent):
+    assert started(percent, **{name: value}) == {"torch": False, **dict.fromkeys(POLICIES), name: value}
 
 
 @pytest.mark.parametrize(

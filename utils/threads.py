@@ -5,6 +5,8 @@ first when it is loaded."""
 import os
 from collections.abc import Mapping
 
+import psutil
+
 from utils.launcher import launcher, launcher_environment
 
 POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # OpenMP's own word, GNU's, and LLVM's and Intel's
@@ -24,8 +26,8 @@ def sleep_in_wait() -> None:
 
 
 def is_busy() -> bool:
-    """Whether others keep half of the cores or more; no, where the system does not say."""
-    return hasattr(os, "getloadavg") and os.getloadavg()[0] >= os.cpu_count() / 2
+    """Whether others keep half of the cores, or more, at work now: a load average would still count what has ended."""
+    return psutil.cpu_percent(interval=0.1) >= 50
 
 
 def how_threads_wait() -> str:
