@@ -72,6 +72,7 @@ if __name__ == "__main__":  # --help and wrong flags do not wait for what is imp
 
 import datasets  # noqa: E402
 import torch  # noqa: E402
+from latent_teachers import make_captioned  # noqa: E402
 from PIL import Image  # noqa: E402
 from study_jobs import RESULTS, Results, apart, as_asked, evaluate, sampled, train  # noqa: E402
 from study_probe import probe  # noqa: E402
@@ -105,7 +106,10 @@ def teacher_of(name: str, work: Path) -> str:
     """The folder of a teacher; those of later stages are trained when they are first asked for."""
     if name not in {*TEACHERS, *LATENT_TEACHERS}:
         return name
-    folder = work / "teachers" / name
+    folder, shipped = work / "teachers" / name, Path("assets", f"{name}_teacher")
+    if name in LATENT_TEACHERS and (ROOT / shipped).exists():
+        make_captioned(folder.parent / "data")
+        return str(shipped)
     if name in LATENT_TEACHERS:
         if not (folder / "model_index.json").exists():
             subprocess.run([sys.executable, f"benchmarks/make_{name}_teacher.py", folder.parent], check=True)

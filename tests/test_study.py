@@ -5,6 +5,7 @@ import math
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from conftest import read_log
@@ -97,6 +98,15 @@ def test_every_row_is_a_command(tmp_path):
     assert parsed["random", "PLACE, coarse only"].lambda_kd_output == pytest.approx(1e-5)  # of a term a million times
     assert parsed["taylor", "w/o KD, balanced"].lambda_kd_output == 0
     assert study.record_of(tmp_path, "mse + FeatKD", "t", "all", 0) is None
+
+
+def test_a_shipped_teacher_is_taken_with_its_captions(tmp_path, monkeypatch):
+    monkeypatch.chdir(study.ROOT)
+    assert study.teacher_of("flow", tmp_path) == "assets/flow_teacher"
+    rows = datasets.load_dataset(study.data_of("flow", tmp_path), split="test", cache_dir=str(tmp_path / "cache"))
+    assert len(rows) == 10_000 and rows[0]["text"] == "an ankle boot"
+    prompts = (study.ROOT / study_rows.SETTINGS["flow"].family.prompts).read_text().splitlines()
+    assert {*prompts} == {*rows["text"]}
 
 
 def test_differences_are_paired():
