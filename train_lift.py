@@ -175,7 +175,6 @@ def main(args: Namespace) -> None:
                         coefficients=args.coefficients,
                         coarse_norm=args.coarse_norm,
                         coarse_scale=args.coarse_scale,
-                        fine_norm=args.fine_norm,
                         weight=fine_weight(args.weighting, progress),
                         sample_weight=balance.weight("output", noised.place),
                     )

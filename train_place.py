@@ -169,7 +169,6 @@ def main(args: Namespace) -> None:
                     grouping=args.grouping,
                     coarse_norm=args.coarse_norm,
                     coarse_scale=args.coarse_scale,
-                    fine_norm=args.fine_norm,
                     weight=fine_weight(args.weighting, progress),
                     sample_weight=balance.weight("output", noised.place),
                 )

@@ -37,7 +37,7 @@ def row_loss(args, backbone, student: Tapped, teacher: Tapped, noised, condition
     options = {"sample_weight": balance.weight("output", noised.place)}
     if getattr(args, "output_loss", "lift") != "lift":
         return loss + args.lambda_kd_output * output_loss(*pair, kind=args.output_loss, **options).loss
-    options |= {"coarse_norm": args.coarse_norm, "coarse_scale": args.coarse_scale, "fine_norm": args.fine_norm}
+    options |= {"coarse_norm": args.coarse_norm, "coarse_scale": args.coarse_scale}
     options["weight"] = fine_weight(args.weighting, 1.0)
     if hasattr(args, "group_size"):
         output = place_loss(*pair, group_size=args.group_size, grouping=args.grouping, **options)

@@ -406,7 +406,6 @@ def test_an_empty_command_line_is_the_embedded_default(tmp_path, monkeypatch, ca
         ("--lambda_kd_output 0 --lambda_kd_feat 1 --group_size 4", "train_place", "--lambda_kd_output above 0"),
         ("--lambda_kd_output 0 --output_loss mse", "train_lift", "--lambda_kd_output above 0"),
         ("--output_loss mse --coarse_norm l2", "train_lift", "--output_loss lift"),
-        ("--output_loss l1 --fine_norm l1", "train_lift", "--output_loss lift"),
         ("--lambda_task 0 --snr_gamma 5", "train_place", "--lambda_task above 0"),
         ("--lambda_task 0 --task_balance 1", "train_place", "--lambda_task above 0"),
         ("--lambda_kd_output 0 --timestep_balance 1", "train_lift", "--lambda_kd_output above 0"),

@@ -58,7 +58,7 @@ def test_the_scripts_differ_in_their_method_alone():
     start = "from utils.distillation.losses import"
     allowed = re.compile(
         rf"{start}|output = (place|lift|output)_loss\(|if args.output_loss|else:|\)|student_pred.output,|teacher_pred."
-        r"output,|(group_size|grouping|coefficients|coarse_norm|coarse_scale|fine_norm|kind)=args\.|weight=fine_weight\(|"
+        r"output,|(group_size|grouping|coefficients|coarse_norm|coarse_scale|kind)=args\.|weight=fine_weight\(|"
         r"sample_weight=balance"
     )
     assert [line for line in changed if not allowed.match(line)] == []
@@ -182,18 +182,7 @@ def plain(tmp_path_factory, teacher_dir, data_dir) -> Path:
         ["--teacher_dtype", "bf16"],
         ["--optimizer", "adam", "--adam_weight_decay", "0.1"],
         ["--random_flip", "--antithetic_timesteps", "--snr_gamma", "5"],
-        [
-            "--weighting",
-            "linear",
-            "--grouping",
-            "signed",
-            "--group_size",
-            "8",
-            "--coarse_norm",
-            "l2",
-            "--fine_norm",
-            "l1",
-        ],
+        ["--weighting", "linear", "--grouping", "signed", "--group_size", "8", "--coarse_norm", "l2"],
         ["--weighting", "cosine", "--grouping", "patch", "--coarse_scale", "2"],
         ["--allow_tf32", "--weighting", "constant", "--gradient_accumulation_steps", "2"],
     ],

@@ -2,7 +2,6 @@
 """The loss of a run in words and equations, as its flags set it; what `utils.distillation.losses` computes."""
 
 COARSE = {"l1": "mean |b1 - 1| + mean |b0|", "l2": "mean (b1 - 1)^2 + mean b0^2"}
-FINE = {"l2": "(b0 + b1 * e_S - e_T)^2", "l1": "|b0 + b1 * e_S - e_T|"}
 FINE_WEIGHT = {
     "adaptive": "1 - min(1, mean |b1 - 1| + mean |b0|)",
     "constant": "1",
@@ -50,7 +49,7 @@ def equations(args: dict) -> tuple[list[str], str]:
         "b1     = cov(e_S, e_T) / var(e_S),  b0 = mean(e_T) - b1 * mean(e_S)",
         f"coarse = {COARSE[args['coarse_norm']]}  (gradient through b0 and b1)",
         *balance,
-        f"fine   = {mean}{FINE[args.get('fine_norm', 'l2')]}  (b0 and b1 detached)",
+        f"fine   = {mean}(b0 + b1 * e_S - e_T)^2  (b0 and b1 detached)",
         f"w      = {FINE_WEIGHT[args['weighting']]}",
         f"output = {scale}coarse + w * fine",
     ]

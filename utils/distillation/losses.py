@@ -71,7 +71,6 @@ def lift_loss(
     coefficients: str = "channel",
     coarse_norm: str = "l1",
     coarse_scale: float = 1.0,
-    fine_norm: str = "l2",
     weight: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
     eps: float = 1e-8,
@@ -79,9 +78,8 @@ def lift_loss(
     """LIFT (arXiv 2605.19729): the equations above with one line per (sample, channel), or per sample.
 
     student_pred, teacher_pred (B, C, *S), any trailing shape S. `coefficients`: channel | sample. `coarse_norm`: l1,
-    or l2 for mean (b1 - 1)^2 + mean b0^2; w keeps the l1 form and never sees `coarse_scale`. `fine_norm`: l2, or l1
-    for mean |b0 + b1 * e_S - e_T|, not the paper's. `weight`: None for the adaptive w, otherwise the w to use; a
-    tensor that requires grad is learned. `sample_weight` (B,): see above.
+    or l2 for mean (b1 - 1)^2 + mean b0^2; w keeps the l1 form and never sees `coarse_scale`. `weight`: None for the
+    adaptive w, otherwise the w to use; a tensor that requires grad is learned. `sample_weight` (B,): see above.
     ValueError: shapes that differ, are empty or have fewer than 3 dimensions, dtypes that are not floating point,
     fewer than 2 elements in a line, unknown options, a weight of more than one element, a sample_weight not (B,).
     """
@@ -90,7 +88,7 @@ def lift_loss(
     if coefficients == "sample":  # one channel of C * N elements
         student, teacher = student.flatten(1).unsqueeze(1), teacher.flatten(1).unsqueeze(1)
     pieces = [(student.flatten(2), teacher.flatten(2))]
-    return _line_loss(pieces, coarse_norm, coarse_scale, fine_norm, weight, sample_weight, eps)
+    return _line_loss(pieces, coarse_norm, coarse_scale, weight, sample_weight, eps)
 
 
 def place_loss(
@@ -101,7 +99,6 @@ def place_loss(
     grouping: str = "error",
     coarse_norm: str = "l1",
     coarse_scale: float = 1.0,
-    fine_norm: str = "l2",
     weight: float | Tensor | None = None,
     sample_weight: Tensor | None = None,
     eps: float = 1e-8,
@@ -123,7 +120,7 @@ def place_loss(
         order_BCN = group_order(student_BCN, teacher_BCN, grouping)
         student_BCN, teacher_BCN = student_BCN.gather(-1, order_BCN), teacher_BCN.gather(-1, order_BCN)
     pieces = zip(in_groups(student_BCN, group_size), in_groups(teacher_BCN, group_size), strict=True)
-    return _line_loss(list(pieces), coarse_norm, coarse_scale, fine_norm, weight, sample_weight, eps)
+    return _line_loss(list(pieces), coarse_norm, coarse_scale, weight, sample_weight, eps)
 
 
 def group_sizes(elements: int, group_size: int) -> list[int]:
@@ -201,29 +198,20 @@ def _line_loss(
     pieces: list[tuple[Tensor, Tensor]],
     coarse_norm: str,
     coarse_scale: float,
-    fine_norm: str,
     weight: float | Tensor | None,
     sample_weight: Tensor | None,
     eps: float,
 ) -> KDLoss:
     """L = L_coarse + w * L_fine over all lines; a piece is a pair (B, C, K) or (B, C, G, K), K its own."""
     _check_choice("coarse_norm", coarse_norm, ("l1", "l2"))
-    _check_choice("fine_norm", fine_norm, ("l1", "l2"))
     slopes, intercepts, residuals = zip(*(_fit(student, teacher, eps) for student, teacher in pieces), strict=True)
     slope_X, intercept_X = torch.cat(slopes, dim=-1), torch.cat(intercepts, dim=-1)
     tilt_X = slope_X - 1
     absolute = tilt_X.abs().mean() + intercept_X.abs().mean()
     coarse = absolute if coarse_norm == "l1" else tilt_X.square().mean() + intercept_X.square().mean()
-    if fine_norm == "l2":
-        distances = [residual.square() for residual in residuals]
-    else:  # a mean |r| has a gradient through student_mean, so b0 and b1 are constants here
-        lines = [
-            (b0.detach().unsqueeze(-1), b1.detach().unsqueeze(-1)) for b0, b1 in zip(intercepts, slopes, strict=True)
-        ]
-        distances = [(b0 + b1 * e_S - e_T).abs() for (b0, b1), (e_S, e_T) in zip(lines, pieces, strict=True)]
-    elements = sum(distance.numel() for distance in distances)
-    fine = sum(distance.sum() for distance in distances) / elements
-    error_B = sum(distance.flatten(1).sum(1) for distance in distances) / (elements // len(distances[0]))
+    squares, elements = [r.square() for r in residuals], sum(r.numel() for r in residuals)
+    fine = sum(square.sum() for square in squares) / elements
+    error_B = sum(square.flatten(1).sum(1) for square in squares) / (elements // len(squares[0]))
 
     if weight is None:
         w = 1 - absolute.detach().clamp(max=1)

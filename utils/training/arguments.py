@@ -257,12 +257,6 @@ def _loss(parser: argparse.ArgumentParser) -> None:
         help="weight of the coarse term (default: 1, the paper's equation)",
     )
     group.add_argument(
-        "--fine_norm",
-        choices=["l2", "l1"],
-        default="l2",
-        help="of what the lines leave: l2 its mean square, l1 its mean absolute value (default: l2, the paper's)",
-    )
-    group.add_argument(
         "--weighting",
         choices=["adaptive", "constant", "linear", "cosine"],
         default="adaptive",
@@ -590,7 +584,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _idle_flags(args: argparse.Namespace) -> list[tuple[str, bool, str]]:
     """The table of `warn_of_idle_flags`."""
-    line_flags = "coefficients coarse_norm coarse_scale fine_norm weighting group_size grouping"
+    line_flags = "coefficients coarse_norm coarse_scale weighting group_size grouping"
     return [
         ("student_init", args.pruning_ratio is None, "--pruning_ratio"),
         (
