@@ -374,8 +374,8 @@ def main(args: Namespace) -> None:
             images.keep_size(quiet=True)
         samples_grid(args, images, others, words, content).save(folder / "samples.png")
         if sampler and not args.keep_images:
-            for path in (samples.images, samples.records, Path(args.output_dir) / OTHER):
-                shutil.rmtree(path, ignore_errors=True)
+            for path in (samples.images, samples.records, *([Path(args.output_dir) / OTHER] if others else [])):
+                shutil.rmtree(path)
         print(f"\n{report(content)}")
         print(f"Saved: {folder / 'metrics.json'}, with the protocol; samples: {folder / 'samples.png'}")
         page = report_measurement(

@@ -106,11 +106,11 @@ def teacher_of(name: str, work: Path) -> str:
     """The folder of a teacher; those of later stages are trained when they are first asked for."""
     if name not in {*TEACHERS, *LATENT_TEACHERS}:
         return name
-    folder, shipped = work / "teachers" / name, Path("assets", f"{name}_teacher")
-    if name in LATENT_TEACHERS and (ROOT / shipped).exists():
-        make_captioned(folder.parent / "data")
-        return str(shipped)
+    folder = work / "teachers" / name
     if name in LATENT_TEACHERS:
+        if (ROOT / (shipped := f"assets/{name}_teacher")).exists():
+            make_captioned(folder.parent / "data")
+            return shipped
         if not (folder / "model_index.json").exists():
             subprocess.run([sys.executable, f"benchmarks/make_{name}_teacher.py", folder.parent], check=True)
         return str(folder)
