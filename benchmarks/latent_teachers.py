@@ -10,35 +10,30 @@ distance to the 10,000 test images.
 """
 
 import argparse
-import os
 import shutil
 import string
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-import datasets  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from diffusers import AutoencoderKL, DiffusionPipeline  # noqa: E402
-from diffusers.optimization import get_scheduler  # noqa: E402
-from diffusers.training_utils import EMAModel  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torchvision.utils import save_image  # noqa: E402
-from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel  # noqa: E402
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from latent_flags import BATCH, ROOT, SEED, VAE_BATCH
+from torch import Tensor, nn
+from torchvision.utils import save_image
+from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedModel
 
-from utils.command_line import UsageError  # noqa: E402
-from utils.files import written_beside  # noqa: E402
-from utils.metrics.distances import frechet_distance  # noqa: E402
-from utils.metrics.extractors import load_extractor  # noqa: E402
-from utils.metrics.statistics import FeatureStatistics  # noqa: E402
-from utils.pixels import as_rgb  # noqa: E402
-from utils.randomness import seed_from  # noqa: E402
+from utils.files import written_beside
+from utils.metrics.distances import frechet_distance
+from utils.metrics.extractors import load_extractor
+from utils.metrics.statistics import FeatureStatistics
+from utils.pixels import as_rgb
+from utils.randomness import seed_from
 
 DATA, CLASSIFIER = ROOT / "assets" / "fashion_mnist_16", ROOT / "assets" / "classifier"
 NOUNS = ["a t-shirt", "trousers", "a pullover", "a dress", "a coat"]
@@ -47,10 +42,8 @@ SIDE, CHANNELS = 16, 4  # of the latents
 # Of the KL per latent element, beside the L1 error per pixel in [-1, 1]: at 3e-3 half of a channel is noise, at 1e-4
 # the four channels are nearly one (correlations of .96)
 KL_WEIGHT = 1e-3
-VAE_STEPS, VAE_BATCH = 2000, 32
-BATCH, DROPPED = 64, 0.1  # images a step; share of them that is told no class, as classifier-free guidance needs
+DROPPED = 0.1  # share of the images that is told no class, as classifier-free guidance needs
 SAVING_STEPS = 200
-SEED = 0
 
 
 def load_split(split: str) -> tuple[Tensor, Tensor]:
@@ -271,35 +264,20 @@ def measure(draw: Callable, vae: AutoencoderKL, samples: int, grid: Path) -> dic
     }
 
 
-def run_script(name: str, description: str, make: Callable, *, steps: int, rate: float, guidance: float) -> None:
-    """The command line of a script: train the teacher `name`, or measure it.
+def run_script(args: argparse.Namespace, make: Callable) -> None:
+    """Train the teacher that the command line (latent_flags.py) names, or measure it.
 
     `make(vae)` gives (untrained pipeline, its denoiser, batch_loss); `make.load(folder)` the trained pipeline, ready
     to be called; `make.condition(labels)` the keywords of that call.
     """
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "folder", type=Path, help=f"of all teachers: vae, data and {name} are made in it where they are not there"
-    )
-    parser.add_argument("--steps", type=int, default=steps, help=f"optimizer steps of {BATCH} images ({steps})")
-    parser.add_argument("--init_from", type=Path, help="an earlier teacher whose denoiser is trained on, with its VAE")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"of its batches and noise (default: {SEED})")
-    parser.add_argument("--vae_steps", type=int, default=VAE_STEPS, help=f"of {VAE_BATCH} images ({VAE_STEPS})")
-    parser.add_argument("--learning_rate", type=float, default=rate, help=f"its peak (default: {rate})")
-    parser.add_argument("--measure", action="store_true", help="measure the trained teacher instead, numbers to JSON")
-    parser.add_argument("--samples", type=int, default=1000, help="of --measure (default: 1000)")
-    parser.add_argument("--inference_steps", type=int, default=25, help="of --measure (default: 25)")
-    parser.add_argument("--guidance", type=float, default=guidance, help=f"of --measure (default: {guidance})")
-    args = parser.parse_args()
     torch.set_num_threads(1)
-    target = args.folder / name
+    name, target = args.target.name, args.target
     if not args.measure:
-        if (target / "model_index.json").exists():
-            raise UsageError(f"{target} is trained. Give --measure, or another folder.")
         args.folder.mkdir(parents=True, exist_ok=True)
         make_captioned(args.folder / "data")
         if args.init_from and not (args.folder / "vae").exists():
-            shutil.copytree(args.init_from / "vae", args.folder / "vae")
+            vae = AutoencoderKL.from_pretrained(args.init_from, subfolder="vae", use_safetensors=True)
+            save_whole(vae, args.folder / "vae")
         pipeline, denoiser, batch_loss = make(train_vae(args.folder / "vae", args.vae_steps))
         if args.init_from:
             part = next(part for part, module in pipeline.components.items() if module is denoiser)
@@ -309,8 +287,6 @@ def run_script(name: str, description: str, make: Callable, *, steps: int, rate:
         options = {"steps": args.steps, "rate": args.learning_rate, "seed": args.seed}
         train(pipeline, denoiser, batch_loss, target, **options)
         return
-    if not (target / "model_index.json").exists():
-        raise UsageError(f"--measure: {target} holds no trained teacher. Run this without --measure first.")
     from study_jobs import Results
 
     pipeline = make.load(target)

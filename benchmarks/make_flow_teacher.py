@@ -12,19 +12,24 @@ is called with max_sequence_length=8. Times are drawn as SD3's, logit-normal, on
 
 from pathlib import Path
 
-import torch
-from diffusers import (
+from latent_flags import SEED, Teacher, read
+
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = read(__doc__, Teacher("flow", steps=2000, learning_rate=1e-3, guidance=2.0))
+
+import torch  # noqa: E402
+from diffusers import (  # noqa: E402
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from diffusers.training_utils import compute_density_for_timestep_sampling
-from latent_teachers import CHANNELS, NOUNS, SEED, SIDE, make_text_encoder, make_tokenizer, run_script
-from torch import Tensor
-from transformers import CLIPTextModelWithProjection
+from diffusers.training_utils import compute_density_for_timestep_sampling  # noqa: E402
+from latent_teachers import CHANNELS, NOUNS, SIDE, make_text_encoder, make_tokenizer, run_script  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import CLIPTextModelWithProjection  # noqa: E402
 
-from utils.command_line import run
+from utils.command_line import run  # noqa: E402
 
 TEXT_WIDTH, TOKENS = 32, 8  # of either encoder, and in the place of T5
 
@@ -91,4 +96,4 @@ class FlowTeacher:
 
 
 if __name__ == "__main__":
-    run(lambda: run_script("flow", __doc__, FlowTeacher(), steps=2000, rate=1e-3, guidance=2.0))
+    run(run_script, ARGS, FlowTeacher())

@@ -12,14 +12,19 @@ config of a small U-Net for the same latents and prompts.
 
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from latent_teachers import CHANNELS, NOUNS, SEED, SIDE, make_text_encoder, make_tokenizer, run_script
-from torch import Tensor
-from transformers import CLIPTextModel
+from latent_flags import SEED, Teacher, read
 
-from utils.command_line import run
+if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
+    ARGS = read(__doc__, Teacher("text", steps=2000, learning_rate=1e-3, guidance=3.0))
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from diffusers import AutoencoderKL, DDPMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel  # noqa: E402
+from latent_teachers import CHANNELS, NOUNS, SIDE, make_text_encoder, make_tokenizer, run_script  # noqa: E402
+from torch import Tensor  # noqa: E402
+from transformers import CLIPTextModel  # noqa: E402
+
+from utils.command_line import run  # noqa: E402
 
 
 class TextTeacher:
@@ -70,4 +75,4 @@ class TextTeacher:
 
 
 if __name__ == "__main__":
-    run(lambda: run_script("text", __doc__, TextTeacher(), steps=2000, rate=1e-3, guidance=3.0))
+    run(run_script, ARGS, TextTeacher())

@@ -41,8 +41,8 @@ PROGRAMS["convert_ddim"] = [str(ROOT / "recipes" / "convert_ddim.py")]
 PROGRAMS["hub"] = ["-m", "utils.publishing.hub"]
 PROGRAMS |= {
     name: [str(ROOT / "benchmarks" / f"{name}.py")]
-    for name in "busy_machine cache_speed compare default_study faults gpu_checks hub_checks make_assets peers "
-    "recipe_memory step_time study sweep".split()
+    for name in "busy_machine cache_speed compare default_study faults gpu_checks hub_checks make_assets "
+    "make_dit_teacher make_flow_teacher make_text_teacher peers recipe_memory step_time study sweep".split()
 }
 NEEDED = {  # the shortest command line of each
     "evaluate_fid": "--pretrained_model_name_or_path t --dataset_name d",
