@@ -92,7 +92,11 @@ SETTINGS = {
         "DiT, 2 of 8 layers, chosen by score", 500, "--student_depth 2 --layer_choice scored", "dit", CLASSES
     ),
     "flow": Setting(
-        "SD3's MMDiT, 2 of 8 layers, evenly chosen", 500, "--student_depth 2 --max_sequence_length 8", "flow", FLOW
+        "SD3's MMDiT, 2 of 8 layers, evenly chosen",
+        500,
+        "--student_depth 2 --max_sequence_length 8 --no-antithetic_timesteps",
+        "flow",
+        FLOW,
     ),
 }
 
