@@ -154,7 +154,7 @@ def measure_samples(
             try:
                 samples[who] = backbone.sample(denoiser, seeds, args.num_inference_steps, conditions)
             except FloatingPointError as error:
-                raise UsageError(f"Sampling ({who}) after {first} samples: {error}") from error
+                raise UsageError(f"Sampling ({who}) after {counted(first, 'sample')}: {error}") from error
             progress.update(len(seeds))
         for who, drawn in samples.items():
             gap = (drawn.double() - samples["teacher"].double()).abs()

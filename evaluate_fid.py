@@ -285,7 +285,8 @@ def main(args: Namespace) -> None:
         size, count = sampler.size(), args.num_samples
         on_main_process(accelerator, refuse_other_size, args, size, other_size)
         if not args.label_column and count < (classes := len(sampler.class_labels or [])):
-            warnings.warn(f"--num_samples {count}: the first {count} of {classes} classes are drawn.", stacklevel=1)
+            drawn = f"of {counted(classes, 'class')} the first {count} only"
+            warnings.warn(f"--num_samples {count}: {drawn}.", stacklevel=1)
     if isinstance(reference, ImageSet):
         if args.skip_bad_images:
             reference.leave_out_unreadable(quiet=quiet)
@@ -300,7 +301,7 @@ def main(args: Namespace) -> None:
         samples = SampleFolder(args.output_dir, count, args.batch_size)
         how = drawn_how(args, sampler, files)
         if done := on_main_process(accelerator, samples.open, how):
-            print(f"{done:,} of {count:,} samples are in {samples.images} already")
+            print(f"{done:,} of {counted(count, 'sample')} in {samples.images} already")
 
     # Reference, then samples
     real, reference_protocol = measure_reference(reference, extractor, accelerator, args)

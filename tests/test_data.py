@@ -535,7 +535,7 @@ def test_the_next_good_row_stands_in(tmp_path, monkeypatch, accelerator, hold, w
 
 
 def test_nothing_but_damaged_images(tmp_path):
-    with pytest.raises(ValueError, match="none of the 6 images can be decoded; the last: it holds floats from 0 to 1"):
+    with pytest.raises(ValueError, match="none of 6 images can be decoded; the last: it holds floats from 0 to 1"):
         ImageRows(damaged(tmp_path / "data", {"floats": range(6)}), transform(), 0, skip_bad_images=True, quiet=True)
 
 

@@ -113,8 +113,8 @@ def test_layers_are_scored_by_the_diffusion_loss(backbone, teacher):
 
 REFUSED = {
     "another preset": ("--student_preset bk_small", "--student_preset bk_small: of a DiT.* d14, d7, d4"),
-    "too deep a preset": ("--student_preset d7", "--student_preset d7: 7 layers are to be kept; the teacher has 4"),
-    "too deep": ("--student_depth 5", "--student_depth: 5 layers are to be kept; the teacher has 4"),
+    "too deep a preset": ("--student_preset d7", "--student_preset d7: 7 layers to be kept, of 4"),
+    "too deep": ("--student_depth 5", "--student_depth: 5 layers to be kept, of 4"),
     "no depth": ("--student_depth 0", "--student_depth is 0; it must be above 0"),
     "no such layer": ("--kept_layers 0,4", "--kept_layers: 0,4; give layers of the teacher's 0 to 3"),
     "layers out of order": ("--kept_layers 2,1", "--kept_layers: 2,1; give layers"),

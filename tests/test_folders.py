@@ -91,13 +91,13 @@ def test_what_is_left_out_is_counted(tmp_path):
     for name in (".DS_Store", "Thumbs.db", "README.md", "0.txt"):
         (folder / name).write_text("no image")
     said = (
-        r"--train_data_dir .*: 2 images are used. Left out: .*2 images, links to nothing.* 6 files that are no images "
-        r"by their names \(\.bak 1, \.heic 2, \.mpg 1, \.txt 1, no suffix 1\)"
+        r"--train_data_dir .*: 2 images used. Left out: .*2 images, links to nothing.* 6 files of other "
+        r"kinds \(\.bak 1, \.heic 2, \.mpg 1, \.txt 1, no suffix 1\)"
     )
     with pytest.warns(UserWarning, match=said) as warned:
         assert len(rows_of(folder)) == 2
     assert "4 images, hidden" in str(warned[0].message)
-    with pytest.warns(UserWarning, match="--reference_images .*: 2 images are used. Left out"):
+    with pytest.warns(UserWarning, match="--reference_images .*: 2 images used. Left out"):
         assert len(image_files(str(folder), "--reference_images")) == 2
 
 
@@ -108,7 +108,7 @@ def test_a_split_of_a_folder_is_a_subfolder(tmp_path):
     folder = save(tmp_path, *(f"{part}/{i}.png" for part in ("train", "val", "holiday") for i in range(3)))
     assert len(names_of(folder)) == 9
     for split, part in {"train": "train", "validation": "val", "val": "val", "holiday": "holiday"}.items():
-        with pytest.warns(UserWarning, match="3 images are used. Left out: 6 images, in other subfolders"):
+        with pytest.warns(UserWarning, match="3 images used. Left out: 6 images, in other subfolders"):
             found = rows_of(folder, split)["image"]
         assert {Path(image["path"]).parent.name for image in found} == {part}
     with pytest.raises(ValueError, match="--train_split: .* has no split 'test', only holiday, train, val"):
@@ -120,7 +120,7 @@ def test_parts_of_a_dataset_that_are_used_alike_are_said(tmp_path):
     folder = save(tmp_path, "train/0.png", "Test/0.png")
     with pytest.warns(UserWarning, match="all 2 images are used, those of Test and train alike; --train_split takes"):
         assert len(rows_of(folder)) == 2
-    with pytest.warns(UserWarning, match="--dataset_name .*: 1 images are used. Left out: 1"):  # as on the Hub
+    with pytest.warns(UserWarning, match="--dataset_name .*: 1 image used. Left out: 1"):  # as on the Hub
         assert len(rows_of(folder, flag="dataset_name")) == 1
 
 
@@ -148,7 +148,7 @@ def test_captions_in_the_order_of_the_metadata(tmp_path, kind):
     captions = ["two", None, "zero"]
     lines = [{"file_name": name, "text": text, "n": 1} for name, text in zip(names, captions, strict=True)]
     save_metadata(folder, kind, lines)
-    with pytest.warns(UserWarning, match="3 images are used. Left out: 1 images, that the metadata does not name"):
+    with pytest.warns(UserWarning, match="3 images used. Left out: 1 image, that the metadata does not name"):
         rows = rows_of(folder)
     assert [os.path.relpath(image["path"], folder) for image in rows["image"]] == names
     assert rows["text"][:] == captions and set(rows.column_names) == {"image", "text", "n"}
@@ -204,7 +204,9 @@ def test_metadata_of_two_kinds(tmp_path):
 def test_what_is_no_folder_of_images(tmp_path):
     (tmp_path / "stored").mkdir()
     (tmp_path / "stored" / "train.parquet").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"--train_data_dir .* no images.*\.parquet 1.* give it as --dataset_name"):
+    with pytest.raises(
+        ValueError, match=r"--train_data_dir .* of other kinds .*\.parquet 1.* give it as --dataset_name"
+    ):
         rows_of(tmp_path / "stored")
     with pytest.raises(ValueError, match="--train_data_dir .*: it is a file. Give a folder"):
         rows_of(tmp_path / "stored" / "train.parquet")

@@ -59,7 +59,7 @@ def test_class_folders_are_labels(tmp_path):
 @pytest.mark.parametrize(
     "names, message",
     [
-        ("abcd", "there are 4 class folders.* and the model knows 5 classes"),
+        ("abcd", "4 class folders.* and the model knows 5 classes"),
         (["1", "2", "3", "4", "10"], "the class folder 1 would be label 0"),
         ("", "the dataset has no such column, only image. A folder of images has labels where every class"),
     ],

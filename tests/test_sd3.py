@@ -270,7 +270,7 @@ def test_what_is_not_whole_or_does_not_fit_is_refused(teachers, tmp_path, name):
     "flags, message",
     [
         ("--kept_layers 0,2", "--kept_layers: the last layer kept is 2; it must be 3"),
-        ("--student_depth 5", "--student_depth: 5 layers are to be kept; the teacher has 4"),
+        ("--student_depth 5", "--student_depth: 5 layers to be kept, of 4"),
         ("--resolution 64", "--resolution 64: the table of positions ends at 48 pixels"),
         ("--student_config small.json", "--resolution 32: the table of positions ends at 16 pixels"),
         ("--resolution 30", "--resolution 30: .* must be a multiple of 4"),

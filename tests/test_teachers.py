@@ -384,7 +384,7 @@ BROKEN = {
     "tiny vae": (listed("vae", "diffusers", "AutoencoderTiny"), "vae is a AutoencoderTiny; .* takes a AutoencoderKL"),
     "text encoder without a layer": (without_a_layer, "text_encoder lack 16 tensors.*layers.1"),
     "vae without a tensor": (configured(VAE, layers_per_block=2), "vae lack .* tensors of the AutoencoderKL"),
-    "shard absent": (without_a_shard, "text_encoder is not whole: .*index.json names .* files, of which 1 "),
+    "shard absent": (without_a_shard, "text_encoder is not whole: .*index.json names .* files, not there: 1, "),
     "truncated": (truncated, "vae, a AutoencoderKL, does not load"),
     "git lfs pointer": (pointer, "vae, a AutoencoderKL, does not load"),
     "vae fp16 only": (fp16_only("vae"), "vae is not whole.*--variant fp16 takes"),

@@ -17,6 +17,7 @@ import torch
 from diffusers import ModelMixin
 from safetensors import safe_open
 
+from utils.counts import counted
 from utils.files import read_json
 
 OTHER_FORMATS = (".ckpt", ".msgpack", ".h5", ".onnx", ".onnx_data", ".pb", ".pt", ".pth", ".xml")  # nobody here reads
@@ -137,7 +138,7 @@ def _shards(index: Path) -> list[Path]:
     absent = [path.name for path in shards if not path.is_file()]
     if absent:
         raise ValueError(
-            f"its {index.name} names {len(shards)} files, of which {len(absent)} are not there, the first is "
+            f"its {index.name} names {counted(len(shards), 'file')}, not there: {len(absent)}, the first is "
             f"{absent[0]}. Fetch them, or delete the index if the weights are whole in another file."
         )
     return shards

@@ -16,6 +16,7 @@ import pyarrow as pa
 from PIL import Image
 
 from utils.command_line import FOLDERS, UsageError
+from utils.counts import counted
 from utils.data.metadata import METADATA, read_metadata
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def folder_rows(folder: str, flag: str, split: str | None = None, split_flag: st
     chosen = _of_split(set(subfolders), split, what, split_flag or flag)
     if split is None and _are_splits(chosen):
         warnings.warn(
-            f"{what}: all {len(paths):,} images are used, those of {' and '.join(sorted(chosen))} alike"
+            f"{what}: all {counted(len(paths), 'image')} are used, those of {' and '.join(sorted(chosen))} alike"
             f"{f'; {split_flag} takes one of these subfolders' if split_flag else ''}.",
             stacklevel=3,
         )
@@ -183,14 +184,14 @@ class _Files:
     def warn(self, used: int) -> None:
         """Say what is left out, where something is."""
         if rest := self._rest():
-            warnings.warn(f"{self.what}: {used:,} images are used. Left out: {rest}.", stacklevel=4)
+            warnings.warn(f"{self.what}: {counted(used, 'image')} used. Left out: {rest}.", stacklevel=4)
 
     def _rest(self) -> str:
-        parts = [f"{number:,} images, {why}" for why, number in self.left_out.items() if number]
+        parts = [f"{counted(number, 'image')}, {why}" for why, number in self.left_out.items() if number]
         others = {suffix: number for suffix, number in self.others.items() if suffix not in NOTES}
         if others:
             kinds = ", ".join(f"{suffix} {number:,}" for suffix, number in sorted(others.items()))
-            parts.append(f"{sum(others.values()):,} files that are no images by their names ({kinds})")
+            parts.append(f"{counted(sum(others.values()), 'file')} of other kinds ({kinds})")
         return "; ".join(parts)
 
 

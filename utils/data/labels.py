@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.command_line import UsageError
+from utils.counts import counted
 from utils.data.folders import BUILDER
 from utils.data.transforms import ImageTransform
 
@@ -117,7 +118,7 @@ def _check_folders(names: list[str], num_classes: int, said: str) -> None:
     """Folders are numbered in the order of their names: right where each of the model's classes has one."""
     if len(names) != num_classes:
         raise UsageError(
-            f"{said}: there are {len(names)} class folders, which are numbered in the order of their names, and the "
+            f"{said}: {counted(len(names), 'class folder')}, numbered in the order of the names, and the "
             f"model knows {num_classes} classes: which is which cannot be told. Give a dataset whose label column "
             "holds the model's numbers."
         )

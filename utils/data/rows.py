@@ -160,7 +160,7 @@ class ImageRows(Dataset):
                         "remove it, or put the next good one in its place with --skip_bad_images."
                     ) from error
                 last = error
-        raise UsageError(f"none of the {len(self)} images can be decoded; the last: {last}.")
+        raise UsageError(f"none of {counted(len(self), 'image')} can be decoded; the last: {last}.")
 
     def __getitems__(self, positions: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """A batch: `pixels` uint8 (B, C, R, R), `row` int64 (B,), `replaced` bool (B,) where another row stands in."""

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from utils.command_line import UsageError
+from utils.counts import counted
 from utils.data.folders import folder_rows
 from utils.data.images import UnreadableImage, file_content, upright_size
 from utils.data.transforms import ImageTransform
@@ -83,10 +84,10 @@ class ImageSet(Dataset):
                 last = f"{self._name(index)}: {error}"
         if last is None:
             return
-        left_out = f"{len(self) - len(good)} of {len(self)} images cannot be decoded, the last is {last}"
+        bad = f"{len(self) - len(good)} of {counted(len(self), 'image')}, the last is {last}"
         if len(good) < 2:
-            raise UsageError(f"{self.source}: {left_out}. A distance needs at least 2.")
-        warnings.warn(f"{self.source}: {left_out}. They are left out.", stacklevel=2)
+            raise UsageError(f"{self.source}: cannot be decoded: {bad}. A distance needs at least 2.")
+        warnings.warn(f"{self.source}: cannot be decoded and left out: {bad}.", stacklevel=2)
         self.rows = self.rows.select(good) if hasattr(self.rows, "select") else [self.rows[i] for i in good]
         self.numbers = good
 

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.counts import counted
+
 Features = Tensor | np.ndarray  # (N, D), in any float type; a tensor is worked on where it is
 
 
@@ -61,9 +63,9 @@ def rank_warning(count: int | None, dim: int) -> str | None:
     if count is None or count > dim:
         return None
     return (
-        f"{count} samples in {dim} feature dimensions: their covariance has a rank of at most {max(count - 1, 0)} of "
-        f"{dim}, so the Frechet distance is far above that of many samples. Compare it with numbers of the same "
-        f"count only, or use more than {dim} samples."
+        f"{counted(count, 'sample')} in {counted(dim, 'feature dimension')}: their covariance has a rank of at most "
+        f"{max(count - 1, 0)} of {dim}, so the Frechet distance is far above that of many samples. Compare it with "
+        f"numbers of the same count only, or use more than {counted(dim, 'sample')}."
     )
 
 

@@ -16,6 +16,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from utils.command_line import UsageError, announce
+from utils.counts import counted
 from utils.students.sizes import full_config, model_size, model_table
 
 PRESETS = {"d14": 14, "d7": 7, "d4": 4}  # layers left of DiT-XL's 28, as TinyFusion (Fang et al. 2025) names them
@@ -67,7 +68,7 @@ def even_choice(args, teacher: Mapping[str, Any], model_class: type[ModelMixin])
                 f"{flag}: of a {model_class.__name__} there are {', '.join(PRESETS)}, or --student_depth."
             )
         if wanted > num_layers:
-            raise UsageError(f"{flag}: {wanted} layers are to be kept; the teacher has {num_layers}. Give fewer.")
+            raise UsageError(f"{flag}: {counted(wanted, 'layer')} to be kept, of {num_layers}. Give fewer.")
         kept = even_layers(num_layers, wanted)
     else:
         return None

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from utils.command_line import announce
+from utils.counts import counted
 from utils.devices import DTYPES
 from utils.distillation.losses import place_loss
 
@@ -97,7 +98,7 @@ def memory_estimate(args, accelerator: Accelerator, student: nn.Module, teacher:
         sampling = resident + buckets + _sampling(args, accelerator, student, teacher, backbone, at_once)
         # the trained weights make room for the average; they wait in the host's memory
         sampling += ema if accelerator.device.type == "cpu" else 0
-        estimate += f"\nvalidation   about {_gib(sampling)} on the main process, for {at_once} samples at once"
+        estimate += f"\nvalidation   about {_gib(sampling)} on the main process, {counted(at_once, 'sample')} at once"
     return estimate
 
 
