@@ -430,6 +430,7 @@ def test_help_waits_for_no_library(program):
     assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: ")
     assert ("[@recipe" in done.stdout.splitlines()[0]) == (program in (*SCRIPTS, "sweep"))
     assert seconds < 1  # a tenth here; torch alone takes 1.4, all that the scripts import 5 to 7
+    assert ("--push_to_hub, " in done.stdout) == (program in TRAINING)  # what pushes does not ask whether to
 
 
 @pytest.mark.parametrize("program", PROGRAMS)

@@ -113,15 +113,9 @@ def add_shared(group, names: str, **changes: dict) -> None:
         group.add_argument(f"--{name}", **SHARED[name] | changes.get(name, {}))
 
 
-def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of a push; `python -m utils.publishing.hub` has them too."""
+def add_hub_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Who a push goes to, and by whose token: of a training run, and of `python -m utils.publishing.hub`."""
     group = parser.add_argument_group("Hub")
-    group.add_argument(
-        "--push_to_hub",
-        action=Switch,
-        help="publish the student at the end; the token is checked before anything is written, and the repository "
-        "made before training",
-    )
     group.add_argument("--hub_model_id", help="name, user/name or organisation/name; default: the student's folder")
     group.add_argument(
         "--hub_private_repo",
@@ -135,6 +129,7 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> None:
         help="for everything on the Hub, gated teachers too; written nowhere. Default and safer: HF_TOKEN, or that of "
         "`hf auth login`, as `ps` shows a command line, and so does `accelerate launch` when a run fails",
     )
+    return group
 
 
 def check_positive(args: argparse.Namespace, names: str) -> None:

@@ -56,8 +56,14 @@ def parse_args(
     parser = ArgumentParser(description=description, renamed=RENAMED)
     add_method_arguments(parser.add_argument_group("method"))
     groups = (_teacher_and_student, _data, _loss, _optimisation, _speed_and_memory, _output, _validation)
-    for add_group in (*groups, add_hub_arguments):
+    for add_group in groups:
         add_group(parser)
+    add_hub_arguments(parser).add_argument(
+        "--push_to_hub",
+        action=Switch,
+        help="publish the student at the end; the token is checked before anything is written, and the repository "
+        "made before training",
+    )
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     if all(getattr(args, name) is None for name in BEGINNINGS):
