@@ -122,6 +122,7 @@ def test_curves_say_what_they_are_and_hide_nothing(figure, tmp_path):
     values = {line.get_label(): line.get_ydata()[-1] for axes in panels for line in axes.lines}
     assert values["slope, mean"] == 0.75 and values["student"] == 12.5 and values["learning rate"] == 1e-3
     for axes in panels:
+        assert all(float(tick).is_integer() for tick in axes.get_xticks())  # steps, of a run of 3 too
         if axes.get_legend():
             assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
 

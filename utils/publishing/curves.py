@@ -79,6 +79,7 @@ def plot_losses(log: Path, picture: Path) -> None:
                 title=panel.title, xlabel="optimizer step", ylabel=panel.unit, yscale="log" if panel.log else "linear"
             )
             axes.set_xlim(0, 1.03 * last)
+            axes.xaxis.get_major_locator().set_params(integer=True)  # a short run has no half steps
             if not panel.log and panel.level is None:
                 axes.set_ylim(0, 1.08 * max(value for found in points.values() for _, value in found))
             if len(points) > 1:  # below the axes, where it hides nothing
