@@ -12,7 +12,7 @@ from compare import draw, show_rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.stats import spearmanr
-from study_rows import LATENT, SAMPLES, Family
+from study_rows import Family
 
 from utils.files import read_json, write_file
 from utils.flags import read_prompts_file
@@ -173,10 +173,9 @@ def report(folder: Path, settings: dict) -> None:
     """Write `README.md` and a picture per setting beside the JSON files of `folder`; `settings` gives their titles."""
     lines = ["# The study", "", "Written by `python benchmarks/study.py --report` from the JSON files beside it.", ""]
     lines += [
-        f"Frechet distances of {SAMPLES:,} samples on `assets/classifier`, of latent students {LATENT.samples:,}; "
-        "lower is better. A",
-        "difference is the mean over the seeds that both rows have, +- its standard error, bold where it exceeds",
-        "twice that over three seeds or more.",
+        "Frechet distances on `assets/classifier`; lower is better, and fewer samples are further away. A difference",
+        "is the mean over the seeds that both rows have, +- its standard error, bold where it exceeds twice that over",
+        "three seeds or more.",
     ]
     for record in read_json(folder / "references.json") or []:
         metrics = record["metrics"]
@@ -188,10 +187,11 @@ def report(folder: Path, settings: dict) -> None:
     for setting, spec in settings.items():
         rows = by_row(records, setting)
         if rows:
-            plot(rows, f"{spec.title}, {spec.steps:,} steps", folder / f"{setting}.png")
+            title = f"{spec.title}, {spec.steps:,} steps, {spec.family.samples:,} samples"
+            plot(rows, title, folder / f"{setting}.png")
             lines += [
                 "",
-                f"## {spec.title}, {spec.steps:,} steps",
+                f"## {title}",
                 "",
                 *table(rows),
                 "",

@@ -71,8 +71,10 @@ class Row(NamedTuple):
 # Latent rows cost more to sample and are compared with each other alone: fewer samples, and tuning of fewer steps
 LATENT = Family(captioned=True, samples=1500, rates=("1e-3", "3e-3"), tuning_steps=250, tuning_samples=500)
 TEXT = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=3.0)
-CLASSES = LATENT._replace(class_labels=tuple(range(10)), guidance_scale=2.0)
-FLOW = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=2.0, scheduler=None, max_sequence_length=8)
+# Depth students start as a part of their teacher and are good early
+DEPTH = LATENT._replace(samples=1000, tuning_steps=150)
+CLASSES = DEPTH._replace(class_labels=tuple(range(10)), guidance_scale=4.0)
+FLOW = DEPTH._replace(prompts="benchmarks/prompts.txt", guidance_scale=2.0, scheduler=None, max_sequence_length=8)
 
 SETTINGS = {
     "random": Setting("1.6 %, random start", 1000, "--pruning_ratio 0.875 --student_init random"),
@@ -87,13 +89,13 @@ SETTINGS = {
         "text",
         TEXT,
     ),
-    "dit": Setting("DiT, 2 of 8 layers, evenly chosen", 500, "--student_depth 2", "dit", CLASSES),
+    "dit": Setting("DiT, 2 of 8 layers, evenly chosen", 300, "--student_depth 2", "dit", CLASSES),
     "dit_scored": Setting(
-        "DiT, 2 of 8 layers, chosen by score", 500, "--student_depth 2 --layer_choice scored", "dit", CLASSES
+        "DiT, 2 of 8 layers, chosen by score", 300, "--student_depth 2 --layer_choice scored", "dit", CLASSES
     ),
     "flow": Setting(
         "SD3's MMDiT, 2 of 8 layers, evenly chosen",
-        500,
+        300,
         "--student_depth 2 --max_sequence_length 8 --no-antithetic_timesteps",
         "flow",
         FLOW,

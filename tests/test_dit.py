@@ -142,6 +142,7 @@ def test_what_is_no_student_is_refused_before_weights_load(teacher, flags, messa
     [
         ({"out_channels": 6}, "out_channels is 6; of in_channels 4 it must be 4, or 8 with variances"),
         ({"norm_type": "ada_norm_single"}, "norm_type is ada_norm_single"),
+        ({"sample_size": [8, 8]}, r"sample_size is \[8, 8\]; a DiT has one number"),
     ],
 )
 def test_another_transformer_is_refused(teacher, tmp_path, changes, message):
@@ -158,6 +159,12 @@ def test_a_variance_without_a_bound_is_refused(teacher, tmp_path, monkeypatch):
     other = shutil.copytree(teacher, tmp_path / "other")
     DDIMScheduler(rescale_betas_zero_snr=True).save_pretrained(other / "scheduler")
     with pytest.raises(UsageError, match=r"--pretrained_\w+ \S+: .* ends in noise alone \(rescale_betas_zero_snr\)"):
+        DiT.load(arguments(other))
+    DDPMScheduler(variance_type="learned").save_pretrained(other / "scheduler")
+    with pytest.raises(UsageError, match=r"holds variances as they are \(variance_type learned\)"):
+        DiT.load(arguments(other))
+    DDPMScheduler(num_train_timesteps=1, beta_end=1e-4).save_pretrained(other / "scheduler")
+    with pytest.raises(UsageError, match="its scheduler has a single timestep"):
         DiT.load(arguments(other))
     DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").save_pretrained(other / "scheduler")
     DiT.check(arguments(other))

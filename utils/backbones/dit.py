@@ -14,7 +14,7 @@ from utils.backbones.loading import TEACHER
 from utils.backbones.process import Noised
 from utils.backbones.stand_in import GuidedLabels
 from utils.backbones.transformer import Transformer
-from utils.backbones.variance import LearnedVariance, has_bound
+from utils.backbones.variance import LearnedVariance, no_bound
 from utils.command_line import UsageError
 from utils.data.labels import class_names
 from utils.students.sizes import full_config
@@ -45,6 +45,8 @@ class DiT(Transformer):
                 f"{flag}: its norm_type is {config['norm_type']} and its num_embeds_ada_norm "
                 f"{config['num_embeds_ada_norm']}; a DiT has ada_norm_zero and a number of classes. Choose another."
             )
+        if not isinstance(config["sample_size"], int):
+            raise UsageError(f"{flag}: sample_size is {config['sample_size']}; a DiT has one number. Choose another.")
         if out not in (None, channels, 2 * channels):
             raise UsageError(
                 f"{flag}: out_channels is {out}; of in_channels {channels} it must be {channels}, or {2 * channels} "
@@ -71,11 +73,10 @@ class DiT(Transformer):
     def check_parts(cls, args, configs: Configs, parts: dict[str, Part]) -> None:
         """A schedule in which the variance that is predicted has no bound."""
         full = full_config(configs.student, cls.model_class)
-        if full["out_channels"] == 2 * full["in_channels"] and not has_bound(configs.process.scheduler):
+        if full["out_channels"] == 2 * full["in_channels"] and (why := no_bound(configs.process.scheduler)):
             raise UsageError(
-                f"{TEACHER} {args.pretrained_model_name_or_path}: its transformer predicts the noise and a variance, "
-                "and its schedule ends in noise alone (rescale_betas_zero_snr), where neither says anything of the "
-                "data. Choose a teacher of another schedule, or of v_prediction."
+                f"{TEACHER} {args.pretrained_model_name_or_path}: its transformer predicts a variance beside its "
+                f"output, and its scheduler {why}. Choose another teacher."
             )
 
     def make_student(self, args, batch: dict[str, Tensor]) -> tuple[DiTTransformer2DModel, str]:

@@ -17,14 +17,19 @@ from utils.backbones.process import Noised
 BIN = 1 / 255  # half the width of one of 256 values in [-1, 1], which the likelihood at t = 0 is of
 
 
-def has_bound(scheduler: DDPMScheduler) -> bool:
-    """Whether every timestep has one: noise alone, as the last is under `rescale_betas_zero_snr`, says nothing of x_0
-    to a model that predicts the noise."""
-    return scheduler.config.prediction_type != "epsilon" or bool((scheduler.alphas_cumprod > 0).all())
+def no_bound(scheduler: DDPMScheduler) -> str | None:
+    """Why the variance that a model of this schedule predicts has none of these bounds, if so."""
+    if scheduler.config.variance_type == "learned":
+        return "holds variances as they are (variance_type learned), and no places between two bounds (learned_range)"
+    if len(scheduler.betas) < 2:
+        return "has a single timestep, whose posterior has no variance"
+    if scheduler.config.prediction_type == "epsilon" and not scheduler.alphas_cumprod[-1] > 0:
+        return "ends in noise alone (rescale_betas_zero_snr), where a prediction of the noise says nothing of the data"
+    return None
 
 
 class LearnedVariance:
-    """For the betas of one `scheduler` that `has_bound`."""
+    """For the betas of one `scheduler`, of which `no_bound` finds nothing."""
 
     def __init__(self, scheduler: DDPMScheduler):
         self.prediction_type = scheduler.config.prediction_type
