@@ -15,6 +15,10 @@ from safetensors.torch import load_file
 import train_lift
 import train_place
 from utils.backbones.base import Backbone
+from utils.backbones.ddpm import DDPM
+from utils.backbones.dit import DiT
+from utils.backbones.sd3 import SD3
+from utils.backbones.stable_diffusion import StableDiffusion
 from utils.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,7 +85,9 @@ def test_the_record_refuses_predicted_variances(recording, tmp_path):
         recording("train_place", *flags, output="student", defaults=False)
 
 
+@pytest.mark.filterwarnings("error:.*no effect here")
 def test_every_row_is_a_command(tmp_path):
+    families = {"text": StableDiffusion, "dit": DiT, "flow": SD3}
     names = [(setting, name) for stage in study_rows.STAGES.values() for setting in stage for name in stage[setting]]
     assert len({*names}) == len(names) and {name for _, name in names} == {*study_rows.ROWS}
     parsed = {}
@@ -94,6 +100,7 @@ def test_every_row_is_a_command(tmp_path):
         method = {"train_lift.py": train_lift, "train_place.py": train_place}[row.script].add_method_arguments
         args = parse_args("", method, [*study_rows.COMMON, *flags, "--output_dir", str(tmp_path / "none")])
         parsed[setting, name] = args
+        families.get(study_rows.SETTINGS[setting].teacher, DDPM).check_flags(args)  # none that it refuses or ignores
         assert args.learning_rate == float(rates[-1]) and args.max_train_steps == 9
     assert parsed["random", "PLACE, coarse only"].lambda_kd_output == pytest.approx(1e-5)  # of a term a million times
     assert parsed["taylor", "w/o KD, balanced"].lambda_kd_output == 0
