@@ -144,7 +144,7 @@ def test_a_stopped_run_goes_on_by_its_launcher(elsewhere, tmp_path, launcher, co
 # Next: where the error lies
 
 
-@pytest.mark.parametrize("known_by", ["--compare_to", "its own files"])
+@pytest.mark.parametrize("known_by", ["--compare_to", pytest.param("its own files", marks=pytest.mark.slow)])
 def test_an_evaluation_of_a_student_prints_its_analysis(kind, known_by, python, elsewhere, capsys, tmp_path):
     """Complete, for a student of every family, whichever way its teacher is known."""
     student = kind.run(NAME, *NO_SAMPLES, "--max_train_steps", "1")
