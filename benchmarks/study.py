@@ -55,7 +55,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS], help="only these (default: all)"
     )
-    parser.add_argument("--rows", nargs="+", choices=ROWS, help="only these of the stage (default: all)")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, help="only these, of --tune or the stage (default: all)")
     parser.add_argument("--report", action="store_true", help="write tables and plots beside the numbers")
     parser.add_argument("--pictures", action="store_true", help="draw samples of the first of --seeds beside them")
     parser.add_argument("--work", type=Path, default=Path("study"), help="students, records (default: study)")
@@ -147,16 +147,16 @@ def record_of(work: Path, name: str, teacher: str, data: str, seed: int) -> Path
     return None if "--lambda_kd_feat" in ROWS[name].flags else work / "teacher" / f"{teacher}-{data}-{seed}"
 
 
-def tune(work: Path, only: list[str]) -> None:
+def tune(work: Path, settings: list[str], only: list[str] | None) -> None:
     """Every method's grid in the settings that others take their flags from."""
     results = Results("tuning", "setting", "row", "tuned")
     wanted: dict[str, list[str]] = {}
     for setting, rows in (pair for stage in STAGES.values() for pair in stage.items() if pair[0] not in TUNED_LIKE):
         wanted.setdefault(setting, []).extend(row for row in rows if not ROWS[row].tuned_as)
-    for setting in (each for each in SETTINGS if each in wanted and each in only):
+    for setting in (each for each in SETTINGS if each in wanted and each in settings):
         family, teacher = SETTINGS[setting].family, teacher_of(SETTINGS[setting].teacher, work)
         data = str(tuning_data(setting, work))
-        for name in wanted[setting]:
+        for name in (each for each in wanted[setting] if not only or each in only):
             for tuned in ROWS[name].grid(family.rates):
                 if results.find(setting=setting, row=name, tuned=tuned):
                     continue
@@ -301,7 +301,7 @@ def main(args: argparse.Namespace) -> None:
     os.nice(19)
     torch.set_num_threads(1)
     if args.tune:
-        tune(work, args.settings)
+        tune(work, args.settings, args.rows)
     if args.references:
         references(work)
     if args.stage:
