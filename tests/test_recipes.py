@@ -2,6 +2,7 @@
 """The recipes against the paper's numbers, and every command of the documentation against the parsers."""
 
 import itertools
+import json
 import re
 import shlex
 import warnings
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, SD3Transformer2DModel, UNet2DModel
+from diffusers import DDIMPipeline, DiTTransformer2DModel, SD3Transformer2DModel, UNet2DModel
 
 import analyze_error
 import evaluate_fid
@@ -297,3 +298,16 @@ def test_the_paper_is_named_only_where_it_is_true(capsys):
         assert not re.search(r"paper's (\w+ ){0,3}settings?\b", path.read_text()), path
     helps = {script: (ROOT / script).read_text() for script in TRAIN}
     assert all("--lambda_kd_feat 1" not in text for text in helps.values())
+
+
+def test_the_student_that_ships_is_that_of_the_default():
+    """Its arguments are the default's, its size is that of the documents, and stock diffusers draws with it."""
+    folder = ROOT / "assets" / "student"
+    default = parse_args("", train_place.add_method_arguments, [f"@{ROOT / 'assets' / 'default.args'}"])
+    kept = json.loads((folder / "args.json").read_text())["arguments"]
+    assert kept == {name: getattr(default, name) for name in kept}
+    pipeline = DDIMPipeline.from_pretrained(folder)
+    assert f"{sum(p.numel() for p in pipeline.unet.parameters()):,}" in (ROOT / "assets" / "README.md").read_text()
+    image = pipeline(num_inference_steps=25, generator=torch.Generator().manual_seed(0), output_type="np").images[0]
+    edge, middle = image[:, [0, -1]].mean(), image[4:12, 4:12].mean()
+    assert edge < 0.1 < 0.3 < middle  # clothes on black
