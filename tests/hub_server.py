@@ -248,8 +248,14 @@ class Handler(BaseHTTPRequestHandler):
                 200, {"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}"}
             )
 
-    def resolve(self, repo_id, _revision, path):
+    def resolve(self, repo_id, revision, path):
         if not (repository := self.repository(repo_id)):
+            return
+        if revision not in ("main", *repository.commits):
+            self.reply(404, {"error": "Revision not found"}, X_Error_Code="RevisionNotFound")
+            return
+        if repository.gated:
+            self.reply(403, {"error": "You have not accepted its terms."}, X_Error_Code="GatedRepo")
             return
         headers = {"X_Repo_Commit": repository.commits[-1]}
         if path not in repository.files:

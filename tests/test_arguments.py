@@ -178,6 +178,10 @@ def test_an_output_folder_that_is_a_file(parse, tmp_path):
         ("--train-batch-size 4", "--train_batch_size"),
         ("--train_batchsize=4", "--train_batch_size"),
         ("--group-size 4", "--group_size"),
+        ("--lr 1", "--learning_rate"),
+        ("--lr=1", "--learning_rate"),
+        ("--epochs 3", "--num_train_epochs"),
+        ("--batch_size 4", "--train_batch_size"),
     ],
 )
 def test_a_misspelt_flag_suggests_the_right_one(parse, given, meant):
@@ -256,6 +260,13 @@ def test_what_comes_later_wins(parse, tmp_path):
     recipe.write_text("--seed 5\n--max_train_steps 7\n")
     args = parse("--max_train_steps", "3", f"@{recipe}", "--seed", "6")
     assert args.seed == 6 and args.max_train_steps == 7
+
+
+def test_a_home_that_no_shell_has_expanded(parse, monkeypatch):
+    """Quoted, or behind an equals sign; what a recipe quotes is meant so."""
+    monkeypatch.setenv("HOME", "/home/me")
+    args = parse("--output_dir=~/a b", "--image_column", "~me", "--latent_cache_dir", "~/x")
+    assert (args.output_dir, args.image_column, args.latent_cache_dir) == ("/home/me/a b", "~me", "/home/me/x")
 
 
 WORDS = [

@@ -416,15 +416,16 @@ def test_another_length_under_a_curve_is_another_run(run, caplog):
     assert [line["learning_rate"] for line in read_log(folder)[2:]] == pytest.approx([2.93e-5, 0], abs=1e-7)
 
 
-def test_latest_without_a_checkpoint_begins_anew_and_says_so(run, tmp_path, capsys):
+def test_latest_without_a_checkpoint_begins_anew_and_says_so(run, tmp_path):
     """As a requeued job needs: before its first start, and after one that died before its first checkpoint."""
     plain = run("train_place", output="plain")
     for output, left in (("first", None), ("again", '{"step": 1, "loss": 9}\n')):
         if left:
             (tmp_path / output / "checkpoints" / ".step-0000002.1.partial").mkdir(parents=True)
             (tmp_path / output / "log.jsonl").write_text(left)
-        folder = run("train_place", "--resume_from_checkpoint", "latest", output=output)
-        assert "so from step 0" in capsys.readouterr().out
+        nothing = f"--resume_from_checkpoint latest: no checkpoint in {tmp_path / output / 'checkpoints'}, so this run"
+        with pytest.warns(UserWarning, match=re.escape(nothing)):
+            folder = run("train_place", "--resume_from_checkpoint", "latest", output=output)
         assert read_log(folder) == read_log(plain)
 
 

@@ -21,9 +21,10 @@ from accelerate import Accelerator
 from conftest import build_unet
 from diffusers import DDPMPipeline, DDPMScheduler
 from hub_server import USER, HubServer
+from tqdm import tqdm
 
 from utils.analysis import arguments as analysis
-from utils.command_line import ROOT, ArgumentParser, Switch, UsageError, bundled, refuse_missing, without_root
+from utils.command_line import ROOT, ArgumentParser, Switch, UsageError, bundled, refuse_missing, run, without_root
 from utils.devices import cpu_share, use_cpu_threads
 from utils.distributed import on_main_process
 from utils.download_cache import use_download_cache
@@ -536,6 +537,16 @@ def test_a_run_says_at_once_what_it_waits_for(tmp_path):
     assert [line for line in lines[first:] if line.endswith("| torch")]
     own = [line for line in lines if not line.startswith("import time:")]
     assert done.returncode == 2 and own[-1].startswith("evaluate_fid.py: error: ")
+
+
+def test_a_sentence_begins_a_line_below_a_progress_bar(capsys):
+    def fail():
+        for _ in tqdm(range(3), leave=False):
+            raise UsageError("--x is y.")
+
+    with pytest.raises(SystemExit):
+        run(fail)
+    assert re.search(r"^\S+: error: --x is y\.$", capsys.readouterr().err.replace("\r", "|"), re.MULTILINE)
 
 
 # How threads wait

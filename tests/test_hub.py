@@ -238,6 +238,28 @@ def test_offline_is_refused_in_the_process(run, tmp_path, monkeypatch):
     assert TOKEN not in str(caught.value) and not (tmp_path / "student").exists()
 
 
+def test_why_a_teacher_cannot_be_had(child, hub, home):
+    """Another sentence for each reason, of a name that may well be right."""
+    hub.publish("terms", ROOT / "tests" / "nothing")
+    hub.repositories[f"{USER}/terms"].gated = True
+
+    def refusal(name: str, revision: str | None = None, before: str = "") -> str:
+        script = f"{before}\nfrom utils.backbones.loading import pipeline_index\n"
+        script += f"try: pipeline_index({name!r}, {revision!r}, '--x')\nexcept ValueError as error: print(error)"
+        (line,) = child("-c", script).stdout.splitlines()[-1:]
+        assert line.startswith(f"--x {name}: no such folder here, and ")
+        return line
+
+    assert "has terms to accept" in refusal(f"{USER}/terms")
+    assert "the Hub has none of that name" in refusal(f"{USER}/typo")
+    assert "not of this revision" in refusal(f"{USER}/teacher", "v7")
+    change = "import huggingface_hub.constants as c, huggingface_hub.utils._http as h\n"
+    assert "HF_HUB_OFFLINE is set" in refusal(f"{USER}/typo", before=f"{change}c.HF_HUB_OFFLINE = True")
+    nowhere = "c.ENDPOINT, c.HUGGINGFACE_CO_URL_TEMPLATE = ('http://127.0.0.1:9' + x for x in ('', "
+    nowhere += "'/{repo_id}/resolve/{revision}/{filename}'))"
+    assert "the Hub cannot be reached" in refusal(f"{USER}/typo", before=f"{change}{nowhere}")
+
+
 @pytest.mark.slow
 def test_a_server_that_dies_in_the_upload(hub, home, child, train, tmp_path, teacher_dir):
     folder = tmp_path / "student"

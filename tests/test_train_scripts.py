@@ -216,7 +216,10 @@ def test_bad_images_are_skipped_and_counted(run, tmp_path, capsys):
         run("train_place", *data)
     run("train_place", *data, "--skip_bad_images", "--max_train_steps", "3")
     printed = capsys.readouterr().out
-    assert "12 images (1 undecodable ones replaced)" in printed and "1 image could not be decoded" in printed
+    assert (
+        "12 images (1 undecodable one replaced) as L, 8 a side" in printed
+        and "1 image could not be decoded" in printed
+    )
 
 
 def test_accumulation_counts_optimizer_steps(run):

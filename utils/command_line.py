@@ -31,6 +31,20 @@ later flags win: --no-FLAG undoes a switch, FLAG "" any other, as if it had neve
 assets/... and recipes/... that are not in the current folder are those of this repository"""
 
 
+# what other scripts call a flag, where that is too far from ours to be taken for a slip of it
+HABITS = {
+    **dict.fromkeys(("--lr", "--rate"), "--learning_rate"),
+    **dict.fromkeys(("--batch_size", "--bs", "--per_device_train_batch_size"), "--train_batch_size"),
+    **dict.fromkeys(("--epochs", "--num_epochs"), "--num_train_epochs"),
+    **dict.fromkeys(("--steps", "--max_steps", "--iterations"), "--max_train_steps"),
+    **dict.fromkeys(("--model", "--teacher", "--model_id"), "--pretrained_model_name_or_path"),
+    **dict.fromkeys(("--student",), "--student_model_name_or_path"),
+    **dict.fromkeys(("--data", "--data_dir", "--image_dir"), "--train_data_dir"),
+    **dict.fromkeys(("--fp16", "--bf16", "--amp"), "--mixed_precision"),
+    **dict.fromkeys(("--guidance_scale", "--cfg"), "--validation_guidance_scale"),
+}
+
+
 class UsageError(ValueError):
     """What a user got wrong, in one sentence that names the flag, what was found and what to do."""
 
@@ -93,7 +107,8 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace=None):
         """As argparse's, with the words of recipes; those of this repository are found from any folder."""
-        self.words = list(_with_recipes(sys.argv[1:] if args is None else args))
+        words = _with_recipes(sys.argv[1:] if args is None else args)
+        self.words = [(word if place else _at_home(word), place) for word, place in words]
         return super().parse_known_args([word for word, _ in self.words], namespace)
 
     @contextlib.contextmanager
@@ -134,9 +149,17 @@ class ArgumentParser(argparse.ArgumentParser):
             place = self._place((unknown or words[2:] or [""])[0])
         if renamed := [f"{name} is now {self.renamed[name]}." for name in names if name in self.renamed]:
             raise UsageError(f"{place}{' '.join(renamed)} See --help.")
-        close = [match for word in unknown for match in difflib.get_close_matches(word, flags, n=1)]
+        habits = [HABITS[name] for name in names if HABITS.get(name) in flags]
+        others = [word for word in unknown if HABITS.get(word.partition("=")[0]) not in flags]
+        close = habits + [match for word in others for match in difflib.get_close_matches(word, flags, n=1)]
         meant = f" (did you mean {' and '.join(close)}?)" if close else ""
         raise UsageError(f"{place}{message}{meant}. See --help.")
+
+
+def _at_home(word: str) -> str:
+    """`~/x` and `--flag=~/x` as a shell would have them, had they not been quoted; the second no shell expands."""
+    flag, joined, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return f"{flag}{joined}{os.path.expanduser(value)}" if value.startswith("~/") else word
 
 
 def _with_recipes(words: Sequence[str], place: str = "", within: Sequence[Path] = ()) -> Iterator[tuple[str, str]]:
@@ -227,6 +250,13 @@ def announce(waiting_for: str) -> None:
         write(f"{Path(sys.argv[0]).name}: {waiting_for} ...", file=sys.stderr)
 
 
+def end_bars() -> None:
+    """End the lines of progress bars that are still there, so that what is said next begins one."""
+    for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else ():
+        bar.leave = True
+        bar.close()
+
+
 def start(parse: Callable[..., argparse.Namespace], *arguments) -> argparse.Namespace:
     """What a script's `parse` says of the command line, before the script imports what takes seconds: --help, a wrong
     flag and a folder that is not there do not wait for torch, and its threads are told how to wait while it can still
@@ -261,6 +291,7 @@ def run(function: Callable, *arguments):
         if not (rank and error.everywhere):
             process = f" of process {rank}" if rank else ""
             sentence = str(error).rsplit("UsageError: ", 1)[-1]  # a data worker's comes inside of its traceback
+            end_bars()
             _tell(f"{Path(sys.argv[0]).name}: error{process}: {sentence.rstrip()}")
         raise SystemExit(2) from None
 

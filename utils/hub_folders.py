@@ -9,6 +9,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from utils.command_line import UsageError
+from utils.hub_errors import why_not
 
 VAE = "--pretrained_vae_model_name_or_path"
 
@@ -26,7 +27,7 @@ def teacher_folder(source: str, revision: str | None, variant: str | None) -> Pa
     except (OSError, ValueError) as error:
         raise UsageError(
             f"--pretrained_model_name_or_path {source}: what the student takes over of it could not be fetched from "
-            f"the Hub: {error}"
+            f"the Hub: {why_not(error) or error}"
         ) from error
 
 
@@ -51,7 +52,7 @@ def vae_folder(name: str) -> Path:
         try:
             return _downloaded_model(name)
         except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
-            raise UsageError(f"{VAE} {name} cannot be had from the Hub: {error}") from error
+            raise UsageError(f"{VAE} {name} cannot be had from the Hub: {why_not(error) or error}") from error
     if (Path(name) / "vae" / "config.json").is_file():
         raise UsageError(f"{VAE} {name} is a whole pipeline. Give the folder of its VAE, {Path(name) / 'vae'}.")
     return Path(name)

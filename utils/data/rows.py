@@ -24,6 +24,7 @@ from utils.data.columns import undecoded
 from utils.data.folders import BUILDER, folder_rows, is_image_folder
 from utils.data.images import UnreadableImage, file_content
 from utils.data.transforms import ImageTransform
+from utils.hub_errors import why_not
 from utils.randomness import StepRandom, counter_hash, shuffled
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _dataset_rows(args, split: str, split_flag: str | None) -> "datasets.Dataset
     try:
         splits = datasets.load_dataset(name, args.dataset_config_name)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f"{flag} {name} cannot be loaded as a dataset: {error}") from error
+        raise UsageError(f"{flag} {name} cannot be loaded as a dataset: {why_not(error) or error}") from error
     if split not in splits:
         how = "" if split_flag else " Name one with --train_split."
         raise UsageError(f"{split_flag or flag}: {name} has no split '{split}', only {', '.join(splits)}.{how}")
@@ -184,8 +185,10 @@ class ImageRows(Dataset):
         return fingerprint(self.rows, self.transform.columns)
 
     def __str__(self) -> str:
-        bad = f" ({len(self.bad_rows)} undecodable ones replaced)" if self.bad_rows else ""
-        return f"{counted(len(self), 'image')}{bad}, {'decoded as read' if self.held is None else 'held in memory'}"
+        bad = f" ({counted(len(self.bad_rows), 'undecodable one')} replaced)" if self.bad_rows else ""
+        size = f"{self.transform.mode}, {self.transform.resolution} a side"
+        held = "decoded as read" if self.held is None else "held in memory"
+        return f"{counted(len(self), 'image')}{bad} as {size}, {held}"
 
 
 class StreamSampler(Sampler[list[tuple[int, int]]]):

@@ -5,6 +5,7 @@ import argparse
 import math
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -572,6 +573,9 @@ def _check(args: argparse.Namespace) -> None:
             if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
                 raise UsageError(f"--overwrite_output_dir would delete {path}, which lies in {output_dir}.")
     checkpoint = wanted_checkpoint(args)
+    if args.resume_from_checkpoint and not checkpoint:
+        nothing = f"no checkpoint in {output_dir.resolve() / 'checkpoints'}, so this run begins at step 0"
+        warnings.warn(f"--resume_from_checkpoint {args.resume_from_checkpoint}: {nothing}.", stacklevel=2)
     # a job that died before its first checkpoint left a folder of ours, and no student in it
     begun = (output_dir / "checkpoints").is_dir() and not (output_dir / "model_index.json").exists()
     found = "has no checkpoint to go on from" if args.resume_from_checkpoint else "is not empty"

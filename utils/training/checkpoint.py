@@ -166,10 +166,6 @@ class Checkpoints:
         """
         path = wanted_checkpoint(self.args)
         if path is None:
-            if self.args.resume_from_checkpoint:
-                self.accelerator.print(
-                    f"--resume_from_checkpoint latest: no checkpoint in {self.folder}, so from step 0."
-                )
             self.log.drop_after(0)  # of a job that died before its first checkpoint
             return 0
         state = self._read_state(path)

@@ -9,6 +9,7 @@ import time
 import torch
 from accelerate import Accelerator
 
+from utils.command_line import end_bars
 from utils.commands import resuming_command
 from utils.distributed import hosts
 from utils.launcher import launcher
@@ -63,6 +64,7 @@ class Stop:
         if code == 0:
             return
         path = checkpoints.save(step)
+        end_bars()
         self.accelerator.print(f"Stopped at step {step}, saved {path}. Go on:\n    {resuming_command()}")
         raise SystemExit(code)
 
