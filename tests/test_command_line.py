@@ -473,7 +473,7 @@ MISSING = {  # what is not here and cannot be on the Hub either -> how the sente
             "--student_config x.json": "no such file. Give the config.json of a diffusers model.",
             "--dataset_name assets/typo": "no such folder here",
             "--dataset_name /nothere": "no such folder here",
-            "--validation_feature_extractor ~/nothere": "no such folder here",
+            "--validation_feature_extractor ./nothere": "no such folder here",
             "--resume_from_checkpoint nothere": "",
         },
     ),

@@ -251,10 +251,16 @@ def announce(waiting_for: str) -> None:
 
 
 def end_bars() -> None:
-    """End the lines of progress bars that are still there, so that what is said next begins one."""
-    for bar in list(sys.modules["tqdm"].tqdm._instances) if "tqdm" in sys.modules else ():
+    """End the lines of progress bars, so that what is said next begins one: of those that are still there, and, in a
+    file, of one that was wiped away, as the blanks that wipe it are followed by no end of the line."""
+    if "tqdm" not in sys.modules:
+        return
+    bars = list(sys.modules["tqdm"].tqdm._instances)
+    for bar in bars:
         bar.leave = True
         bar.close()
+    if not bars and not sys.stderr.isatty():
+        print(file=sys.stderr)
 
 
 def start(parse: Callable[..., argparse.Namespace], *arguments) -> argparse.Namespace:
