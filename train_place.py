@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distil a smaller diffusion model with PLACE.
 
-    accelerate launch train_place.py                  # the embedded default, @assets/default.args: about 3 minutes
+    accelerate launch train_place.py                  # the embedded default, @assets/default.args: 3 to 13 minutes
     accelerate launch train_place.py --pretrained_model_name_or_path google/ddpm-celebahq-256 --dataset_name FOLDER \\
         --pruning_ratio 0.5 --use_ema --output_dir student
 

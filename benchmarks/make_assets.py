@@ -6,6 +6,7 @@
     python benchmarks/make_assets.py dataset --full some/folder  # all 60,000 training images + 10,000 test images
     python benchmarks/make_assets.py classifier                  # assets/classifier, trained on all 60,000
     python benchmarks/make_assets.py teacher --source teacher    # assets/teacher, from a run of train_lift.py
+    python benchmarks/make_assets.py captions                    # the bundled images with captions, in my_captions
 
 `dataset` writes the same bytes whenever it runs with the same versions of datasets, pyarrow and Pillow.
 `classifier` is seeded, but float32 sums depend on the processor and on the torch version: on another machine expect
@@ -73,6 +74,12 @@ def parse_args() -> argparse.Namespace:
         type=Path,
         default=ASSETS / "teacher",
         help="folder to write: 5.2 MB (default: %(default)s)",
+    )
+    captions = commands.add_parser(
+        "captions", help="give the bundled images the captions that assets/flow_teacher was told (seconds)"
+    )
+    captions.add_argument(
+        "--output", type=Path, default=Path("my_captions"), help="folder to write, parquet (default: %(default)s)"
     )
     return parser.parse_args()
 
@@ -376,6 +383,11 @@ def main(args: argparse.Namespace) -> None:
     """Build what the command line asks for."""
     if args.command == "teacher":
         make_teacher(args.source, args.output)
+    elif args.command == "captions":
+        from latent_teachers import make_captioned
+
+        make_captioned(args.output)
+        print(f"{args.output}: column `text`, {BUNDLED_TRAIN_IMAGES:,} images in `train`, 10,000 in `test`")
     elif args.command == "classifier":
         make_classifier(args.source, args.output)
     elif args.full is not None:

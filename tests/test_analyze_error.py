@@ -771,9 +771,9 @@ def rows_of(totals: list[float], shares: list[float], slopes: list[float]) -> di
     [
         ([6, 1, 1, 1, 1], [0.1, 0.4, 0.2, 0.4, 0.5], "60% of the error is in the cleanest fifth .* 12% .* 700 on"),
         ([1, 1, 1, 1, 6], [0.4] * 5, "60% of the error is in the noisiest fifth .* a third or more everywhere"),
-        ([1, 1, 6, 1, 1], [0.1, 0.3, 0.2, 0.1, 0.1], "60% .* in the middle fifth .* at most 30%, at timestep 300"),
+        ([1, 1, 6, 1, 1], [0.1, 0.3, 0.2, 0.1, 0.1], "60% .* in the middle fifth .* and most at timestep 300: 30%"),
         ([0, 0], [None, None], "predicts what the teacher predicts"),
-        ([3, 1], [0.1, 0.1], "removes 12% of the error, at most 10%, at timestep 100"),
+        ([3, 1], [0.1, 0.1], "removes 12% of the error, and most at timestep 100: 10%"),
     ],
 )
 def test_what_the_chart_of_the_error_says(totals, shares, said):

@@ -46,7 +46,8 @@ def save_figures(analysis: dict, maps: dict, samples: dict[str, Tensor], folder:
     words, protocol = writable(analysis["samples"].get("shown", [])), analysis["protocol"]
     coarse_fine_figure(analysis, folder / FIGURES[0], coarse_fine_takeaway(analysis))
     line_figure(analysis, folder / FIGURES[1], line_takeaway(analysis))
-    image_grid(rows, columns=words, title=samples_takeaway(analysis)).save(folder / FIGURES[2])
+    drawn = f"{protocol['sampler']['name']}, {counted(protocol['sampler']['steps'], 'step')}, the same noise for all"
+    image_grid(rows, columns=words, title=f"{samples_takeaway(analysis)}\n{drawn}").save(folder / FIGURES[2])
     error_maps_figure(maps, protocol, folder / FIGURES[3], error_maps_takeaway(maps, protocol["place_name"]))
 
 

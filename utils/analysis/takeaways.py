@@ -27,7 +27,7 @@ def coarse_fine_takeaway(analysis: dict) -> str:
     first = next((i for i in range(len(rows)) if min(shares[i:]) >= NOTABLE), None)
     if first is None:
         highest = int(np.argmax(shares))
-        return f"{said}, at most {shares[highest]:.0%}, at {name} {rows[highest]['place']}."
+        return f"{said}, and most at {name} {rows[highest]['place']}: {shares[highest]:.0%}."
     start = f"from {name} {rows[first]['place']} on" if first else "everywhere"
     return f"{said}, a third or more {start}."
 
