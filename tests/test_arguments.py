@@ -156,6 +156,8 @@ def test_an_output_folder_in_use(parse, tmp_path):
         parse()
     with pytest.raises(ValueError, match="has no checkpoint"):  # nor is it the folder of a run
         parse("--resume_from_checkpoint", "latest")
+    with pytest.warns(UserWarning, match="--output_dir .*not empty.* The run itself would be refused"):
+        parse("--dry_run")
     assert parse("--overwrite_output_dir").overwrite_output_dir
     assert (folder / "log.jsonl").exists()  # parsing deletes nothing
 

@@ -573,18 +573,23 @@ def _check(args: argparse.Namespace) -> None:
             if path.exists() and path.resolve().is_relative_to(output_dir.resolve()):
                 raise UsageError(f"--overwrite_output_dir would delete {path}, which lies in {output_dir}.")
     checkpoint = wanted_checkpoint(args)
-    if args.resume_from_checkpoint and not checkpoint:
-        nothing = f"no checkpoint in {output_dir.resolve() / 'checkpoints'}, so this run begins at step 0"
-        warnings.warn(f"--resume_from_checkpoint {args.resume_from_checkpoint}: {nothing}.", stacklevel=2)
     # a job that died before its first checkpoint left a folder of ours, and no student in it
     begun = (output_dir / "checkpoints").is_dir() and not (output_dir / "model_index.json").exists()
     found = "has no checkpoint to go on from" if args.resume_from_checkpoint else "is not empty"
-    check_output_folder(
-        args,
-        f"{found}. Continue a run with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, or "
-        "choose another folder.",
-        unless=bool(checkpoint or args.overwrite_output_dir or (args.resume_from_checkpoint and begun)),
-    )
+    try:
+        check_output_folder(
+            args,
+            f"{found}. Continue a run with --resume_from_checkpoint latest, start anew with --overwrite_output_dir, "
+            "or choose another folder.",
+            unless=bool(checkpoint or args.overwrite_output_dir or (args.resume_from_checkpoint and begun)),
+        )
+    except UsageError as error:
+        if not args.dry_run:
+            raise
+        warnings.warn(f"{error} The run itself would be refused.", stacklevel=2)
+    if args.resume_from_checkpoint and not checkpoint:
+        nothing = f"no checkpoint in {output_dir.resolve() / 'checkpoints'}, so this run begins at step 0"
+        warnings.warn(f"--resume_from_checkpoint {args.resume_from_checkpoint}: {nothing}.", stacklevel=2)
     if args.push_to_hub:
         try:
             validate_repo_id(args.hub_model_id or output_dir.resolve().name)
