@@ -181,8 +181,10 @@ def signal_in_a_window(number: signal.Signals) -> str:
 )
 def test_a_signal_saves_and_says_how_to_go_on(script_process, dropout_teacher, data_dir, tmp_path, number):
     flags = flags_for(dropout_teacher, data_dir, tmp_path / "out")
-    stopped = script_process(*flags, seed=1, code=signal_in_a_window(number))
+    launched = "import os; os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'\n"
+    stopped = script_process(*flags, seed=1, code=launched + signal_in_a_window(number))
     assert stopped.wait() == 128 + number, stopped.stderr[-2000:]
+    assert ("accelerate's own account of Ctrl-C" in stopped.stdout) == (number == signal.SIGINT)
     assert "--resume_from_checkpoint latest" in stopped.stdout and "step 3" in stopped.stdout
     assert (tmp_path / "out" / "checkpoints" / "step-0000003").is_dir()
 

@@ -66,6 +66,8 @@ class Stop:
         path = checkpoints.save(step)
         end_bars()
         self.accelerator.print(f"Stopped at step {step}, saved {path}. Go on:\n    {resuming_command()}")
+        if code == 128 + signal.SIGINT and launcher() == "accelerate":  # which it gets too, and has no word for
+            self.accelerator.print("What follows is accelerate's own account of Ctrl-C.")
         raise SystemExit(code)
 
     def _exit_code(self) -> int:
