@@ -110,6 +110,7 @@ def test_every_row_is_a_command(tmp_path):
 def test_a_shipped_teacher_is_taken_with_its_captions(tmp_path, monkeypatch):
     monkeypatch.chdir(study.ROOT)
     assert study.teacher_of("flow", tmp_path) == "assets/flow_teacher"
+    assert study.teacher_of("dit", tmp_path) == "assets/dit_teacher"
     rows = datasets.load_dataset(study.data_of("flow", tmp_path), split="test", cache_dir=str(tmp_path / "cache"))
     assert len(rows) == 10_000 and rows[0]["text"] == "an ankle boot"
     prompts = (study.ROOT / study_rows.SETTINGS["flow"].family.prompts).read_text().splitlines()
