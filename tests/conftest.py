@@ -97,7 +97,7 @@ def python():
 
 # More than half of a tiny run's time, and no part of what it computes
 ORNAMENTS = {
-    "utils.publishing.card.plot_losses": lambda log, picture: picture.touch(),
+    "utils.publishing.card.plot_losses": lambda log, picture, teacher: picture.touch(),
     "train_lift.memory_estimate": lambda *_: "not estimated",
     "train_place.memory_estimate": lambda *_: "not estimated",
     "utils.backbones.saving.load_back": lambda *_: None,

@@ -101,7 +101,7 @@ LINE |= {"learning_rate": 1e-3, **{f"error_quarter_{i}": i / 4 for i in range(1,
 def test_curves_say_what_they_are_and_hide_nothing(figure, tmp_path):
     lines = [{"step": step, **LINE} for step in (1, 2, 3)] + [{"step": 3, "frechet_distance": 12.5}]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    plot_losses(tmp_path / "log.jsonl", tmp_path / "losses.png")
+    plot_losses(tmp_path / "log.jsonl", tmp_path / "losses.png", 1.5)
     (drawn,) = figure
     drawn.canvas.draw()
     panels = [axes for axes in drawn.axes if axes.get_visible()]
@@ -120,7 +120,12 @@ def test_curves_say_what_they_are_and_hide_nothing(figure, tmp_path):
     ):
         assert word in shown
     values = {line.get_label(): line.get_ydata()[-1] for axes in panels for line in axes.lines}
-    assert values["slope, mean"] == 0.75 and values["student"] == 12.5 and values["learning rate"] == 1e-3
+    assert (
+        values["slope, mean"] == 0.75
+        and values["student"] == 12.5
+        and values["teacher"] == 1.5
+        and values["learning rate"] == 1e-3
+    )
     for axes in panels:
         assert all(float(tick).is_integer() for tick in axes.get_xticks())  # steps, of a run of 3 too
         if axes.get_legend():

@@ -66,7 +66,7 @@ def write_card(args, backbone, validation, *, method: str, sizes: str) -> None:
         "size": _sizes(backbone.teacher, folder / backbone.component),
         "distances": validation.distances,
     }
-    plot_losses(folder / "log.jsonl", folder / "losses.png")
+    plot_losses(folder / "log.jsonl", folder / "losses.png", validation.distances.get("teacher"))
     _save(folder, facts)
 
 

@@ -7,13 +7,16 @@ from typing import NamedTuple
 
 
 class Panel(NamedTuple):
-    """`curves`: name in `log.jsonl` -> what it is called; `level`: where a grey line is drawn, to compare with."""
+    """`curves`: name in `log.jsonl` -> what it is called; `level`: where a grey line is drawn, to compare with, and what
+    the legend calls it."""
 
     title: str
     unit: str  # of the y axis
     curves: dict[str, str]
     log: bool = True
     level: float | None = None
+    level_name: str = "_"  # in no legend
+    from_zero: bool = False
 
 
 QUARTERS = ("cleanest quarter", "second", "third", "noisiest")
@@ -36,16 +39,23 @@ PANELS = (
         log=False,
         level=1.0,
     ),
-    Panel("distance of the samples", "Frechet distance to real images", {"frechet_distance": "student"}, log=False),
-    Panel("learning rate", "learning rate", {"learning_rate": "learning rate"}, log=False),
+    Panel(
+        "distance of the samples",
+        "Frechet distance to real images",
+        {"frechet_distance": "student"},
+        log=False,
+        level_name="teacher",
+        from_zero=True,
+    ),
+    Panel("learning rate", "learning rate", {"learning_rate": "learning rate"}, log=False, from_zero=True),
 )
 COLUMNS, FEW = 3, 20  # panels in a row; points of a curve up to which each is marked
 
 
-def plot_losses(log: Path, picture: Path) -> None:
+def plot_losses(log: Path, picture: Path, teacher: float | None = None) -> None:
     """Draw `log.jsonl`: the loss terms, the student's error by quarter of the schedule, weight and slope of the
     line, the distance of its samples, the learning rate. Curves that are nowhere above 0, as `coarse` is in the
-    conventional losses, and panels without a curve are left out."""
+    conventional losses, and panels without a curve are left out. `teacher`: the distance of its samples."""
     import matplotlib  # here and not above: half a second that --help and a refused flag need not wait for
     from matplotlib.figure import Figure  # without pyplot nothing global is touched
 
@@ -70,8 +80,9 @@ def plot_losses(log: Path, picture: Path) -> None:
         grid = list(figure.subplots(rows, columns, squeeze=False).flat)
         last = max((line["step"] for line in lines), default=1)
         for axes, (panel, points) in zip(grid, drawn, strict=False):
-            if panel.level is not None:
-                axes.axhline(panel.level, color="#999999", linewidth=0.8, linestyle="--")
+            level = teacher if "frechet_distance" in panel.curves else panel.level
+            if level is not None:
+                axes.axhline(level, color="#999999", linewidth=0.8, linestyle="--", label=panel.level_name)
             for label, found in points.items():
                 marker = "." if len(found) < FEW else ""
                 axes.plot(*zip(*found, strict=True), marker=marker, linewidth=1.2, label=label)
@@ -80,9 +91,9 @@ def plot_losses(log: Path, picture: Path) -> None:
             )
             axes.set_xlim(0, 1.03 * last)
             axes.xaxis.get_major_locator().set_params(integer=True)  # a short run has no half steps
-            if not panel.log and panel.level is None:
+            if panel.from_zero:
                 axes.set_ylim(0, 1.08 * max(value for found in points.values() for _, value in found))
-            if len(points) > 1:  # below the axes, where it hides nothing
+            if len(axes.get_legend_handles_labels()[0]) > 1:  # below the axes, where it hides nothing
                 axes.legend(
                     loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3 if len(points) > 4 else 2, fontsize=9
                 )
