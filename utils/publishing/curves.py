@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 
 class Panel(NamedTuple):
-    """`curves`: name in `log.jsonl` -> what it is called; `level`: where a grey line is drawn, to compare with, and what
-    the legend calls it."""
+    """`curves`: name in `log.jsonl` -> what it is called; `level`: where a grey line is drawn, to compare with;
+    `level_name`: what the legend calls that."""
 
     title: str
     unit: str  # of the y axis
@@ -92,7 +92,8 @@ def plot_losses(log: Path, picture: Path, teacher: float | None = None) -> None:
             axes.set_xlim(0, 1.03 * last)
             axes.xaxis.get_major_locator().set_params(integer=True)  # a short run has no half steps
             if panel.from_zero:
-                axes.set_ylim(0, 1.08 * max(value for found in points.values() for _, value in found))
+                highest = max(value for found in points.values() for _, value in found)
+                axes.set_ylim(0, 1.08 * max(highest, level or 0))
             if len(axes.get_legend_handles_labels()[0]) > 1:  # below the axes, where it hides nothing
                 axes.legend(
                     loc="upper center", bbox_to_anchor=(0.5, -0.17), ncols=3 if len(points) > 4 else 2, fontsize=9
