@@ -103,7 +103,8 @@ def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
     """Distances; and along the schedule the error at the end and the share of the gradient's norm at start and end."""
     figure = Figure(figsize=(16, 1.6 + 0.32 * max(len(rows), 9)), layout="constrained")
     dots, error, start, end = figure.subplots(1, 4, width_ratios=(1.3, 1, 1, 1))
-    for name in draw_distances(dots, rows, title):
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    for name in draw_distances(dots, rows, "distance of the samples"):
         curves = ((error, "end", "error_to_teacher"), (start, "start", "gradient_norm"), (end, "end", "gradient_norm"))
         for axes, when, what in curves:
             bins = zip(*(record["probe"][when][what] for record in rows[name]), strict=True)
@@ -112,9 +113,9 @@ def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
             middles = [(number + 0.5) * 1000 / len(means) for number in range(len(means))]
             axes.plot(middles, [mean / whole for mean in means], lw=1.2, label=name, **style(name))
     for axes, name in (
-        (error, "squared error to the teacher, at the end"),
-        (start, "share of the gradient's norm, at the start"),
-        (end, "the same, at the end"),
+        (error, "squared error to the teacher, end"),
+        (start, "share of the gradient's norm, start"),
+        (end, "the same, end"),
     ):
         axes.set_title(name, loc="left", fontsize=10)
         axes.set_xlabel("place in the schedule (0 is the cleanest)")
