@@ -658,7 +658,8 @@ def texts(figure: Figure) -> str:
 
 
 def protocol_of(group_size: int, place_name: str = "timestep") -> dict:
-    return {"num_places": 1000, "place_name": place_name, "group_size": group_size}
+    sampler = {"name": "DDIM, eta 0", "steps": 25}
+    return {"num_places": 1000, "place_name": place_name, "group_size": group_size, "sampler": sampler}
 
 
 def analysis_of(student, teacher, timesteps: int, group_size: int = 16, place_name: str = "timestep") -> dict:
@@ -754,6 +755,7 @@ def test_distances_that_a_warning_goes_with_are_in_no_picture(figures, tmp_path,
         save_figures(analysis, maps, rows, tmp_path)
         assert ("corrected\nFrechet 1.50" in written[-1]) == (warning is None) and "\na\nb\n" in written[-1]
         assert ("25% nearer" in written[-1]) == (warning is not None)
+        assert "DDIM, eta 0, 25 steps, the same noise for all" in written[-1]
     assert Image.open(tmp_path / "samples.png").height > 3 * 64
 
 
