@@ -36,6 +36,7 @@ from utils.evaluation.conditions import read_prompts
 from utils.evaluation.cost import Meter, cost
 from utils.evaluation.pipelines import denoiser_of, load_pipeline, pipeline_files, pipeline_folder, use_scheduler
 from utils.evaluation.sampler import STREAM, Sampler
+from utils.publishing.readable import cost_rows
 from utils.randomness import seed_from
 from utils.students.lora import add_lora, save_lora
 from utils.students.sizes import model_size
@@ -416,6 +417,10 @@ def test_the_cost_is_counted(tmp_path):
     assert found["seconds_per_image"] == 1.5 and found["images_per_second"] == 2 / 1.5  # the warm-up is left out
     assert found["size_on_disk_bytes"] == sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
     assert cost(sampler.pipeline, [first], files, num_processes=1)["seconds_per_image"] == 25  # there is no other
+    sampler.pipeline.to(torch.float16).save_pretrained(tmp_path)
+    half = cost(sampler.pipeline, [first], files, num_processes=1)
+    rows = {label.strip(): cells for label, *cells in cost_rows(found, half)}
+    assert rows["of weights in"] == ["float32", "float16", ""]  # why its size is twice the other's
     weights = 4 * size.parameters
     assert weights <= found["peak_memory_bytes"] < weights + 2**27  # the process has several times as much
 

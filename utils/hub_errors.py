@@ -33,3 +33,11 @@ def why_not(error: BaseException | None) -> str | None:
         error = error.__cause__ or error.__context__
     found = next((said for kind, said in REASONS if any(isinstance(link, kind) for link in chain)), None)
     return OFFLINE if found == UNREACHED and constants.HF_HUB_OFFLINE else found
+
+
+def no_pipeline(error: BaseException) -> str:
+    """Why no pipeline came from the Hub, behind "no such folder here, and"."""
+    return why_not(error) or (
+        "no diffusers pipeline of that name was found on the Hub. Paths are relative to the current folder. "
+        f"({type(error).__name__}: {error})"
+    )

@@ -10,7 +10,7 @@ from diffusers import ConfigMixin, DiffusionPipeline, ModelMixin
 from utils.backbones.weights import find_weights, has_only
 from utils.command_line import UsageError, announce
 from utils.devices import DTYPE_KEYWORD
-from utils.hub_errors import why_not
+from utils.hub_errors import no_pipeline
 
 TEACHER = "--pretrained_model_name_or_path"
 # a model class -> what it was called where its oldest pipelines on the Hub were saved; diffusers loads these as it
@@ -45,11 +45,7 @@ def pipeline_index(name_or_path: str, revision: str | None, flag: str) -> dict:
             where = (
                 "that is one file, not a pipeline's folder (diffusers' from_single_file and save_pretrained make one)"
             )
-        elsewhere = why_not(error) or (
-            "no diffusers pipeline of that name was found on the Hub. Paths are relative to the current folder. "
-            f"({type(error).__name__}: {error})"
-        )
-        raise UsageError(f"{flag} {name_or_path}: {where}, and {elsewhere}") from error
+        raise UsageError(f"{flag} {name_or_path}: {where}, and {no_pipeline(error)}") from error
 
 
 def component_config(

@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 import torch
 from diffusers import DiffusionPipeline
+from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from utils.devices import peak_process_memory
@@ -30,6 +31,9 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
     return sdpa_flop_count(query, key, value)
 
 
+# as safetensors abbreviates them
+STORED = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED |= {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
@@ -110,6 +114,7 @@ def cost(pipeline: DiffusionPipeline, records: list[dict], files: Sequence[Path]
         "parameters": sum(p.numel() for p in denoiser_of(pipeline).parameters()),
         "parameters_of_pipeline": sum(p.numel() for part in parts for p in part.parameters()),
         "size_on_disk_bytes": sum(path.stat().st_size for path in files),
+        **({"stored_as": ", ".join(stored)} if (stored := stored_dtypes(files)) else {}),
         "macs_per_forward": macs,
         "forwards_per_image": calls,
         "macs_per_image": round(macs * calls),
@@ -118,6 +123,16 @@ def cost(pipeline: DiffusionPipeline, records: list[dict], files: Sequence[Path]
         "timed_images": sum(record["images"] for record in timed),
         "peak_memory_bytes": max(record["peak_memory_bytes"] for record in records),
     }
+
+
+def stored_dtypes(files: Sequence[Path]) -> list[str]:
+    """Of the floating-point tensors in those of `files` that are safetensors: a size on disk halves with float16."""
+    found = set()
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as tensors:
+                found |= {tensors.get_slice(name).get_dtype() for name in tensors.keys()}
+    return sorted(STORED[name] for name in found & set(STORED))
 
 
 def free(sampler: Sampler) -> None:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from utils.command_line import UsageError, announce
 from utils.devices import DTYPE_KEYWORD
 from utils.files import loaded_files
-from utils.hub_errors import why_not
+from utils.hub_errors import no_pipeline
 
 LORA = "pytorch_lora_weights.safetensors"
 
@@ -35,11 +35,7 @@ def pipeline_folder(name_or_path: str, flag: str, *, revision=None, variant=None
     try:
         return Path(DiffusionPipeline.download(name_or_path, revision=revision, variant=variant, use_safetensors=safe))
     except (OSError, ValueError) as error:
-        elsewhere = why_not(error) or (
-            "no diffusers pipeline of that name could be had from the Hub. Paths are relative to the current folder. "
-            f"({type(error).__name__}: {error})"
-        )
-        raise UsageError(f"{flag} {name_or_path}: no such folder here, and {elsewhere}") from error
+        raise UsageError(f"{flag} {name_or_path}: no such folder here, and {no_pipeline(error)}") from error
 
 
 def load_pipeline(

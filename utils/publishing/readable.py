@@ -22,6 +22,7 @@ COSTS = {  # key in metrics.json -> (label, factor, unit)
     "parameters": ("parameters of the denoiser", 1, ""),
     "parameters_of_pipeline": ("parameters of the pipeline", 1, ""),
     "size_on_disk_bytes": ("size on disk", 2**-20, "MiB"),
+    "stored_as": ("  of weights in", 1, ""),
     "macs_per_forward": ("multiply-adds a forward", 1e-6, "M"),
     "forwards_per_image": ("forwards an image", 1, ""),
     "macs_per_image": ("multiply-adds an image", 1e-6, "M"),
@@ -145,18 +146,21 @@ def cost_sentence(protocol: Mapping[str, Any]) -> str:
 
 
 def cost_rows(
-    own: Mapping[str, float], other: Mapping[str, float] | None, without: Sequence[str] = ()
+    own: Mapping[str, float | str], other: Mapping[str, float | str] | None, without: Sequence[str] = ()
 ) -> list[list[str]]:
-    """[what it is, own, the other's, own / other] for each of `COSTS` that is known, but for those in `without`."""
+    """[what it is, own, the other's, own / other where it is a number] for each of `COSTS` that is known, but for
+    those in `without`."""
     rows = []
     for key, (label, factor, unit) in COSTS.items():
         if key not in own or key in without:
             continue
-        cells = [label, quantity(own[key] * factor, unit)]
-        if other and other.get(key):
-            cells += [quantity(other[key] * factor, unit), f"{own[key] / other[key]:.3g}"]
-        elif other:
-            cells += ["-", "-"]
+        if isinstance(own[key], str):
+            cells = [label, own[key], *([other.get(key, "-"), ""] if other else [])]
+        elif other and other.get(key):
+            values = (quantity(costs[key] * factor, unit) for costs in (own, other))
+            cells = [label, *values, f"{own[key] / other[key]:.3g}"]
+        else:
+            cells = [label, quantity(own[key] * factor, unit), *(["-", "-"] if other else [])]
         rows.append(cells)
     return rows
 

@@ -167,7 +167,7 @@ def set_dropout(model: ModelMixin, dropout: float | None) -> None:
 class WidthReport:
     """Sizes, and tensor names: the student's `sliced`, `copied`, `refitted` and `fresh`, the teacher's `dropped`.
 
-    `refit_error`: relative error over time of the refitted time embedding layer, None without a refit.
+    `refit_error`: relative error of the refitted time embedding layer's output over time, None without a refit.
     """
 
     teacher: ModelSize
@@ -190,7 +190,10 @@ class WidthReport:
             "tensors: " + ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in kinds),
         ]
         if self.refitted:
-            lines.append(f"refitted: {', '.join(self.refitted)} (relative error {self.refit_error:.2%})")
+            lines.append(
+                f"refitted: {', '.join(self.refitted)}, by least squares to the teacher's output over all timesteps "
+                f"(what is left of it: {self.refit_error:.0%}, for training to learn)"
+            )
         if self.dropped:
             lines.append(f"dropped: {', '.join(self.dropped)}")
         return "\n".join(lines)
