@@ -8,8 +8,8 @@
 Reads each folder's log.jsonl, args.json and, where evaluate_fid.py has left its metrics.json in the folder or in its
 `evaluation`, that; draws a few samples of each student, and of their teacher if all have the same. Writes
 comparison.png, with a panel for every loss term and a row of samples for every run, and comparison.md: the flags in
-which the runs differ, how each ended, its distance. Losses of different methods are not the same quantity: `task` is,
-and the distance.
+which the runs differ, how each ended, its distance. Losses of different methods are not the same quantity; `task` is,
+where neither --snr_gamma nor --task_balance weighs it, and the distance.
 """
 
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from utils.command_line import ArgumentParser, UsageError, run, without_root  # noqa: E402
+from utils.command_line import ArgumentParser, UsageError, bundled, run, without_root  # noqa: E402
 from utils.files import read_json, write_file  # noqa: E402
 from utils.flags import check_positive, read_prompts_file  # noqa: E402
 
@@ -54,12 +54,13 @@ class Run:
         content = read_json(needed["args.json"])
         if not self.log or not isinstance(content, dict) or "arguments" not in content:
             raise UsageError(f"{folder}: its log.jsonl or args.json is empty or damaged. Leave it out.")
-        self.settings = {"script": content["script"], **content["arguments"]}
+        arguments = {name: without_root(value) for name, value in content["arguments"].items()}
+        self.settings = {"script": content["script"], **arguments}
         self.teacher = self.settings.get("pretrained_model_name_or_path")
 
     def curve(self, term: str) -> list[tuple[int, float]]:
-        """(step, value) of a term, where it is above zero."""
-        return [(line["step"], line[term]) for line in self.log if (line.get(term) or 0) > 0]
+        """(step, value) of a term; one that is off is logged as zero."""
+        return [(line["step"], line[term]) for line in self.log if line.get(term)]
 
     def distance(self) -> tuple[float, str] | None:
         """The Frechet distance and where it is from; of evaluate_fid.py before that of the run's own validation."""
@@ -85,7 +86,7 @@ def table(runs: list[Run], parameters: dict[str, int]) -> str:
     for each, found in zip(runs, distances, strict=True):
         last = [f"{curve[-1][1]:.4g}" if (curve := each.curve(term)) else "" for term in terms]
         distance = (f"{found[0]:.2f}", found[1]) if found else ("", "")
-        values = ("" if (value := each.settings.get(name)) is None else str(without_root(value)) for name in differing)
+        values = ("" if (value := each.settings.get(name)) is None else str(value) for name in differing)
         cells = [each.name, f"{parameters[each.name]:,}", str(each.log[-1]["step"]), *last, *distance, *values]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -139,7 +140,8 @@ def picture(runs: list[Run], samples: dict, path: Path) -> None:
                 if points := each.curve(term):
                     marker = "." if len(points) < 20 else ""
                     axes.plot(*zip(*points, strict=True), marker=marker, lw=1.2, color=f"C{place}", label=each.name)
-            axes.set_yscale("log")
+            if axes.dataLim.y0 > 0:  # the logarithm of an error may be below zero
+                axes.set_yscale("log")
             for level in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
                 level("{x:g}")
             axes.set_title(TERMS[term], loc="left", fontsize=10)
@@ -175,19 +177,18 @@ def main(argv: list[str] | None = None) -> None:
     """Read all runs, draw, write."""
     args = parse_args(argv)
     runs = [Run(folder) for folder in dict.fromkeys(args.folders)]
-    names = [each.name for each in runs]
+    folder_names = [each.name for each in runs]
     for each in runs:
-        if names.count(each.name) > 1:  # two folders of one name in different places
+        if folder_names.count(each.name) > 1:  # two folders of one name in different places
             each.name = str(each.folder)
     prompts = read_prompts_file(args.prompts) if args.prompts else None
     names = ("num_inference_steps", "scheduler", "guidance_scale", "class_labels", "seed")
     options = {"prompts": prompts, **{name: getattr(args, name) for name in names}}
-    samples, parameters = {}, {}
+    samples, parameters, teachers = {}, {}, {each.teacher for each in runs}
+    if len(teachers) == 1 and (teacher := teachers.pop()):
+        samples["their teacher"], _ = draw(bundled(teacher), "the runs' teacher", args.samples, **options)
     for each in runs:
         samples[each.name], parameters[each.name] = draw(str(each.folder), "DIR", args.samples, **options)
-    teachers = {each.teacher for each in runs}
-    if len(teachers) == 1 and (teacher := teachers.pop()):
-        samples["teacher"], _ = draw(teacher, "the runs' teacher", args.samples, **options)
     args.output.mkdir(parents=True, exist_ok=True)
     picture(runs, samples, args.output / "comparison.png")
     lines = table(runs, parameters)

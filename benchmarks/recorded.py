@@ -17,6 +17,7 @@ import platform
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +61,7 @@ class Record:
         """Another teacher, processor or torch gives other answers."""
         digest = hashlib.sha256(f"{cpu_name()} {torch.__version__}".encode())
         for tensor in teacher.state_dict().values():
-            digest.update(tensor.contiguous().numpy())
+            digest.update(_bytes(tensor))
         self.salt = digest.digest()
 
     def answer(self, question: tuple[torch.Tensor, ...], ask) -> torch.Tensor:
@@ -72,7 +73,7 @@ class Record:
         """
         digest = hashlib.sha256(self.salt)
         for tensor in question:
-            digest.update(tensor.contiguous().numpy())
+            digest.update(_bytes(tensor))
         key, size = digest.digest()[:KEY_BYTES], question[0].numel() * 4
         self.keys.seek(self.step * KEY_BYTES)
         self.outputs.seek(self.step * size)
@@ -83,18 +84,25 @@ class Record:
                 "this run was resumed. Name another folder."
             )
         if len(recorded) < KEY_BYTES or len(data) < size:
-            output = ask()
+            output = ask().float()
             for file, place, content in (
-                (self.outputs, self.step * size, output.contiguous().numpy().tobytes()),
+                (self.outputs, self.step * size, _bytes(output).tobytes()),
                 (self.keys, self.step * KEY_BYTES, key),  # last: a key says that its output is there
             ):
                 file.truncate(place)
                 file.write(content)
                 file.flush()
         else:
-            output = torch.frombuffer(bytearray(data), dtype=torch.float32).view(question[0].shape)
+            output = (
+                torch.frombuffer(bytearray(data), dtype=torch.float32).view(question[0].shape).to(question[0].device)
+            )
         self.step += 1
         return output
+
+
+def _bytes(tensor: torch.Tensor) -> np.ndarray:
+    """Of whatever type, NumPy's or not."""
+    return tensor.contiguous().cpu().flatten().view(torch.uint8).numpy()
 
 
 def tensors_of(condition: dict) -> list[torch.Tensor]:

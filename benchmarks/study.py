@@ -160,6 +160,7 @@ def tune(work: Path, settings: list[str], only: list[str] | None) -> None:
             for tuned in ROWS[name].grid(family.rates):
                 if results.find(setting=setting, row=name, tuned=tuned):
                     continue
+                results.check_machine(setting, TUNING_SEED)
                 folder = work / f"tuning-{setting}"
                 flags = row_flags(
                     setting,
@@ -217,12 +218,12 @@ def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], onl
     """All rows of a seed, then the next seed."""
     results = Results(f"stage_{stage}", "setting", "row", "seed")
     wanted = [(setting, name) for setting, names in STAGES[stage].items() if setting in settings for name in names]
-    tuned = {row: best_flags(*row) for row in wanted}
+    tuned = {row: best_flags(*row) for row in wanted if not only or row[1] in only}
     for seed in seeds:
-        results.check_machine(seed)
         for setting, name in tuned:
-            if results.find(setting=setting, row=name, seed=seed) or (only and name not in only):
+            if results.find(setting=setting, row=name, seed=seed):
                 continue
+            results.check_machine(setting, seed)
             folder = row_folder(work, stage, setting, name, seed)
             spec, data = SETTINGS[setting], data_of(setting, work)
             flags = row_flags(

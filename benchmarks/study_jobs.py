@@ -55,7 +55,8 @@ def apart(name: str, log: Path, job: Callable, *arguments) -> float:
 
 
 class Results:
-    """A JSON file of records, one a line, each known by its `keys`."""
+    """A JSON file of records, one a line, each known by its `keys`. Rows of a setting and seed are of one machine,
+    whatever stage they are of: a figure on another processor differs by more than the methods do."""
 
     def __init__(self, name: str, *keys: str):
         self.path, self.keys = RESULTS / f"{name}.json", keys
@@ -66,9 +67,7 @@ class Results:
         return next((record for record in self.records if all(record[name] == key[name] for name in self.keys)), None)
 
     def add(self, record: dict) -> None:
-        """Keep a record and write the file; its machine must be that of the others of its seed.
-
-        A figure on another processor differs by more than the methods do."""
+        """Keep a record and write the file."""
         self.path.parent.mkdir(exist_ok=True)
         lock = os.open(self.path.parent, os.O_RDONLY)  # two settings or seeds may run side by side
         try:
@@ -79,14 +78,16 @@ class Results:
         finally:
             os.close(lock)
 
-    def check_machine(self, seed: int) -> None:
-        """Raises UsageError where rows of this seed were run on another processor."""
-        others = {record["cpu"] for record in self.records if record.get("seed") == seed} - {cpu_name()}
-        if others:
-            raise UsageError(
-                f"--seeds {seed}: {self.path.name} has rows of this seed from {others.pop()}, this is {cpu_name()}. "
-                "Processors differ by more than methods do: finish the seed there, or take another."
-            )
+    def check_machine(self, setting: str, seed: int) -> None:
+        """Raises UsageError where rows of this setting and seed were run on another processor."""
+        for path in RESULTS.glob("*.json"):
+            for record in read_json(path):
+                if (record.get("setting"), record.get("seed")) == (setting, seed) and record["cpu"] != cpu_name():
+                    raise UsageError(
+                        f"--settings {setting} --seeds {seed}: {path.name} has rows of these from {record['cpu']}, "
+                        f"this is {cpu_name()}. Processors differ by more than methods do: finish them there, or take "
+                        "another seed."
+                    )
 
 
 def machine() -> dict:

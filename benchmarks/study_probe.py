@@ -25,7 +25,7 @@ IMAGES = 64
 
 
 def row_loss(args, backbone, student: Tapped, teacher: Tapped, noised, condition, balance: TimestepBalance) -> Tensor:
-    """() the loss of the training loop without its feature term, at the end of a run."""
+    """() the loss of the training loop without its feature term; `adaptive` w is that of this batch."""
     prediction = backbone.predict(student, noised, condition)
     weighted = noised.weighted(balance.weight("task", noised.place))
     loss = args.lambda_task * sum(backbone.task_terms(prediction, weighted).values())
@@ -33,7 +33,6 @@ def row_loss(args, backbone, student: Tapped, teacher: Tapped, noised, condition
         return loss
     with torch.no_grad():
         pair = prediction.output, backbone.predict(teacher, noised, condition).output
-    pair = prediction.output, pair[1]
     options = {"sample_weight": balance.weight("output", noised.place)}
     if getattr(args, "output_loss", "lift") != "lift":
         return loss + args.lambda_kd_output * output_loss(*pair, kind=args.output_loss, **options).loss

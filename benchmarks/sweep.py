@@ -118,6 +118,11 @@ def measured(folder: Path, pipeline: str, args, training, flow: bool) -> list[st
     return [*flags, *([] if flow else ["--scheduler", "DDIMScheduler"]), *args.evaluate]
 
 
+def is_flow(folder: Path) -> bool:
+    """Of a pipeline here."""
+    return "beta_start" not in read_json(folder / "scheduler" / "scheduler_config.json")
+
+
 def sizes_table(rows: list[dict]) -> str:
     """Markdown, a line a pipeline, the teacher first; in brackets the share of the teacher's."""
     heads = ["size", *(title for title, _, _ in COLUMNS.values()), "distance"]
@@ -201,11 +206,10 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
         folder = args.output_dir / names[size]
         if not (folder / "model_index.json").exists():
             launch(commands[size])
-        scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-        flow = "beta_start" not in scheduler
-        keep(names[size], folder, str(folder), flow)
-        if "teacher" not in done:
-            keep("teacher", args.output_dir / "teacher", bundled(teacher), flow)
+        keep(names[size], folder, str(folder), is_flow(folder))
+    if "teacher" not in done:
+        flow = is_flow(args.output_dir / names[args.sizes[0]])  # a student's scheduler is its teacher's
+        keep("teacher", args.output_dir / "teacher", bundled(teacher), flow)
 
     rows = [done["teacher"], *(done[names[size]] for size in args.sizes)]
     lines = sizes_table(rows)

@@ -78,7 +78,11 @@ FRACTIONS = ["adam_beta1", "adam_beta2", "ema_decay", "dropout", "min_lr_rate"]
     + [(name, "-1") for name in NOT_NEGATIVE]
     + [(name, value) for name in FRACTIONS for value in ("-0.1", "1", "1.5", "nan")]
     + [("pruning_ratio", value) for value in ("0", "1", "-0.5", "2", "nan")]
-    + [(name, "nan") for name in ("learning_rate", "max_grad_norm", "lambda_task", "coarse_scale")],
+    + [
+        (name, value)
+        for name in ("learning_rate", "max_grad_norm", "lambda_task", "coarse_scale", "timestep_balance")
+        for value in ("nan", "inf")
+    ],
 )
 def test_values_out_of_range(parse, name, value):
     with pytest.raises(ValueError, match=rf"^--{name} is {re.escape(str(float(value)).removesuffix('.0'))}"):

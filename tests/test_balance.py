@@ -121,11 +121,14 @@ def test_a_checkpoint_holds_it_exactly():
 
 
 @pytest.mark.parametrize("flags", [["--timestep_balance", "1"], ["--task_balance", "1"]], ids=lambda flags: flags[0])
-def test_a_run_is_balanced(run, monkeypatch, flags):
+@pytest.mark.parametrize(
+    "method", ["train_lift --output_loss mse", "train_lift --weighting constant", "train_place --weighting constant"]
+)
+def test_a_run_is_balanced(run, monkeypatch, method, flags):
     monkeypatch.setattr(utils.distillation.balance, "ENOUGH", 1)
-    options = ["--output_loss", "mse", "--snr_gamma", "5", "--max_train_steps", "2"]
-    plain, balanced = (read_log(run("train_lift", *options, *more, output=str(len(more)))) for more in ([], flags))
+    script, *options = [*method.split(), "--snr_gamma", "5", "--max_train_steps", "2"]
+    plain, balanced = (read_log(run(script, *options, *more, output=str(len(more)))) for more in ([], flags))
     assert plain[0] == pytest.approx(balanced[0], rel=1e-5)  # nothing had been seen: all weights were 1
     changed = {name for name, value in plain[1].items() if balanced[1][name] != pytest.approx(value, rel=1e-4)}
-    # `fine` is what it was, for weights were the same and it does not see the balance
+    # `fine` is what it was, for the student was the same and it does not see the balance
     assert changed - {"grad_norm"} == {"loss", "output" if "--timestep_balance" in flags else "task"}

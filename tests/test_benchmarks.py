@@ -3,6 +3,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import sweep  # noqa: E402
 import evaluate_fid  # noqa: E402
 
 
-def test_runs_side_by_side(run, tmp_path, capsys):
+def test_runs_side_by_side(run, tmp_path, monkeypatch, teacher_dir):
     place = run("train_place", "--max_train_steps", "2", output="place")
     l1 = run("train_lift", "--output_loss", "l1", "--max_train_steps", "2", output="l1")
     flags = ["--samples", "2", "--num_inference_steps", "2", "--output", str(tmp_path / "out")]
@@ -38,6 +39,22 @@ def test_runs_side_by_side(run, tmp_path, capsys):
     assert not any("output_dir" in name for name in cells[0])
     last = json.loads((place / "log.jsonl").read_text().splitlines()[-1])
     assert cells[0]["task"] == f"{last['task']:.4g}"
+    log = [
+        {**line, "output": 1 - line["step"]} for line in map(json.loads, (l1 / "log.jsonl").read_text().splitlines())
+    ]
+    (l1 / "log.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in log))  # the logarithm of an error
+    here = l1 / "args.json"
+    here.write_text(here.read_text().replace(json.dumps(teacher_dir), '"assets/teacher"'))
+    there = place / "args.json"
+    there.write_text(there.read_text().replace(json.dumps(teacher_dir), json.dumps(str(ROOT / "assets" / "teacher"))))
+    monkeypatch.chdir(tmp_path)
+    drawn = []
+    monkeypatch.setattr(compare, "draw", lambda name, *_, **__: drawn.append(name) or (torch.zeros(2, 1, 8, 8), 1))
+    compare.main([str(place), str(l1), *flags])
+    assert drawn == [str(ROOT / "assets" / "teacher"), str(place), str(l1)]  # one teacher, from wherever it is named
+    header, _, _, line = (tmp_path / "out" / "comparison.md").read_text().splitlines()
+    shown = dict(zip(header.split(" | "), line.split(" | "), strict=True))
+    assert shown["output"] == "-1" and "--pretrained_model_name_or_path" not in header
     for folders, said in (([place], "nothing to compare"), ([place, tmp_path], "has no log.jsonl")):
         with pytest.raises(UsageError, match=said):
             compare.main([*map(str, folders), *flags])
@@ -73,6 +90,12 @@ def test_a_sweep_is_one_student_of_each_size(launched, tmp_path, teacher_dir, da
     assert launched == [("train_place", True), train, measure, measure]
     sweep.main(*sweep.parse_args(["--ratios", ".5", ".25", *flags, *after]))  # one more, and the rest is there
     assert launched[4:] == [("train_place", True), train, measure]
+    state = json.loads((folder / "sweep.json").read_text())
+    rows = [row for row in state["rows"] if row["size"] != "teacher"]  # as a crash leaves it between the two
+    (folder / "sweep.json").write_text(json.dumps(state | {"rows": rows}))
+    shutil.rmtree(folder / "teacher")
+    sweep.main(*sweep.parse_args(["--ratios", ".5", ".25", *flags, *after]))
+    assert launched[7:] == [measure]
     lines = (folder / "sweep.md").read_text().splitlines()
     assert [line.split(" | ")[0] for line in lines[2:]] == ["| teacher", "| pruning-ratio-.5", "| pruning-ratio-.25"]
     parameters = [

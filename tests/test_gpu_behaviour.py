@@ -127,13 +127,16 @@ def strict_log(folder: Path) -> list[dict]:
 
 
 def test_skipped_steps_do_not_count(run, scaled):
-    """Not for the schedule, not for the average, not in means; the log tells how many they were."""
+    """Not for the schedule, not for the average, not in means; the log tells how many they were. What they saw of the
+    errors along the schedule does."""
     seen = scaled(init_scale=2.0**40, backoff_factor=2.0**-12)
-    folder = run("train_place", *FP16)
+    folder = run("train_place", *FP16, "--timestep_balance", "0.5", "--task_balance", "1")
     count = sum(seen.skipped)
     assert 1 <= count < 6
     state = json.loads((folder / "checkpoints" / "step-0000006" / "state.json").read_text())
     assert state["lr_scheduler"]["last_epoch"] == state["ema"]["optimization_step"] == 6 - count
+    for _, counts in state["states"]["balance"].values():
+        assert sum(counts) == pytest.approx(sum(4 * 0.99**age for age in range(6)))  # batches of 4
     taken = itertools.accumulate(not skipped for skipped in seen.skipped)
     assert seen.rates == pytest.approx([1e-3 * (1 - steps / 6) for steps in taken])
     log = strict_log(folder)

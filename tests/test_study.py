@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """benchmarks/study.py: its rows can be run, the teacher's record changes no bit of them, and its tables add up."""
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -19,12 +20,14 @@ from utils.backbones.ddpm import DDPM
 from utils.backbones.dit import DiT
 from utils.backbones.sd3 import SD3
 from utils.backbones.stable_diffusion import StableDiffusion
+from utils.command_line import UsageError
 from utils.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "benchmarks"))
 import recorded  # noqa: E402
 import study  # noqa: E402
+import study_jobs  # noqa: E402
 import study_report  # noqa: E402
 import study_rows  # noqa: E402
 
@@ -124,3 +127,37 @@ def test_differences_are_paired():
     assert study_report.verdict(1.0, 0.58, 3) == study_report.verdict(1.0, 0.58, 2) == "+1.00 +- 0.58"
     assert study_report.verdict(mean, error, 2) == "+2.00 +- 0.58"  # of two, the spread is a guess
     assert study_report.verdict(*study_report.paired({0: 1.0}, {0: 2.0})) == "-1.00"  # of one seed nothing is said
+
+
+def results(folder: Path, name: str, *records: dict) -> None:
+    (folder / f"{name}.json").write_text(json.dumps(records))
+
+
+def test_a_seed_is_finished_where_it_began(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_jobs, "RESULTS", tmp_path)
+    results(tmp_path, "stage_1", {"setting": "random", "seed": 0, "cpu": "other"})
+    with pytest.raises(UsageError, match="--settings random --seeds 0: stage_1.json has rows of these from other"):
+        study_jobs.Results("stage_2", "setting", "row", "seed").check_machine("random", 0)  # compared across stages
+    for setting, seed in (("random", 1), ("taylor", 0)):
+        study_jobs.Results("stage_1", "setting", "row", "seed").check_machine(setting, seed)
+
+
+def test_the_report_adds_up(tmp_path):
+    def record(row: str, seed: int, distance: float, training: float) -> dict:
+        curves = {"error_to_teacher": [1.0] * 20, "gradient_norm": [1.0] * 20}
+        return {
+            **{"setting": "random", "row": row, "seed": seed, "probe": {"start": curves, "end": curves}},
+            **{"cpu": "a", "commit": "b", "versions": {"torch": "1"}},
+            "metrics": {"frechet_distance": distance, "precision": 0.5, "recall": 0.25},
+            "cpu_seconds": {"training": training, "samples": 5.0},
+        }
+
+    results(tmp_path, "stage_1", *(record("mse", seed, 10.0 + seed, 10) for seed in range(3)))
+    results(tmp_path, "stage_2", *(record("log", seed, 8.0 + seed / 2, 20) for seed in range(3)))
+    study_report.report(tmp_path, {"random": study_rows.SETTINGS["random"]})
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    assert "| log | 8.50 (8.00 to 9.00) | **-2.50 +- 0.29** | 0.500 (0.500 to 0.500) " in lines[12]
+    assert lines[12].endswith("| 0.250 (0.250 to 0.250) | 3 | 25 |") and lines[13].startswith(
+        "| mse | 11.00 (10.00 to"
+    )
+    assert (tmp_path / "random.png").stat().st_size > 10_000 and "- a, commit b, torch 1" in lines

@@ -2,6 +2,7 @@
 """Flags that stand in the command lines of several scripts, and the checks that all of them make: written once."""
 
 import argparse
+import math
 from pathlib import Path
 
 from PIL import ImageColor
@@ -133,19 +134,21 @@ def add_hub_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGrou
 
 
 def check_positive(args: argparse.Namespace, names: str) -> None:
-    """Raises UsageError for one of the flags that was given and is not above 0."""
+    """Raises UsageError for one of the flags that was given and is not a finite number above 0."""
     for name in names.split():
         value = getattr(args, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"--{name} is {value}; it must be above 0.")
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name} is {value}; it must be {'finite' if value == math.inf else 'above 0'}.")
 
 
 def check_not_negative(args: argparse.Namespace, names: str) -> None:
-    """Raises UsageError for one of the flags that was given and is below 0."""
+    """Raises UsageError for one of the flags that was given and is below 0 or not finite."""
     for name in names.split():
         value = getattr(args, name)
-        if value is not None and not value >= 0:
-            raise UsageError(f"--{name} is {value}; it must not be negative.")
+        if value is not None and not 0 <= value < math.inf:
+            raise UsageError(
+                f"--{name} is {value}; it must {'be finite' if value == math.inf else 'not be negative'}."
+            )
 
 
 def check_group_size(args: argparse.Namespace) -> None:
