@@ -102,7 +102,7 @@ def main(args: Namespace) -> None:
     count_steps(args, len(dataset), accelerator.num_processes)  # of --num_train_epochs
 
     # Student: float32, one module with its feature projectors
-    real_images = sample_batch(dataset, args.train_batch_size, args.seed, accelerator.device)
+    real_images = sample_batch(dataset, backbone.images_for_student(args), args.seed, accelerator.device)
     denoiser, sizes = backbone.make_student(args, real_images)
     pairs = backbone.feature_pairs(denoiser) if args.lambda_kd_feat > 0 else []
     student, tapped_teacher = tap_pair(denoiser, teacher, pairs, backbone.example(), args.seed)

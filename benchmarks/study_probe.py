@@ -72,7 +72,8 @@ def probe(target: Path, folder: Path, script: str, flags: list[str]) -> None:
     method = {"train_lift.py": train_lift, "train_place.py": train_place}[script].add_method_arguments
     args = parse_args("", method, [*flags, "--output_dir", str(folder)])
     backbone = choose_backbone(args).load(args)
-    batch = sample_batch(open_dataset(args, Accelerator(), backbone), args.train_batch_size, args.seed)
+    data = open_dataset(args, Accelerator(), backbone)
+    batch = sample_batch(data, backbone.images_for_student(args), args.seed)
     fresh, _ = backbone.make_student(args, batch)
     test = ImageRows(load_rows(args, "test").select(range(IMAGES)), backbone.transform(args), seed=0, quiet=True)
     images = test.__getitems__([(0, row) for row in range(IMAGES)])

@@ -202,6 +202,24 @@ def test_the_recipe_of_a_card_parses_back(tmp_path, script):
     assert vars(parse(script, f"@{recipe}", needed="")) == vars(args)
 
 
+LISTS = {"validation_prompts": ("a", "b"), "crop": ("0", "1", "8", "8"), "kept_layers": ("0,3",)}
+
+
+@pytest.mark.parametrize("name", LISTS)
+def test_a_list_in_the_recipe_of_a_card_parses_back(tmp_path, name):
+    options = {"needed": "--pretrained_model_name_or_path t --dataset_name d"} if name == "kept_layers" else {}
+    args = parse("train_place", f"--{name}", *LISTS[name], **options)
+    assert isinstance(getattr(args, name), list)
+    recipe = tmp_path / "card.args"
+    recipe.write_text(card_recipe(json.loads(json.dumps(vars(args)))))
+    assert vars(parse("train_place", f"@{recipe}", needed="")) == vars(args)
+
+
+def test_every_flag_of_several_values_is_among_these():
+    given = actions("train_place").items()
+    assert {name for name, flag in given if flag.nargs == "+" or "," in str(flag.metavar)} == LISTS.keys()
+
+
 # The quickstart
 
 

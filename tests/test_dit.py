@@ -7,11 +7,14 @@ import shutil
 import warnings
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
+from conftest import read_log, run_script
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline
 from diffusers.models.embeddings import LabelEmbedding
-from latent_pipelines import save_dit
+from latent_pipelines import save_classes, save_dit
+from PIL import Image
 from torch.distributions import Normal, kl_divergence
 
 import train_place
@@ -96,6 +99,18 @@ def test_the_flags_say_which_layers_are_kept(backbone, teacher, flags, kept):
     assert backbone.feature_pairs(student)[0] == ("transformer_blocks.0", f"transformer_blocks.{kept[0]}")
 
 
+def test_layers_are_scored_on_several_batches(teacher, monkeypatch):
+    """Of as many images as there are, and what encoded them runs in the dtype of the training afterwards."""
+    args = arguments(teacher, "--student_depth", "2", "--layer_choice", "scored", "--train_batch_size", "2")
+    backbone, seen = DiT.load(args), []
+    assert backbone.images_for_student(args) == 16 and DiT.images_for_student(backbone, arguments(teacher)) == 64
+    encode = backbone.encode
+    monkeypatch.setattr(backbone, "encode", lambda rows, rng: seen.append(rows["label"].tolist()) or encode(rows, rng))
+    backbone.make_student(args, a_batch(5))
+    assert seen[:3] == [[0, 1], [2, 3], [4, 0]] and len(seen) == 8
+    assert backbone.vae.model is None
+
+
 def test_layers_are_scored_by_the_diffusion_loss(backbone, teacher):
     """A layer that does nothing is the one that goes, and real images and labels are looked at."""
     layer = backbone.teacher.transformer_blocks[1]
@@ -141,6 +156,7 @@ def test_what_is_no_student_is_refused_before_weights_load(teacher, flags, messa
     "changes, message",
     [
         ({"out_channels": 6}, "out_channels is 6; of in_channels 4 it must be 4, or 8 with variances"),
+        ({"out_channels": None}, "out_channels is None; .* for the stock pipeline to sample"),
         ({"norm_type": "ada_norm_single"}, "norm_type is ada_norm_single"),
         ({"sample_size": [8, 8]}, r"sample_size is \[8, 8\]; a DiT has one number"),
     ],
@@ -165,6 +181,9 @@ def test_a_variance_without_a_bound_is_refused(teacher, tmp_path, monkeypatch):
         DiT.load(arguments(other))
     DDPMScheduler(num_train_timesteps=1, beta_end=1e-4).save_pretrained(other / "scheduler")
     with pytest.raises(UsageError, match="its scheduler has a single timestep"):
+        DiT.load(arguments(other))
+    DDPMScheduler(num_train_timesteps=3, trained_betas=[0.0, 0.1, 0.2]).save_pretrained(other / "scheduler")
+    with pytest.raises(UsageError, match="its scheduler has a timestep that adds no noise"):
         DiT.load(arguments(other))
     DDIMScheduler(rescale_betas_zero_snr=True, prediction_type="v_prediction").save_pretrained(other / "scheduler")
     DiT.check(arguments(other))
@@ -191,6 +210,11 @@ def test_the_names_of_classes_survive_the_export_of_an_old_pipeline(teacher, tmp
     args.student_depth, args.student_model_name_or_path = None, str(tmp_path / "student")
     again, _ = DiT.load(args).make_student(args, {})
     assert backbone.feature_pairs(again) == backbone.feature_pairs(student)
+    args.student_model_name_or_path = str(old)  # to be trained on as it is
+    whole, _ = DiT.load(args).make_student(args, {})
+    assert torch.equal(whole.proj_out_2.weight, backbone.teacher.proj_out_2.weight)
+    args.student_model_name_or_path, args.student_config = None, str(old / "transformer" / "config.json")
+    assert DiT.load(args).make_student(args, {})[0].config.num_layers == LAYERS
 
 
 def test_a_variance_that_nothing_trains_is_warned_of(teacher):
@@ -204,6 +228,11 @@ def test_a_variance_that_nothing_trains_is_warned_of(teacher):
 
 
 # Guidance
+
+
+def test_channels_that_nothing_guides_are_warned_of(teacher):
+    with pytest.warns(UserWarning, match="--validation_guidance_channels has no effect here: at .*_scale 1 nothing"):
+        DiT.check(arguments(teacher, "--validation_guidance_channels", "3", "--validation_guidance_scale", "1"))
 
 
 @pytest.mark.parametrize("channels", [None, 3, 4])
@@ -316,3 +345,48 @@ def test_losses_see_the_prediction_and_the_variance_has_terms_of_its_own(backbon
         (gradient,) = torch.autograd.grad(term, last, retain_graph=True)
         halves = gradient.reshape(4, 2, 4).abs().sum(dim=(0, 2))
         assert halves[trained] > 0 and halves[1 - trained] == 0
+
+
+# Whole runs
+
+BRIEFLY = (
+    "--max_train_steps 2 --train_batch_size 4 --logging_steps 1 --report_to none --num_cpu_threads 1 "
+    "--checkpointing_steps 1 --validation_shown_samples 0"
+).split()
+
+
+def run(folder: Path, teacher: Path, data: Path, *flags, output: str = "student") -> Path:
+    given = ["--pretrained_model_name_or_path", teacher, *BRIEFLY, *flags]
+    given += ["--dataset_name" if (data / "data").exists() else "--train_data_dir", data]
+    return run_script(folder, "", "", "train_place", *given, output=output, defaults=False)
+
+
+def test_real_images_need_no_labels(teacher, tmp_path):
+    """The distance is to pictures alone, here of a split whose labels nobody knows, as ImageNet's test split."""
+    (tmp_path / "images" / "data").mkdir(parents=True)
+    kinds = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    for split in ("train", "test"):
+        images = [Image.new("RGB", (32, 32), (9 * i, 99, 200)) for i in range(8)]
+        labels = [i % CLASSES if split == "train" else -1 for i in range(8)]
+        rows = datasets.Dataset.from_dict({"image": images, "label": labels}, features=kinds)
+        rows.to_parquet(tmp_path / "images" / "data" / f"{split}-00000-of-00001.parquet")
+    flags = "--student_depth 2 --validation_num_samples 4 --validation_num_inference_steps 2 --validation_split test"
+    flags = [*flags.split(), "--validation_feature_extractor", "assets/classifier"]
+    folder = run(tmp_path, teacher, tmp_path / "images", *flags)
+    assert read_log(folder)[-1]["frechet_distance"] > 0
+
+
+def test_a_resumed_student_has_the_layers_that_it_had(teacher, tmp_path, monkeypatch):
+    """Scored again, on another batch or device, the choice may be another one."""
+    data = save_classes(tmp_path / "images")
+    flags = ["--student_depth", "2", "--layer_choice", "scored"]
+    monkeypatch.setattr("utils.students.depth.layer_scores", lambda *_: [2.0, 0.0, 1.0, 3.0])
+    folder = run(tmp_path, teacher, data, *flags)
+    more = ["--resume_from_checkpoint", "latest", "--max_train_steps", "3"]
+    monkeypatch.setattr("utils.students.depth.layer_scores", lambda *_: [0.0, 2.0, 1.0, 3.0])
+    for insisting in ([], ["--allow_changed_arguments"]):
+        with pytest.raises(UsageError, match="its student has the teacher's layers 0,3, this one 1,3.*_layers 0,3"):
+            run(tmp_path, teacher, data, *flags, *more, *insisting)
+    run(tmp_path, teacher, data, "--kept_layers", "0,3", "--allow_changed_arguments", *more)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    assert config[KEPT] == [0, 3] and len(read_log(folder)) == 3

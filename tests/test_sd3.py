@@ -24,9 +24,10 @@ import train_place
 from utils.backbones import choose_backbone
 from utils.backbones.sd3 import SD3
 from utils.command_line import UsageError, call
-from utils.data.cache import check_cache
+from utils.data.cache import CachedRows, check_cache
 from utils.data.cache_key import cache_settings
 from utils.distillation.features import Tapped, tap_pair
+from utils.evaluation.pipelines import load_pipeline
 from utils.pixels import to_uint8
 from utils.randomness import StepRandom
 from utils.students.depth import KEPT
@@ -182,6 +183,18 @@ def test_the_flags_say_which_layers_are_kept(teachers, flags, kept):
             assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def test_what_scoring_encoded_is_encoded_anew(teachers, tmp_path):
+    """The teacher's files are of another dtype than the training, which the key of a cache names."""
+    StableDiffusion3Pipeline.from_pretrained(teachers["none"], **WITHOUT).to(torch.float16).save_pretrained(tmp_path)
+    backbone = load(tmp_path, "--student_depth", "2", "--layer_choice", "scored")
+    ids = {f"input_ids_{i}": torch.ones(2, 16, dtype=torch.long) for i in range(2)}
+    batch = {"pixels": torch.randint(256, (2, 3, 32, 32), dtype=torch.uint8)} | ids
+    backbone.make_student(backbone.args, batch)
+    backbone.teacher.float()
+    rows = backbone.cache_rows(batch) | {f"empty_{name}": value for name, value in backbone.conditions.empty().items()}
+    assert {value.dtype for value in rows.values()} == {torch.float32}
+
+
 def test_scored_layers_keep_the_last(teachers):
     backbone = load(teachers["none"], "--student_depth", "2", "--layer_choice", "scored")
     with torch.no_grad():  # the last layer does next to nothing, and stays
@@ -243,6 +256,8 @@ SPOILT = {
         "different numbers",
     ),
     "another transformer": (changed("transformer/config.json", pooled_projection_dim=32), "64 numbers a prompt"),
+    "a VAE without a shift": (changed("vae/config.json", shift_factor=None), "shift_factor is None, .* Write 0.0"),
+    "nothing, as positions are computed": (changed("transformer/config.json", pos_embed_max_size=None), None),
     "a VAE with means": (changed("vae/config.json", latents_mean=[0.1] * 4), "latents_mean"),
     "an editing model": (changed("transformer/config.json", in_channels=8), "in_channels 8 and out_channels 4"),
     "nothing, as the channels out are those in": (changed("transformer/config.json", out_channels=None), None),
@@ -288,6 +303,17 @@ def test_flags_that_do_not_fit_are_refused(teachers, tmp_path, monkeypatch, flag
         SD3.check(parsed(teachers["none"], *flags.split()))
 
 
+def test_a_pipeline_may_not_even_list_t5(teachers, tmp_path):
+    folder = shutil.copytree(teachers["none"], tmp_path / "own")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(
+        json.dumps({name: part for name, part in index.items() if not name.endswith("_3")})
+    )
+    SD3.check(parsed(folder))
+    pipeline = load_pipeline(folder, "--x", dtype=torch.float32, device="cpu")
+    assert pipeline.text_encoder_3 is None and pipeline.tokenizer_3 is None
+
+
 def test_teacher_and_student_are_of_one_shift(teachers, tmp_path):
     shutil.copytree(teachers["none"], tmp_path / "student")
     FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(tmp_path / "student" / "scheduler")
@@ -316,6 +342,14 @@ def test_values_out_of_range_are_refused(flags, message):
 def train(folder: Path, teacher: Path, pictures: Path, *flags, output: str = "student") -> Path:
     given = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", pictures, *BRIEFLY, *flags]
     return run_script(folder, "", "", "train_place", *given, output=output, defaults=False)
+
+
+def test_a_cache_gives_prompts_as_t5_read_them(teachers, tmp_path):
+    """CLIP's tokens end long before."""
+    prompt = " ".join("abcdefghijklmnopqrstuvwxyz")
+    flags = ["--student_depth", "2", "--latent_cache_dir", tmp_path / "cache"]
+    train(tmp_path, teachers["t5"], save_captioned(tmp_path / "images", 4, [prompt]), *flags)
+    assert CachedRows(tmp_path / "cache", load(teachers["t5"])).captions(1) == [prompt]
 
 
 def test_a_student_without_t5_loads_as_it_is_said(teachers, pictures, tmp_path, capsys, monkeypatch):

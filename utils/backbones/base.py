@@ -131,20 +131,21 @@ class Backbone:
         if args.pretrained_model_name_or_path:
             source = args.pretrained_model_name_or_path
             teacher = component_config(cls.model_class, cls.component, source, TEACHER, args.revision)
-            found = teacher.get("_class_name", cls.model_class.__name__)
-            if found not in (cls.model_class.__name__, OLD_NAMES.get(cls.model_class.__name__)):
+            if found := cls.other_class(teacher):
                 raise UsageError(
                     f"{TEACHER} {source}: its {cls.component} is a {found}, not a {cls.model_class.__name__}."
                 )
             cls.check_denoiser(full_config(teacher, cls.model_class), TEACHER)
         flag, student = cls.student_config(args, teacher)
-        if (found := student.get("_class_name", cls.model_class.__name__)) != cls.model_class.__name__:
+        if found := cls.other_class(student):
             raise UsageError(f"{flag}: the student is a {found}; this teacher needs a {cls.model_class.__name__}.")
         cls.check_denoiser(full_config(student, cls.model_class), flag)
         owners = {"teacher": teacher, "student": student}
         full = {owner: full_config(config, cls.model_class) for owner, config in owners.items() if config}
         for key in cls.must_match if teacher else ():
-            ours, theirs = full["student"][key], full["teacher"][key]
+            ours, theirs = (full[owner][key] for owner in ("student", "teacher"))
+            if key == "out_channels":  # null is a transformer's word for as many as come in
+                ours, theirs = (value or full["teacher"]["in_channels"] for value in (ours, theirs))
             if ours != theirs:
                 raise UsageError(
                     f"{flag}: the student has {key} {ours}, the teacher {theirs}; both must see and predict the same."
@@ -176,6 +177,13 @@ class Backbone:
                 f"--grouping patch --group_size {group_size}: squares of that many elements do not tile {side}x{side}."
             )
         return Configs(teacher, student, resolution, vae, process)
+
+    @classmethod
+    def other_class(cls, config: dict) -> str | None:
+        """The class that a config names, where it is not this family's under its name or its old one."""
+        name = cls.model_class.__name__
+        found = config.get("_class_name", name)
+        return None if found in (name, OLD_NAMES.get(name)) else found
 
     @classmethod
     def check_flags(cls, args) -> None:
@@ -232,6 +240,10 @@ class Backbone:
 
     # --- Students
 
+    def images_for_student(self, args) -> int:
+        """How many real images may help to make it."""
+        return args.train_batch_size
+
     def make_student(self, args, batch: dict[str, Tensor]) -> tuple[ModelMixin, str]:
         """The student in float32 and a table of what it is made of; `batch`, real images, may help to choose."""
         raise NotImplementedError
@@ -256,9 +268,10 @@ class Backbone:
 
     # --- Training
 
-    def transform(self, args) -> ImageTransform:
-        """A picklable row -> tensors of a batch."""
-        return self.conditions.transform(
+    def transform(self, args, *, plain: bool = False) -> ImageTransform:
+        """A picklable row -> tensors of a batch; `plain`, of its pixels alone."""
+        conditions = Nothing() if plain else self.conditions
+        return conditions.transform(
             args.image_column,
             self.image_channels,
             self.resolution,

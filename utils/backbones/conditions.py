@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a denoiser is told besides the time: nothing, or a prompt. One of these is part of every backbone.
+"""What a denoiser is told besides the time: nothing, a prompt, or a class (`labels.py`).
 
-A condition passes through four forms: rows of a dataset, tensors of a batch (what a cache keeps), the denoiser's
-keywords, and for samples the stock pipeline's.
+One of these is part of every backbone. A condition passes through four forms: rows of a dataset, tensors of a batch
+(what a cache keeps), the denoiser's keywords, and for samples the stock pipeline's.
 """
 
 from collections.abc import Sequence
@@ -77,6 +77,9 @@ class Nothing:
     def free(self) -> None:
         """Encoders out of memory; they load again when they are needed again."""
 
+    def forget(self) -> None:
+        """What has been encoded, but for a cache's, as the encoders will run in another dtype."""
+
 
 class Prompts(Nothing):
     """Text, by frozen encoders. A family says in `embed_tokens` and `keywords` what its denoiser reads of them."""
@@ -92,6 +95,7 @@ class Prompts(Nothing):
         self.given, self.num_rows = args.validation_prompts, args.validation_shown_samples
         self.known: dict[str, dict[str, Tensor]] = {}  # prompt -> its embeddings, on the CPU
         self.known_empty: dict[str, Tensor] | None = None  # (1, ...), on the device that it was last asked for
+        self.cached_empty: dict[str, Tensor] | None = None
 
     def embed_tokens(self, input_ids: list[Tensor]) -> dict[str, Tensor]:
         """Tokens (B, T), a tensor for each tokenizer, -> embeddings by name, (B, ...)."""
@@ -146,7 +150,7 @@ class Prompts(Nothing):
 
     def use_empty(self, rows: dict[str, Tensor]) -> None:
         """As they were encoded for the cache."""
-        self.known_empty = rows
+        self.known_empty = self.cached_empty = rows
 
     def drop(self, rows: dict[str, Tensor], rng: StepRandom) -> dict[str, Any]:
         """A share of the prompts, `--proportion_empty_prompts`, becomes the empty one."""
@@ -175,3 +179,7 @@ class Prompts(Nothing):
         """The text encoders."""
         for encoder in self.encoders:
             encoder.free()
+
+    def forget(self) -> None:
+        """Embeddings of prompts, and of none."""
+        self.known, self.known_empty = {}, self.cached_empty

@@ -2,6 +2,8 @@
 """DiT: latent transformers that are told a class, `DiTTransformer2DModel` teachers (Peebles and Xie 2023)."""
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 from diffusers import DiffusionPipeline, DiTPipeline, DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
@@ -20,6 +22,11 @@ from utils.data.labels import class_names
 from utils.students.sizes import full_config
 
 
+def predicts_variance(config: Mapping[str, Any]) -> bool:
+    """Whether a DiT of this config, which is whole, predicts one beside its output."""
+    return config["out_channels"] == 2 * config["in_channels"]
+
+
 class DiT(Transformer):
     """Denoises latents with a `DiTTransformer2DModel`. One that predicts variances gives them beside its output."""
 
@@ -34,6 +41,7 @@ class DiT(Transformer):
         pipeline = DiTPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
         self.conditions = Labels(args, teacher.config.num_embeds_ada_norm, class_names(pipeline))
         self.variance = LearnedVariance(self.process.scheduler)
+        self.predicts_variance = predicts_variance(full_config(teacher.config, self.model_class))
         self.sampling_options = {"guidance_scale": self.guidance_scale()}
 
     @classmethod
@@ -47,19 +55,25 @@ class DiT(Transformer):
             )
         if not isinstance(config["sample_size"], int):
             raise UsageError(f"{flag}: sample_size is {config['sample_size']}; a DiT has one number. Choose another.")
-        if out not in (None, channels, 2 * channels):
+        if out not in (channels, 2 * channels):
             raise UsageError(
                 f"{flag}: out_channels is {out}; of in_channels {channels} it must be {channels}, or {2 * channels} "
-                "with variances. Choose another one."
+                "with variances, for the stock pipeline to sample. Write it into the config, or choose another one."
             )
 
     @classmethod
     def check_more(cls, args, teacher: dict, student: dict, flag: str) -> None:
         """Another resolution than that of the table of positions. Warns where variances would be left to drift."""
-        if student["out_channels"] == 2 * student["in_channels"] and not (args.lambda_task or args.lambda_kd_output):
+        if predicts_variance(student) and not (args.lambda_task or args.lambda_kd_output):
             warnings.warn(
                 "--lambda_task 0 --lambda_kd_output 0: nothing trains the variance that the student predicts, while "
                 "the layers before it move. Samplers that read it will be off.",
+                stacklevel=2,
+            )
+        if args.validation_guidance_channels and args.validation_guidance_scale in (0, 1):
+            warnings.warn(
+                f"--validation_guidance_channels has no effect here: at --validation_guidance_scale "
+                f"{args.validation_guidance_scale:g} nothing is guided.",
                 stacklevel=2,
             )
         own = teacher["sample_size"] * vae_factor(cls.vae_config(args))
@@ -73,7 +87,7 @@ class DiT(Transformer):
     def check_parts(cls, args, configs: Configs, parts: dict[str, Part]) -> None:
         """A schedule in which the variance that is predicted has no bound."""
         full = full_config(configs.student, cls.model_class)
-        if full["out_channels"] == 2 * full["in_channels"] and (why := no_bound(configs.process.scheduler)):
+        if predicts_variance(full) and (why := no_bound(configs.process.scheduler)):
             raise UsageError(
                 f"{TEACHER} {args.pretrained_model_name_or_path}: its transformer predicts a variance beside its "
                 f"output, and its scheduler {why}. Choose another teacher."
@@ -89,8 +103,7 @@ class DiT(Transformer):
 
     def read(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """(what LIFT and PLACE compare, the variance where the denoiser predicts one), both (B, C, H, W)."""
-        config = full_config(self.teacher.config, self.model_class)
-        return output.chunk(2, dim=1) if config["out_channels"] == 2 * config["in_channels"] else (output, None)
+        return output.chunk(2, dim=1) if self.predicts_variance else (output, None)
 
     def task_terms(self, prediction: Prediction, noised: Noised) -> dict[str, Tensor]:
         """As `Backbone.task_terms`; a predicted variance has the bound as `variance`."""

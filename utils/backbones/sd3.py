@@ -14,6 +14,7 @@ from utils.backbones.loading import TEACHER
 from utils.backbones.sd3_prompts import CLIPS, LENGTHS, T5, Sd3Prompts, check_text, has_t5
 from utils.backbones.transformer import Transformer
 from utils.command_line import UsageError
+from utils.hub_folders import VAE
 from utils.students.sizes import full_config
 
 
@@ -56,19 +57,33 @@ class SD3(Transformer):
     def check_more(cls, args, teacher: dict, student: dict, flag: str) -> None:
         """More places than the table of positions has, more tokens than the stock pipeline takes, and dropout."""
         factor = vae_factor(cls.vae_config(args))
-        most = min(config["pos_embed_max_size"] * config["patch_size"] for config in (teacher, student)) * factor
         resolution = args.resolution or cls.own_resolution(teacher, factor)
-        if isinstance(resolution, int) and resolution > most:
-            raise UsageError(
-                f"--resolution {resolution}: the table of positions ends at {most} pixels a side "
-                "(pos_embed_max_size). Give less."
-            )
+        for config in (teacher, student):
+            tokens = config["pos_embed_max_size"]  # null where positions are computed for any size
+            most = tokens and tokens * config["patch_size"] * factor
+            if isinstance(resolution, int) and most and resolution > most:
+                raise UsageError(
+                    f"--resolution {resolution}: the table of positions ends at {most} pixels a side "
+                    "(pos_embed_max_size). Give less."
+                )
         if (args.max_sequence_length or 0) > LENGTHS[1]:
             raise UsageError(
                 f"--max_sequence_length {args.max_sequence_length}: the stock pipeline takes up to {LENGTHS[1]}."
             )
         if args.dropout is not None:
             raise UsageError(f"--dropout {args.dropout}: a {cls.model_class.__name__} has none. Leave it out.")
+
+    @classmethod
+    def check_vae(cls, args, configs: Configs) -> None:
+        """As `Latent.check_vae`; and latents without a shift, which the stock pipeline asks for."""
+        super().check_vae(args, configs)
+        if not isinstance(configs.vae.get("shift_factor"), int | float):
+            other = args.pretrained_vae_model_name_or_path
+            said = f"{VAE} {other}" if other else f"{TEACHER} {args.pretrained_model_name_or_path}"
+            raise UsageError(
+                f"{said}: the VAE's shift_factor is {configs.vae.get('shift_factor')}, with which the stock pipeline "
+                "cannot decode. Write 0.0 into its config.json where it has none, or choose another."
+            )
 
     @classmethod
     def check_parts(cls, args, configs: Configs, parts: dict[str, Part]) -> None:

@@ -4,6 +4,7 @@
 from collections.abc import Iterator
 from typing import ClassVar
 
+import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from utils.randomness import StepRandom
 from utils.students import depth
 from utils.students.sizes import model_size, model_table, set_dropout
 
-SCORED_DRAWS = 8  # of noise and times for one batch, whose losses score the layers
+SCORED_BATCHES = 8  # whose losses score the layers
 
 
 class Transformer(Latent):
@@ -39,11 +40,13 @@ class Transformer(Latent):
 
     def make_student(self, args, batch: dict[str, Tensor]) -> tuple[ModelMixin, str]:
         """The student in float32 and a table of what it is made of; with `--lora_rank` only its adapters train. Layers
-        are scored on `batch`."""
+        are scored on `batch`, of `images_for_student`."""
         if chosen := depth.even_choice(args, self.teacher.config, self.model_class):
             kept, scores = chosen[1], None
             if args.layer_choice == "scored" and args.kept_layers is None:
-                scores = depth.layer_scores(self.teacher, self._diffusion_losses(batch, args.seed))
+                scores = depth.layer_scores(self.teacher, self._diffusion_losses(batch, args))
+                self.free_encoders()  # they load again in the dtype in which the teacher then runs
+                self.conditions.forget()
                 kept = depth.best_layers(scores, len(kept), self.last_stays)
             student, report = depth.make_depth_student(self.teacher, kept, scores)
             table = report.table()
@@ -54,13 +57,19 @@ class Transformer(Latent):
         table = self.adapted(student, table)
         return student.train(), table
 
-    def _diffusion_losses(self, batch: dict[str, Tensor], seed: int) -> Iterator[Tensor]:
-        """The teacher's diffusion loss on one real batch, at several draws of noise and times."""
-        device = next(iter(batch.values())).device
+    def images_for_student(self, args) -> int:
+        """Those of a batch, or of several to score layers on."""
+        return args.train_batch_size * (SCORED_BATCHES if args.layer_choice == "scored" else 1)
+
+    def _diffusion_losses(self, images: dict[str, Tensor], args) -> Iterator[Tensor]:
+        """The teacher's diffusion loss on several batches, of few images again and again, each noised anew."""
+        device, count = (one := next(iter(images.values()))).device, len(one)
         teacher = Tapped(self.teacher.to(device))
-        for draw in range(SCORED_DRAWS):
-            rng = StepRandom(seed, draw, device=device)
-            clean, condition = self.encode(batch, rng)
+        size = min(args.train_batch_size, count)
+        for number in range(SCORED_BATCHES):
+            rng = StepRandom(args.seed, number, device=device)
+            chosen = torch.arange(number * size, (number + 1) * size, device=device) % count
+            clean, condition = self.encode({name: value[chosen] for name, value in images.items()}, rng)
             noised = self.add_noise(clean, rng)
             yield self.task_terms(self.predict(teacher, noised, condition), noised)["task"]
 

@@ -21,6 +21,8 @@ def no_bound(scheduler: DDPMScheduler) -> str | None:
     """Why the variance that a model of this schedule predicts has none of these bounds, if so."""
     if scheduler.config.variance_type == "learned":
         return "holds variances as they are (variance_type learned), and no places between two bounds (learned_range)"
+    if not (scheduler.betas > 0).all():
+        return "has a timestep that adds no noise (a beta of 0), and so no variance"
     if len(scheduler.betas) < 2:
         return "has a single timestep, whose posterior has no variance"
     if scheduler.config.prediction_type == "epsilon" and not scheduler.alphas_cumprod[-1] > 0:

@@ -129,9 +129,11 @@ class CachedRows(Dataset):
         return self.data
 
     def captions(self, count: int) -> list[str]:
-        """Of the first rows, as the tokenizer reads them."""
-        rows = [self._row(0, row)["input_ids_0"] for row in range(min(count, len(self)))]
-        return [self.tokenizers[0].decode(tokens, skip_special_tokens=True) for tokens in rows]
+        """Of the first rows, as the tokenizer that reads most of them does."""
+        lengths = [tokenizer.model_max_length for tokenizer in self.tokenizers]
+        longest = lengths.index(max(lengths))
+        rows = [self._row(0, row)[f"input_ids_{longest}"] for row in range(min(count, len(self)))]
+        return [self.tokenizers[longest].decode(tokens, skip_special_tokens=True) for tokens in rows]
 
     def __getitems__(self, positions: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
         """What `backbone.cache_rows` made of these rows, with `row` and `replaced` as in `ImageRows`."""

@@ -50,6 +50,8 @@ def load_pipeline(
     try:
         parts = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name, part in parts.items() if part == [None, None]}  # such as T5, left out of an SD3
+        if parts.get("_class_name") == "StableDiffusion3Pipeline":  # or not even listed
+            absent |= dict.fromkeys({"text_encoder_3", "tokenizer_3"} - parts.keys())
         pipeline = DiffusionPipeline.from_pretrained(
             folder, variant=variant, use_safetensors=None if pickled else True, **{DTYPE_KEYWORD: dtype}, **absent
         )

@@ -231,6 +231,8 @@ def recipe(args: dict) -> str:
             lines.append(f"# --{name}")
         else:
             words = [] if value is True else value if isinstance(value, list) else [value]
+            if name == "kept_layers":  # one word
+                words = [",".join(map(str, value))]
             lines.append(" ".join([f"--{name}", *(_quoted(str(word)) for word in words)]))
     return "\n".join(lines)
 

@@ -148,7 +148,7 @@ def feature_pairs(student: ModelMixin, teacher: ModelMixin) -> list[tuple[str, s
     its config does not say, or this teacher has another number of layers, as many evenly spaced ones."""
     layers, depth = teacher.config.num_layers, student.config.num_layers
     kept = student.config.get(KEPT)
-    if not kept or len(kept) != depth or student.config.get(OF) != layers:
+    if not kept or len(kept) != depth or student.config.get(OF) != layers or not {*kept} <= {*range(layers)}:
         kept = even_layers(layers, depth)
     return [(f"{BLOCKS}.{new}", f"{BLOCKS}.{old}") for new, old in enumerate(kept)]
 

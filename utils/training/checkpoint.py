@@ -23,6 +23,7 @@ from utils.command_line import UsageError, without_root
 from utils.distributed import wait_for_everyone
 from utils.files import sha256
 from utils.output_dir import complete_checkpoints, step_of, wanted_checkpoint
+from utils.students.depth import KEPT
 from utils.training.log import RunLog
 from utils.training.schedules import changed_curves
 
@@ -40,8 +41,8 @@ HARMLESS_ARGUMENTS = frozenset(
         "dataloader_num_workers dry_run hub_model_id hub_private_repo logging_steps max_train_minutes "
         "max_train_steps mixed_precision num_cpu_threads output_dir overwrite_output_dir push_to_hub report_to "
         "resume_from_checkpoint tracker_project_name validation_batch_size validation_feature_extractor "
-        "validation_guidance_scale validation_shown_samples validation_num_inference_steps validation_num_samples "
-        "validation_prompts validation_split validation_steps"
+        "validation_guidance_channels validation_guidance_scale validation_shown_samples "
+        "validation_num_inference_steps validation_num_samples validation_prompts validation_split validation_steps"
     ).split()
 )
 
@@ -88,6 +89,7 @@ class Checkpoints:
             "data": fingerprint,
             "device_type": accelerator.device.type,
             "autocast": accelerator.mixed_precision,  # which may be accelerate's config's, without the flag
+            "layers": self.student.denoiser.config.get(KEPT),  # of the teacher, which its student was made of
         }
 
     def all(self) -> list[Path]:
@@ -228,9 +230,15 @@ class Checkpoints:
         return state
 
     def _refuse_another_run(self, state: dict) -> None:
+        if (kept := state["facts"].get("layers")) and kept != self.facts["layers"]:
+            theirs, ours = (",".join(map(str, layers or ["none"])) for layers in (kept, self.facts["layers"]))
+            raise UsageError(
+                f"--resume_from_checkpoint: its student has the teacher's layers {theirs}, this one {ours}. "
+                f"Give the flags it was made with or, with --allow_changed_arguments, --kept_layers {theirs}."
+            )
         now = {**vars(self.args), **self.facts}
         arguments = ADDED_ARGUMENTS | state["arguments"]
-        then = {**arguments, **state["facts"]}
+        then = {**arguments, "layers": self.facts["layers"], **state["facts"]}
         now, then = ({name: without_root(value) for name, value in each.items()} for each in (now, then))
         changed = [
             f"{name} was {then.get(name)}, is {now.get(name)}"

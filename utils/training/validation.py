@@ -190,7 +190,7 @@ class Validation:
             yield ((noise.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
     def _real_images(self) -> Iterator[torch.Tensor]:
-        transform = copy.copy(self.backbone.transform(self.args))
+        transform = self.backbone.transform(self.args, plain=True)
         transform.center_crop, transform.random_flip = True, False
         rows = ImageRows(self.real_rows, transform, seed=0, skip_bad_images=self.args.skip_bad_images, quiet=True)
         for first, size in self._batches("real images", len(rows)):
