@@ -89,12 +89,15 @@ def draw_distances(axes: Axes, rows: dict[str, list[dict]], title: str) -> list[
         axes.plot(statistics.mean(distances[name]), place, "|", color=colour, ms=16, mew=2)
     axes.set_yticks(range(len(order)), order)
     axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.xaxis.set_minor_formatter("{x:g}")
+    lowest, highest = (end(map(end, distances.values())) for end in (min, max))
+    wide = highest > 3 * lowest
+    if wide:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(axis="x", which="both", labelsize=7)
     axes.grid(axis="x", which="both", lw=0.3)
-    axes.set_xlabel("Frechet distance, a dot a seed (log scale)")
+    axes.set_xlabel(f"Frechet distance, a dot a seed{' (log scale)' * wide}")
     axes.set_title(title, loc="left", fontsize=10)
     return order
 
@@ -112,12 +115,13 @@ def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
             whole = sum(means) if what == "gradient_norm" else 1
             middles = [(number + 0.5) * 1000 / len(means) for number in range(len(means))]
             axes.plot(middles, [mean / whole for mean in means], lw=1.2, label=name, **style(name))
-    for axes, name in (
-        (error, "squared error to the teacher, end"),
-        (start, "share of the gradient's norm, start"),
-        (end, "the same, end"),
+    for axes, name, unit in (
+        (error, "error to the teacher, end", "mean squared error"),
+        (start, "gradient, start", "share of its norm"),
+        (end, "gradient, end", "share of its norm"),
     ):
         axes.set_title(name, loc="left", fontsize=10)
+        axes.set_ylabel(unit)
         axes.set_xlabel("place in the schedule (0 is the cleanest)")
         axes.set_yscale("log")
     figure.legend(*error.get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)

@@ -347,6 +347,7 @@ def test_a_value_may_begin_with_at(parse, tmp_path):
         ("--validation_images 3", "--validation_images is now --validation_shown_samples"),
         ("@nowhere.args", "@nowhere.args: there is no such recipe to read .No such file.* with two, @@"),
         ("@recipes/sd21_bk_tiny", "@recipes/sd21_bk_tiny: .*Did you mean @recipes/sd21_bk_tiny.args"),
+        ("@sd21_bk_tiny.args", "@sd21_bk_tiny.args: .*Did you mean @recipes/sd21_bk_tiny.args"),
         ("@{recipe}", "is a recipe that reads itself"),
     ],
 )

@@ -31,6 +31,7 @@ from utils.distillation.equations import equations
 from utils.distillation.losses import place_loss
 from utils.files import sha256
 from utils.publishing.card import card_for_hub, update_card, write_card
+from utils.publishing.curves import plot_losses
 from utils.publishing.model_index import without_paths
 from utils.publishing.repository import NAME, repository_url
 from utils.students.sizes import model_size
@@ -143,6 +144,23 @@ def test_loss_curves(student, ornaments, tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     utils.publishing.card.plot_losses(tmp_path / "log.jsonl", tmp_path / "other.png")
     assert (tmp_path / "other.png").read_bytes() != (student / "losses.png").read_bytes()
+
+
+def test_no_line_is_drawn_where_none_is_fitted(student, tmp_path):
+    """A conventional loss has neither w nor a slope."""
+    drawn = []
+    for coarse, slope in ((0.0, 1.0), (0.0, 0.5), (0.1, 0.5)):
+        lines = [{**line, "coarse": coarse, "slope": slope} for line in read_log(student)]
+        (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        plot_losses(tmp_path / "log.jsonl", tmp_path / "losses.png")
+        drawn.append((tmp_path / "losses.png").read_bytes())
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_a_card_without_samples_shows_none(student):
+    (student / "samples.png").unlink()
+    text = str(rewritten(student, validation_shown_samples=0))
+    assert "samples.png" not in text and "as the samples below" not in text and "more steps take longer" in text
 
 
 LICENCES = {

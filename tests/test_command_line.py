@@ -7,8 +7,10 @@ import json
 import os
 import re
 import resource
+import signal
 import subprocess
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -24,7 +26,17 @@ from hub_server import USER, HubServer
 from tqdm import tqdm
 
 from utils.analysis import arguments as analysis
-from utils.command_line import ROOT, ArgumentParser, Switch, UsageError, bundled, refuse_missing, run, without_root
+from utils.command_line import (
+    ROOT,
+    ArgumentParser,
+    Switch,
+    UsageError,
+    bundled,
+    call,
+    refuse_missing,
+    run,
+    without_root,
+)
 from utils.devices import cpu_share, use_cpu_threads
 from utils.distributed import on_main_process
 from utils.download_cache import use_download_cache
@@ -367,6 +379,22 @@ def script_process(*words, **environment) -> subprocess.CompletedProcess:
     """Python with these words, as a user runs it."""
     variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, env=variables)
+
+
+def test_what_is_printed_is_in_a_file_at_once(tmp_path):
+    """Before the end of the process, which flushes what it holds."""
+    text = "import os, utils.command_line as c\nc.start(lambda: None)\nprint('told')\nos._exit(0)\n"
+    Path("small.py").write_text(text)
+    assert script_process("small.py", PYTHONUNBUFFERED="").stdout == "told\n"
+
+
+def test_signals_do_what_they_did_before_a_notebook_called(monkeypatch):
+    script = types.SimpleNamespace(
+        __doc__="", parse_args=lambda *_: None, main=lambda _: signal.signal(signal.SIGTERM, lambda *_: None)
+    )
+    before = signal.getsignal(signal.SIGTERM)
+    call(script, [])
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def told(body: str, **environment) -> subprocess.CompletedProcess:

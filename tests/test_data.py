@@ -593,3 +593,11 @@ def test_fingerprint_reads_rows_without_an_image(tmp_path):
     where = {kind: [row] for row, kind in enumerate(("garbage", "nothing", "null", "dead path", "a folder", "URL"))}
     one, other = (fingerprint(damaged(tmp_path / name, where)) for name in ("data", "copy"))
     assert one == other
+
+
+def test_a_cache_that_cannot_be_written_is_told_from_the_data(data_dir, tmp_path, monkeypatch):
+    """As where HOME is nobody's, in some containers."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    with pytest.raises(ValueError, match="--dataset_name .* cannot be loaded .*--cache_dir, or HF_HOME"):
+        load_rows(flags(dataset_name=data_dir))

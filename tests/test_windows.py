@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 
 from utils.command_line import UsageError
+from utils.commands import from_folder
 from utils.training.stop import Stop
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +87,14 @@ def test_signals_that_are_not_there_are_not_waited_for(monkeypatch):
     stop = Stop(None, Accelerator(cpu=True))
     stop.restore_handlers()
     assert set(stop.before) == {signal.SIGTERM, signal.SIGINT}
+
+
+def test_commands_are_of_its_shells():
+    """Which part at what a path may hold, and know no && (PowerShell) or change no drive (cmd)."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "name", "nt")
+        line = from_folder("D:\\my data", ["python", "C:\\a&b\\train.py", "--seed", 5, "a b", "x;y"])
+    assert line == 'pushd "D:\\my data"\n    python "C:\\a&b\\train.py" --seed 5 "a b" "x;y"'
 
 
 @pytest.mark.slow

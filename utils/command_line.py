@@ -176,8 +176,9 @@ def _with_recipes(words: Sequence[str], place: str = "", within: Sequence[Path] 
         try:
             lines = read_lines(path)
         except OSError as error:
-            if Path(f"{path}.args").exists() or Path(bundled(f"{word[1:]}.args")).exists():
-                hint = f"Did you mean {word}.args?"
+            names = (f"{start}{word[1:]}{end}" for start in ("", "recipes/") for end in ("", ".args"))
+            if found := next((name for name in names if Path(bundled(name)).is_file()), None):
+                hint = f"Did you mean @{found}?"
             raise UsageError(f"{before}{word}: there is no such recipe to read ({error.strerror}). {hint}") from error
         except ValueError as error:
             raise UsageError(f"{before}{word} cannot be read as a recipe: {error}. {hint}") from error
@@ -268,6 +269,8 @@ def start(parse: Callable[..., argparse.Namespace], *arguments) -> argparse.Name
     flag and a folder that is not there do not wait for torch, and its threads are told how to wait while it can still
     hear of it."""
     sleep_in_wait()
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # in a file too, which people follow
     args = run(parse, *arguments)
     if isinstance(args, argparse.Namespace):
         run(refuse_missing, args)
@@ -277,9 +280,15 @@ def start(parse: Callable[..., argparse.Namespace], *arguments) -> argparse.Name
 
 def call(script: ModuleType, argv: Sequence[str]) -> None:
     """An imported script's `main` with this command line, as a notebook or a benchmark calls it; it raises what it
-    finds wrong."""
+    finds wrong, and signals then do what they did before."""
     method = [script.add_method_arguments] if hasattr(script, "add_method_arguments") else []
-    script.main(script.parse_args(script.__doc__, *method, argv))
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    try:
+        script.main(script.parse_args(script.__doc__, *method, argv))
+    finally:
+        for number, handler in before.items():
+            if handler is not None and signal.getsignal(number) is not handler:
+                signal.signal(number, handler)
 
 
 def run(function: Callable, *arguments):

@@ -2,6 +2,7 @@
 """Commands that the scripts print, to be copied and run: quoted, and for whatever folder one is in."""
 
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -11,13 +12,17 @@ from pathlib import Path
 
 from utils.launcher import launching_words
 
+SPECIAL = re.compile(r"[&|<>^(){};,'`$@!%]")  # to cmd or PowerShell
 RESUMING = ("--resume_from_checkpoint", "--overwrite_output_dir", "--no-overwrite_output_dir")
 
 
 def shell_line(words: Sequence[str | Path]) -> str:
     """The words quoted for the shell of this system."""
     words = [str(word) for word in words]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    if os.name != "nt":
+        return shlex.join(words)
+    quoted = (subprocess.list2cmdline([word]) for word in words)
+    return " ".join(f'"{word}"' if SPECIAL.search(word) and word[0] != '"' else word for word in quoted)
 
 
 def python() -> str:
@@ -28,7 +33,9 @@ def python() -> str:
 
 
 def from_folder(folder: str | Path, words: Sequence[str | Path]) -> str:
-    """A command that is run in `folder`, from any."""
+    """A command that is run in `folder`, from any; on Windows two lines, which cmd and PowerShell both read."""
+    if os.name == "nt":  # cd would not change the drive
+        return f"pushd {shell_line([folder])}\n    {shell_line(words)}"
     return f"cd {shell_line([folder])} && {shell_line(words)}"
 
 

@@ -48,6 +48,11 @@ def use_cpu_threads(args, accelerator: Accelerator) -> None:
         torch.set_num_threads(args.num_cpu_threads or wanted_threads() or cpu_share(accelerator))
 
 
+def in_float64(tensor: torch.Tensor) -> torch.Tensor:
+    """On its device, or on the CPU where that has no float64, as Apple's."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).to(torch.float64)
+
+
 def apply_speed_flags(args, accelerator: Accelerator, student: nn.Module, teacher: nn.Module | None) -> None:
     """The teacher on its device in its inference dtype, TF32, the student's gradient checkpointing, xformers."""
     if teacher is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from utils.analysis.error import least_squares_line
 from utils.backbones.stand_in import StandIn
+from utils.devices import in_float64
 
 WHO = ("student", "corrected", "teacher")  # whose samples are compared, in the order in which they are shown
 
@@ -67,16 +68,11 @@ def probe_denoisers(probe: str, student: nn.Module, teacher: nn.Module) -> dict[
 
 def _line(student_pred: Tensor, teacher_pred: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and intercept, float64 (B, C, 1 ...), of predictions (B, C, *S)."""
-    line = least_squares_line(*(_in_float64(pred).flatten(2) for pred in (student_pred, teacher_pred)))
+    line = least_squares_line(*(in_float64(pred).flatten(2) for pred in (student_pred, teacher_pred)))
     return tuple(value_BC.view(*value_BC.shape, *(1,) * (student_pred.ndim - 2)) for value_BC in line)
 
 
 def _moved(output, line: tuple[Tensor, Tensor]):
     """A denoiser's output with its `sample` moved along a line, in its own device and dtype."""
     slope, intercept = line
-    return type(output)(sample=(intercept + slope * _in_float64(output.sample)).to(output.sample))
-
-
-def _in_float64(pred: Tensor) -> Tensor:
-    """On the CPU where the device has no float64."""
-    return (pred.cpu() if pred.device.type == "mps" else pred).double()
+    return type(output)(sample=(intercept + slope * in_float64(output.sample)).to(output.sample))

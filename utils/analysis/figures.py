@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter, StrMethodFormatter
 
 COARSE, FINE, TOTAL, GREY = "#E69F00", "#56B4E9", "#222222", "#777777"
 CHANNELS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # as many as can be told apart in one chart
@@ -188,6 +188,10 @@ def error_maps_figure(
             for axes, values in zip(line, pictures, strict=True):
                 drawn = axes.imshow(values, cmap=colours, norm=scale, interpolation="nearest")
             bar = figure.colorbar(drawn, ax=list(line), fraction=0.05, pad=0.01, aspect=10, label=what)
+            if isinstance(scale, LogNorm):  # whose own labels of less than a decade run into each other
+                bar.locator, bar.formatter = LogLocator(subs=(1.0, 3.0), numticks=6), StrMethodFormatter("{x:g}")
+                bar.minorticks_off()
+                bar.update_ticks()
             if what == "rank":
                 bar.set_ticks(np.unique(np.linspace(0, last_rank, 4).round()))
             bar.ax.tick_params(labelsize=9)

@@ -6,6 +6,7 @@ A run sees one endless stream of rows, epoch after epoch, each a new permutation
 batch_size on. Nothing else decides the order, so resuming is starting at another m.
 """
 
+import errno
 import hashlib
 import itertools
 import os
@@ -30,6 +31,7 @@ from utils.randomness import StepRandom, counter_hash, shuffled
 if TYPE_CHECKING:
     import datasets
 
+UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOSPC, errno.EDQUOT}
 HOLD_IN_MEMORY_BYTES = 256 * 2**20  # decoded sets up to this size are held as uint8; larger ones are decoded as read
 
 
@@ -82,7 +84,9 @@ def _dataset_rows(args, split: str, split_flag: str | None) -> "datasets.Dataset
     try:
         splits = datasets.load_dataset(name, args.dataset_config_name)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise UsageError(f"{flag} {name} cannot be loaded as a dataset: {why_not(error) or error}") from error
+        is_of_cache = isinstance(error, OSError) and error.errno in UNWRITABLE
+        hint = " The library keeps what it reads in --cache_dir, or HF_HOME: name a folder there." * is_of_cache
+        raise UsageError(f"{flag} {name} cannot be loaded as a dataset: {why_not(error) or error}{hint}") from error
     if split not in splits:
         how = "" if split_flag else " Name one with --train_split."
         raise UsageError(f"{split_flag or flag}: {name} has no split '{split}', only {', '.join(splits)}.{how}")

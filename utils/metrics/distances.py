@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from utils.counts import counted
+from utils.devices import in_float64
 
 Features = Tensor | np.ndarray  # (N, D), in any float type; a tensor is worked on where it is
 
@@ -179,7 +180,7 @@ def inception_score(probabilities: Features, *, splits: int = 10, seed: int = 0)
     Raises:
         ValueError: fewer samples than splits, or rows that are no probabilities.
     """
-    probabilities = torch.as_tensor(probabilities).to(torch.float64)
+    probabilities = in_float64(torch.as_tensor(probabilities))
     if probabilities.ndim != 2 or not torch.allclose(probabilities.sum(dim=1), torch.ones(()).double(), atol=1e-3):
         raise ValueError(f"Inception Score needs (N, classes) probabilities, found {tuple(probabilities.shape)}.")
     count = len(probabilities)
@@ -200,16 +201,16 @@ def clip_score(similarities: Features) -> float:
     CLIPScore as Hessel et al. 2021 define it is 2.5 times this, torchmetrics' is 100 times this.
     `similarities` are the (N,) cosines of `ClipScorer`. Raises ValueError without any.
     """
-    similarities = torch.as_tensor(similarities).to(torch.float64)
+    similarities = in_float64(torch.as_tensor(similarities))
     if similarities.ndim != 1 or len(similarities) == 0:
         raise ValueError(f"CLIP score needs (N,) cosine similarities, found {tuple(similarities.shape)}.")
     return similarities.clamp(min=0).mean().item()
 
 
 def _pair(real: Features, generated: Features) -> tuple[Tensor, Tensor]:
-    """Both as float64 on the device of `real`."""
-    real = torch.as_tensor(real).to(torch.float64)
-    generated = torch.as_tensor(generated).to(real.device, torch.float64)
+    """Both as float64 on the device of `real`, or the CPU where that has none."""
+    real = in_float64(torch.as_tensor(real))
+    generated = in_float64(torch.as_tensor(generated)).to(real.device)
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
         raise ValueError(
             f"Cannot compare features of shapes {tuple(real.shape)} and {tuple(generated.shape)}: both must be (N, D) "

@@ -121,6 +121,7 @@ def render(folder: Path, facts: dict, name: str) -> str:
             title=title,
             load=", ".join([json.dumps(name), *(f"{part}=None" for part in facts.get("absent", ()))]),
             name=name,
+            has_samples=(folder / "samples.png").is_file(),
             made=f"{made} on `{data}`",
             repository=f"[{NAME}]({facts['repository']})" if facts.get("repository") else f"`{NAME}`",
             batch=f"{args['train_batch_size']} x {args['gradient_accumulation_steps']}",

@@ -23,8 +23,8 @@ QUARTERS = ("cleanest quarter", "second", "third", "noisiest")
 PANELS = (
     Panel(
         "loss terms",
-        "mean since the last log, unweighted",
-        {"loss": "loss (weighted sum)"}
+        "mean since the last log",
+        {"loss": "loss, the weighted sum of"}
         | {name: name for name in ("task", "variance", "output", "coarse", "fine", "output_variance", "feature")},
     ),
     Panel(
@@ -55,13 +55,16 @@ COLUMNS, FEW = 3, 20  # panels in a row; points of a curve up to which each is m
 def plot_losses(log: Path, picture: Path, teacher: float | None = None) -> None:
     """Draw `log.jsonl`: the loss terms, the student's error by quarter of the schedule, weight and slope of the
     line, the distance of its samples, the learning rate. Curves that are nowhere above 0, as `coarse` is in the
-    conventional losses, and panels without a curve are left out. `teacher`: the distance of its samples."""
+    conventional losses, panels without a curve, and weight and line where no line is fitted are left out. `teacher`:
+    the distance of its samples."""
     import matplotlib  # here and not above: half a second that --help and a refused flag need not wait for
     from matplotlib.figure import Figure  # without pyplot nothing global is touched
 
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    drawn = []
+    drawn, has_lines = [], any(line.get("coarse") for line in lines)
     for panel in PANELS:
+        if "slope" in panel.curves and not has_lines:
+            continue
         points = {label: _points(lines, name, positive=panel.log) for name, label in panel.curves.items()}
         points = {label: found for label, found in points.items() if any(value > 0 for _, value in found)}
         if points:

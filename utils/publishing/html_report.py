@@ -103,7 +103,6 @@ def _training(folder: Path, facts: dict, made_with: dict) -> dict[str, Any]:
         "size": size_rows(facts.get("size", {})),
         "sizes": facts["sizes"],
         "sampler": facts["sampler"],
-        "condition": facts.get("condition"),
         "distances": {who: distance(value, count) for who, value in facts["distances"].items()},
         "protocol": validation_sentence(args, facts["sampler"]).replace("`", ""),
         "equations": [*lines, total],

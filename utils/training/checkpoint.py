@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils.command_line import UsageError, without_root
+from utils.command_line import UsageError, announce, without_root
 from utils.distributed import wait_for_everyone
 from utils.files import sha256
 from utils.output_dir import complete_checkpoints, step_of, wanted_checkpoint
@@ -107,6 +107,7 @@ class Checkpoints:
         # the log reads every pending loss term first: nothing is saved after one that is not finite
         states = {name: part.state() for name, part in self.stateful.items()}
         final = self.folder / f"step-{step:07d}"
+        announce(f"saving the checkpoint of step {step}")
         if self.accelerator.is_main_process:
             beside = self.folder / f".{final.name}.partial"
             try:
@@ -170,6 +171,7 @@ class Checkpoints:
         if path is None:
             self.log.drop_after(0)  # of a job that died before its first checkpoint
             return 0
+        announce(f"reading {path}")
         state = self._read_state(path)
         if self.args.max_train_steps < state["step"]:
             raise UsageError(
