@@ -120,7 +120,8 @@ def record_teacher(folder: Path) -> None:
 
     def recorded(self, model, noised, condition):
         nonlocal record
-        if model.__dict__["_modules"].get("denoiser") is not self.teacher or model.blocks:
+        is_teacher = model.__dict__["_modules"].get("denoiser") is self.teacher
+        if not is_teacher or model.blocks or torch.is_grad_enabled():  # as it is where a student is made of it
             return predict(self, model, noised, condition)
         if record is None:
             record = Record(folder)

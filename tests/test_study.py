@@ -10,7 +10,7 @@ import datasets
 import pytest
 import torch
 from conftest import read_log
-from latent_pipelines import save_captioned, save_classes, save_dit, save_pipeline
+from latent_pipelines import save_captioned, save_classes, save_dit, save_pipeline, save_sd3
 from safetensors.torch import load_file
 
 import train_lift
@@ -79,6 +79,16 @@ def test_the_record_asks_what_a_latent_teacher_is_told(recording, run, tmp_path)
     assert asked == 2 and read_log(folder) == read_log(plain)
     with pytest.raises(ValueError, match="its step 0 is of another seed"):  # same pictures and noise, other captions
         recording("train_place", *flags, "--train_data_dir", data[1], output="other", **options)
+
+
+def test_a_student_is_made_of_the_teacher_itself(recording, run, tmp_path):
+    """Scores are gradients, of which a record has none."""
+    teacher, data = save_sd3(tmp_path / "teacher", t5=False), save_captioned(tmp_path / "data")
+    flags = ["--pretrained_model_name_or_path", teacher, "--train_data_dir", data, *FEW, "--student_depth", "2"]
+    flags += ["--layer_choice", "scored"]
+    plain = run("train_place", *flags, output="plain", defaults=False)
+    folder, asked = recording("train_place", *flags, output="recorded", defaults=False)
+    assert asked == 2 and read_log(folder) == read_log(plain)
 
 
 def test_the_record_refuses_predicted_variances(recording, tmp_path):
