@@ -322,7 +322,8 @@ def main(args: Namespace) -> None:
     if args.compare_to:
         free(sampler)
         others, costs["compare_to"] = draw_other(args, told, accelerator)
-        costs["ratios"] = {key: costs["cost"][key] / costs["compare_to"][key] for key in COSTS}
+        numbers = [key for key in COSTS if not isinstance(costs["cost"].get(key, ""), str)]
+        costs["ratios"] = {key: costs["cost"][key] / costs["compare_to"][key] for key in numbers}
         if others.num_samples == count:
             of_other = images_of(others, args.resolution, size, quiet, **resizing)
             told_clip = {"clip": clip, "prompts": prompts}

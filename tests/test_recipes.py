@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shlex
+import shutil
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -19,8 +20,10 @@ import train_lift
 import train_place
 import utils.analysis.arguments
 import utils.evaluation.arguments
+import utils.publishing.hub
 from benchmarks.published import SD3_MEDIUM, configs_of
 from utils.backbones.loading import read_json_config
+from utils.distillation.losses import output_loss
 from utils.students.depth import depth_config, even_layers
 from utils.students.sizes import full_config, model_size, paper_parameters
 from utils.training.arguments import parse_args
@@ -237,14 +240,18 @@ def test_the_celeba_teacher_is_the_papers():
 # The documents
 
 
+VARIABLES, HUB = r"(?:[A-Z_]+=\S+ +)*", "utils.publishing.hub"  # before a command; and one that is a module
+
+
 def commands(text: str) -> list[str]:
     """The commands of the code blocks, without their comments in backticks, each as one line."""
     parts = re.split(r"^```(\w*)\n", text, flags=re.MULTILINE)  # prose, kind, block, "", prose ...
     lines = "".join(block for kind, block in zip(parts[1::4], parts[2::4], strict=True) if not kind)
     lines = lines.replace("\\\n", " ").split("\n")
     for prose in parts[::4]:
-        lines += re.findall(r"`((?:accelerate launch|python) [^`]*\.py[^`]*)`", prose.replace("\n", " "))
-    return [re.sub(r"`#[^`]*`", "", line) for line in lines if re.match(r"(pip|accelerate|python)\b.*\.py +\S", line)]
+        lines += re.findall(f"`({VARIABLES}(?:accelerate launch|torchrun|python) [^`]*)`", prose.replace("\n", " "))
+    whole = rf"{VARIABLES}(pip|accelerate|torchrun|python)\b.*(\.py|{re.escape(HUB)}) +\S"
+    return [re.sub(r"`#[^`]*`", "", line) for line in lines if re.match(whole, line)]
 
 
 COMMANDS = [(name, line) for name, text in DOCUMENTS.items() for line in commands(text)]
@@ -257,7 +264,7 @@ def test_every_command_of_the_documents_parses(tmp_path, monkeypatch, name, line
     (tmp_path / "coco_val_30k.txt").write_text("a dog\n")
     (tmp_path / "my.args").write_text("@assets/default.args\n")
     words = [word for word in shlex.split(line.partition(" && ")[2] or line) if word != "--help"]
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    script = next(i for i, word in enumerate(words) if word.endswith(".py") or word == HUB)
     name, given = words[script], words[script + 1 :]
     if name in TRAIN:
         args = parse_args(TRAIN[name].__doc__, TRAIN[name].add_method_arguments, given)
@@ -265,12 +272,41 @@ def test_every_command_of_the_documents_parses(tmp_path, monkeypatch, name, line
     elif name == "evaluate_fid.py":
         args = utils.evaluation.arguments.parse_args(evaluate_fid.__doc__, given)
         assert args.num_samples
+    elif name == HUB:
+        shutil.copytree(ROOT / "assets" / "student", tmp_path / "student")
+        assert utils.publishing.hub.parse_args(given).hub_model_id
     elif name == "analyze_error.py":
         utils.analysis.arguments.parse_args(analyze_error.__doc__, given)
     else:
         assert (ROOT / name).is_file()
         flags = [word for word in given if word.startswith("--")]
         assert all(flag.removeprefix("--") in (ROOT / name).read_text() for flag in flags), flags
+
+
+def code(name: str) -> list[str]:
+    """Python of a document."""
+    return re.findall(r"^```python\n(.*?)^```", DOCUMENTS[name], re.MULTILINE | re.DOTALL)
+
+
+def test_the_code_of_the_documents_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "assets" / "student", "student")
+    (drawing,) = code("README.md")
+    names: dict = {}
+    exec(drawing, names)
+    assert names["image"].size == (16, 16)
+    (loss,) = code("change.md")
+    names = {"F": torch.nn.functional, "output_loss": output_loss}
+    exec(loss, names)
+    student = torch.randn(2, 1, 4, 4, requires_grad=True)
+    names["cosine_loss"](student, torch.randn(2, 1, 4, 4)).loss.backward()
+    assert student.grad.abs().sum() > 0
+    assert sum(len(code(name)) for name in DOCUMENTS) == 2  # and there is no other
+
+
+def test_every_page_is_one_click_from_the_first():
+    linked = set(re.findall(r"\]\(docs/(\w+\.md)\)", DOCUMENTS["README.md"]))
+    assert linked == {*DOCUMENTS} - {"README.md"}
 
 
 def test_every_row_of_the_paper_has_its_measurement(recipes):
