@@ -309,6 +309,13 @@ def test_every_page_is_one_click_from_the_first():
     assert linked == {*DOCUMENTS} - {"README.md"}
 
 
+def test_the_map_of_the_code_names_every_file():
+    """That is met when one looks for a place; `arguments` are in several folders."""
+    words = {*re.findall(r"\w+", DOCUMENTS["change.md"])}
+    files = {path.stem for path in (ROOT / "utils").rglob("*.py")} - {"__init__"}
+    assert len(files) > 60 and files <= words
+
+
 def test_every_row_of_the_paper_has_its_measurement(recipes):
     """The folder that a recipe writes is one that a command measures, with the protocol of its table."""
     measured = {}
