@@ -184,6 +184,7 @@ def tune(work: Path, settings: list[str], only: list[str] | None) -> None:
                     {
                         **{"setting": setting, "row": name, "tuned": tuned, "seed": TUNING_SEED},
                         **{"steps": family.tuning_steps, "samples": family.tuning_samples, "metrics": metrics},
+                        "command": command_of(name, flags, work),
                         "cpu_seconds": round(seconds + more, 1),
                     }
                 )
@@ -202,6 +203,11 @@ def best_flags(setting: str, name: str) -> dict[str, str]:
     if None in found:
         raise UsageError(f"{setting}, {name}: not tuned yet. Run python benchmarks/study.py --tune first.")
     return min(found, key=lambda record: record["metrics"]["frechet_distance"])["tuned"]
+
+
+def command_of(name: str, flags: list[str], work: Path) -> str:
+    """What a row ran, for the record."""
+    return shlex.join([ROWS[name].script, *COMMON, *flags]).replace(f"{work}/", "WORK/")
 
 
 def rows_of(setting: str) -> list[tuple[int, str]]:
@@ -257,7 +263,7 @@ def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], onl
             results.add(
                 {
                     **{"setting": setting, "row": name, "seed": seed, "steps": spec.steps, "samples": family.samples},
-                    "command": shlex.join([ROWS[name].script, *COMMON, *flags]).replace(f"{work}/", "WORK/"),
+                    "command": command_of(name, flags, work),
                     "metrics": metrics,
                     **read_json(folder / "probe.json"),
                     "log": {key: [line.get(key) for line in log] for key in ("step", "loss", "task", "output", "w")},

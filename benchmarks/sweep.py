@@ -77,6 +77,7 @@ import train_lift  # noqa: E402
 import train_place  # noqa: E402
 from utils.evaluation.arguments import parse_args as parse_evaluation  # noqa: E402
 from utils.files import read_json, write_file  # noqa: E402
+from utils.metrics.extractors import load_extractor  # noqa: E402
 from utils.training.arguments import parse_args as parse_training  # noqa: E402
 
 SCRIPTS = dict(zip(TRAINING, (train_place, train_lift), strict=True))
@@ -176,7 +177,8 @@ def main(args: argparse.Namespace, flags: list[str]) -> None:
     teacher = training.pretrained_model_name_or_path
     if not teacher:
         raise UsageError("--pretrained_model_name_or_path: students of several sizes are made of a teacher. Name it.")
-    parse_evaluation("", measured(args.output_dir, teacher, args, training, flow=True))  # refuses what it would later
+    evaluation = parse_evaluation("", measured(args.output_dir, teacher, args, training, flow=True))
+    load_extractor(evaluation.feature_extractor, inception_path=evaluation.inception_path)  # refused now, or later
 
     state = args.output_dir / "sweep.json"
     kept = {"script": args.script, "flags": flags, "evaluate": args.evaluate, "rows": []}
