@@ -179,7 +179,7 @@ def tune(work: Path, settings: list[str], only: list[str] | None) -> None:
                 metrics, more = evaluate(
                     folder, sampled(str(folder / "student"), family), family.tuning_samples, reference, "fid", work
                 )
-                print(f"{setting:<8}{name:<20}{tuned} {metrics['frechet_distance']:.2f}", flush=True)
+                print(f"{setting:<11}{name:<20}{tuned} {metrics['frechet_distance']:.2f}", flush=True)
                 results.add(
                     {
                         **{"setting": setting, "row": name, "tuned": tuned, "seed": TUNING_SEED},
@@ -270,7 +270,7 @@ def run_stage(stage: int, seeds: list[int], work: Path, settings: list[str], onl
                     "cpu_seconds": {"training": round(trained, 1), "samples": round(measured, 1)},
                 }
             )
-            print(f"seed {seed} {setting:<8}{name:<22}{metrics['frechet_distance']:8.2f}", flush=True)
+            print(f"seed {seed} {setting:<11}{name:<22}{metrics['frechet_distance']:8.2f}", flush=True)
 
 
 def references(work: Path) -> None:

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensor
 
 import train_place
+import utils.training.log
 from utils.backbones.ddpm import DDPM
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -237,6 +238,14 @@ def test_a_feature_weight_that_falls_and_a_rate_that_falls_not_to_zero(run):
         assert line["loss"] == pytest.approx(parts, rel=1e-6) and line["feature"] > 0
     rates = [2e-4 * (0.75 + 0.25 * math.cos(math.pi * step / 4)) for step in (1, 2, 3, 4)]
     assert [line["learning_rate"] for line in log] == pytest.approx(rates)
+
+
+def test_a_run_says_its_threads_and_when_it_ends(run, capsys, monkeypatch):
+    monkeypatch.setattr(utils.training.log, "PACED", 1)
+    run("train_place", "--max_train_steps", "5", "--num_cpu_threads", "2")
+    printed = capsys.readouterr().out
+    assert re.search(r"^devices .*, 2 threads each, (asleep|spinning briefly|waiting)", printed, re.MULTILINE)
+    assert re.search(r"^A step takes [\d.]+ m?s: about .* for the 2 that are left, ", printed, re.MULTILINE)
 
 
 def test_feature_distance_keeps_the_best(run, capsys):
