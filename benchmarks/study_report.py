@@ -11,6 +11,7 @@ import numpy as np
 from compare import draw, show_rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 from scipy.stats import spearmanr
 from study_rows import Family
 
@@ -122,8 +123,12 @@ def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
     ):
         axes.set_title(name, loc="left", fontsize=10)
         axes.set_ylabel(unit)
+        axes.tick_params(axis="y", which="minor", labelsize=7)
         axes.set_xlabel("place in the schedule (0 is the cleanest)")
         axes.set_yscale("log")
+        if axes is not error:
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.yaxis.set_minor_formatter(PercentFormatter(1, decimals=0))
     figure.legend(*error.get_legend_handles_labels(), loc="outside right center", fontsize=7, frameon=False)
     figure.savefig(picture, dpi=110)
 
