@@ -80,8 +80,8 @@ class Results:
 
     def check_machine(self, setting: str, seed: int) -> None:
         """Raises UsageError where rows of this setting and seed were run on another processor."""
-        for path in RESULTS.glob("*.json"):
-            for record in read_json(path):
+        for path in {self.path, *RESULTS.glob("stage_*.json")}:
+            for record in read_json(path) or []:
                 if (record.get("setting"), record.get("seed")) == (setting, seed) and record["cpu"] != cpu_name():
                     raise UsageError(
                         f"--settings {setting} --seeds {seed}: {path.name} has rows of these from {record['cpu']}, "

@@ -162,6 +162,17 @@ def why(records: list[dict]) -> str:
     )
 
 
+def rounding_table(records: list[dict], others: list[dict]) -> list[str]:
+    """Rows that were run on a second processor too, with the same command and seed: they differ by rounding alone."""
+    lines = ["| row, setting, seed | processor: distance | another |", "|---|---|---|"]
+    for other in others:
+        key = {name: other[name] for name in ("row", "setting", "seed")}
+        if own := next((record for record in records if key.items() <= record.items()), None):
+            cells = [f"{each['cpu']}: {each['metrics']['frechet_distance']:.2f}" for each in (own, other)]
+            lines.append(f"| {', '.join(map(str, key.values()))} | {' | '.join(cells)} |")
+    return lines
+
+
 def tuning_table(records: list[dict]) -> list[str]:
     """What every method's grid gave, the chosen one bold."""
     lines = ["| setting | row | rate and weight: distance on held-out training images |", "|---|---|---|"]
@@ -210,6 +221,8 @@ def report(folder: Path, settings: dict) -> None:
             ]
             if (folder / f"{setting}_samples.png").exists():
                 lines += ["", f"![Samples of every row]({setting}_samples.png)"]
+    if others := read_json(folder / "rounding.json"):
+        lines += ["", "## What rounding does", "", *rounding_table(records, others)]
     if tuning := read_json(folder / "tuning.json"):
         lines += ["", "## Tuning", "", *tuning_table(tuning)]
     machines = sorted({json.dumps([record["cpu"], record["commit"], record["versions"]]) for record in records})

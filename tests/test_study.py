@@ -164,6 +164,7 @@ def test_the_report_adds_up(tmp_path):
 
     results(tmp_path, "stage_1", *(record("mse", seed, 10.0 + seed, 10) for seed in range(3)))
     results(tmp_path, "stage_2", *(record("log", seed, 8.0 + seed / 2, 20) for seed in range(3)))
+    results(tmp_path, "rounding", {**record("mse", 1, 12.5, 10), "cpu": "z"}, record("l1", 1, 9.0, 10))
     study_report.report(tmp_path, {"random": study_rows.SETTINGS["random"]})
     lines = (tmp_path / "README.md").read_text().splitlines()
     assert "| log | 8.50 (8.00 to 9.00) | **-2.50 +- 0.29** | 0.500 (0.500 to 0.500) " in lines[12]
@@ -171,3 +172,4 @@ def test_the_report_adds_up(tmp_path):
         "| mse | 11.00 (10.00 to"
     )
     assert (tmp_path / "random.png").stat().st_size > 10_000 and "- a, commit b, torch 1" in lines
+    assert "| mse, random, 1 | a: 11.00 | z: 12.50 |" in lines and not any(line.startswith("| l1,") for line in lines)
