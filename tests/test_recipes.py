@@ -263,7 +263,7 @@ def test_every_command_of_the_documents_parses(tmp_path, monkeypatch, name, line
     monkeypatch.chdir(tmp_path)  # recipes and assets are found from anywhere
     (tmp_path / "coco_val_30k.txt").write_text("a dog\n")
     (tmp_path / "my.args").write_text("@assets/default.args\n")
-    words = [word for word in shlex.split(line.partition(" && ")[2] or line) if word != "--help"]
+    words = [word for word in shlex.split(line.partition(" && ")[2] or line, comments=True) if word != "--help"]
     script = next(i for i, word in enumerate(words) if word.endswith(".py") or word == HUB)
     name, given = words[script], words[script + 1 :]
     if name in TRAIN:
