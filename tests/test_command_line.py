@@ -2,6 +2,7 @@
 """What the command lines of all scripts have in common: names, kinds of flags, recipes, and how an error is told."""
 
 import argparse
+import errno
 import importlib
 import json
 import os
@@ -31,6 +32,7 @@ from utils.command_line import (
     ArgumentParser,
     Switch,
     UsageError,
+    announce,
     bundled,
     call,
     refuse_missing,
@@ -386,6 +388,19 @@ def test_what_is_printed_is_in_a_file_at_once(tmp_path):
     text = "import os, utils.command_line as c\nc.start(lambda: None)\nprint('told')\nos._exit(0)\n"
     Path("small.py").write_text(text)
     assert script_process("small.py", PYTHONUNBUFFERED="").stdout == "told\n"
+
+
+def test_a_terminal_that_has_gone_stops_nothing(monkeypatch):
+    """A checkpoint says that it is saved, and then has to be."""
+
+    class Gone:
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+        flush = write
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    announce("saving the checkpoint")
 
 
 def test_signals_do_what_they_did_before_a_notebook_called(monkeypatch):

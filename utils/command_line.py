@@ -248,7 +248,8 @@ def announce(waiting_for: str) -> None:
     one."""
     if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
         write = sys.modules["tqdm"].tqdm.write if "tqdm" in sys.modules else print
-        write(f"{Path(sys.argv[0]).name}: {waiting_for} ...", file=sys.stderr)
+        with contextlib.suppress(OSError):  # a terminal that has gone: what comes now may be what saves the work
+            write(f"{Path(sys.argv[0]).name}: {waiting_for} ...", file=sys.stderr)
 
 
 def end_bars() -> None:
