@@ -24,7 +24,7 @@ PANELS = (
     Panel(
         "loss terms",
         "mean since the last log",
-        {"loss": "loss, the weighted sum of"}
+        {"loss": "loss (weighted sum)"}
         | {name: name for name in ("task", "variance", "output", "coarse", "fine", "output_variance", "feature")},
     ),
     Panel(
