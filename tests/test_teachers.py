@@ -237,6 +237,7 @@ def test_unets_that_are_told_more_or_see_more(own, tmp_path, changes, message):
         ({"_class_name": "EulerDiscreteScheduler", "timestep_type": "continuous"}, "continuous times"),
         ({"_class_name": "CogVideoXDDIMScheduler"}, "snr_shift_scale"),
         ({"_class_name": "HeunDiscreteScheduler", "beta_schedule": "exp"}, "betas cannot be had"),
+        ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, "samples from noise alone on .*trailing"),
         (
             {"_class_name": "DDPMScheduler", "trained_betas": [0.1, 0.2]},
             "2 trained_betas for num_train_timesteps 1000",

@@ -59,11 +59,17 @@ def ddpm_scheduler(config: dict, said: str) -> DDPMScheduler:
             scheduler = DDPMScheduler.from_config({**own, **config})
         except (NotImplementedError, ValueError, TypeError, RuntimeError, IndexError) as error:
             raise UsageError(f"{said}: its scheduler's betas cannot be had of its config: {error}") from error
-        if len(scheduler.betas) == scheduler.config.num_train_timesteps:
+        count, spacing = scheduler.config.num_train_timesteps, config.get("timestep_spacing")
+        ends_in_noise = prediction == "epsilon" and not scheduler.alphas_cumprod[-1] > 0
+        if len(scheduler.betas) != count:
+            found = f"with {len(scheduler.betas)} trained_betas for num_train_timesteps {count}"
+        elif ends_in_noise and spacing in ("trailing", "linspace"):
+            found = (
+                f"which samples from noise alone on (rescale_betas_zero_snr, timestep_spacing {spacing}), where a "
+                "prediction of the noise says nothing of the data"
+            )
+        else:
             return scheduler
-        found = (
-            f"with {len(scheduler.betas)} trained_betas for num_train_timesteps {scheduler.config.num_train_timesteps}"
-        )
     raise UsageError(
         f"{said}: its scheduler is a {name}, {found}. Trained here is DDPM's process, of one beta a timestep, with "
         f"{', '.join(PREDICTIONS[:-1])} or {PREDICTIONS[-1]} predicted: choose a teacher and student of that."
