@@ -109,7 +109,7 @@ def subset_warning(subset_size: int, *counts: int) -> str | None:
         return None
     return (
         f"subsets of {subset_size} hold all {min(counts)} samples of a set: the standard error of the kernel distance "
-        "is that of the other set's draw alone, or 0. Choose smaller subsets, or more samples."
+        "is that of the other set's draw alone, or 0. Give a smaller --kid_subset_size, or more samples."
     )
 
 

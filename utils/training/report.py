@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is about to happen, to be read before hours are spent; what came of it; and with which arguments."""
 
+import math
 import platform
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def plan(args, accelerator: Accelerator, dataset, sizes: str, memory: str | None
             f"checkpoints  {args.output_dir}/checkpoints, every {counted(args.checkpointing_steps, 'step')}, the "
             f"newest {args.checkpoints_total_limit} kept{distance}",
             f"student      {args.output_dir}, a diffusers pipeline",
+            *(["Dry run: this is the plan; nothing was trained or written."] if args.dry_run else []),
         ]
     )
 
@@ -56,7 +58,7 @@ def save_arguments(args, script: str, data_fingerprint: str) -> None:
 def _peak_memory(accelerator: Accelerator) -> str:
     if accelerator.device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2**30:.2f} GiB on the GPU"
-    return f"{peak_process_memory() / 2**30:.2f} GiB"
+    return f"{peak_process_memory() / 2**30:.2f} GiB, of which Python and its libraries are most in a small run"
 
 
 def summary(args, log: RunLog, validation, dataset) -> str:
@@ -71,7 +73,9 @@ def summary(args, log: RunLog, validation, dataset) -> str:
         lines += [f"  {who:<26}{distance:10.2f}" for who, distance in validation.distances.items()]
     if validation.best:
         distance, step = validation.best
-        lines.append(f"Best at step {step:,} with {distance:.2f}, kept in {folder / 'best'}")
+        untrained = validation.distances.get("student before training", math.inf)
+        worse = ", further away than before training: train longer" * (untrained < distance)
+        lines.append(f"Best at step {step:,} with {distance:.2f}, kept in {folder / 'best'}{worse}")
     if log.seconds:
         lines.append(
             f"{log.images / log.seconds:.0f} images/s in training, peak memory {_peak_memory(log.accelerator)}"

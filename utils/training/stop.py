@@ -67,7 +67,7 @@ class Stop:
         end_bars()
         self.accelerator.print(f"Stopped at step {step}, saved {path}. Go on:\n    {resuming_command()}")
         if code == 128 + signal.SIGINT and launcher() == "accelerate":  # which it gets too, and has no word for
-            self.accelerator.print("What follows is accelerate's own account of Ctrl-C.")
+            self.accelerator.print("The traceback above or below is accelerate's own account of Ctrl-C.")
         raise SystemExit(code)
 
     def _exit_code(self) -> int:
