@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from utils.analysis import arguments as analysis
 from utils.command_line import (
+    OTHERS,
     ROOT,
     ArgumentParser,
     Switch,
@@ -232,6 +233,15 @@ def test_a_list_in_the_recipe_of_a_card_parses_back(tmp_path, name):
 def test_every_flag_of_several_values_is_among_these():
     given = actions("train_place").items()
     assert {name for name, flag in given if flag.nargs == "+" or "," in str(flag.metavar)} == LISTS.keys()
+
+
+@pytest.mark.parametrize("script, other", [("train_place", "train_lift"), ("train_lift", "train_place")])
+def test_a_flag_of_the_other_script_is_told_so(script, other):
+    alone = actions(other).keys() - actions(script).keys()
+    assert alone == {name.removeprefix("--") for name, owner in OTHERS.items() if owner == f"{other}.py"}
+    for name in alone:
+        with pytest.raises(UsageError, match=f"^--{name} is a flag of {other}.py. See --help.$"):
+            parse(script, f"--{name}", "1")
 
 
 # The quickstart

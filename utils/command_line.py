@@ -31,6 +31,9 @@ later flags win: --no-FLAG undoes a switch, FLAG "" any other, as if it had neve
 assets/... and recipes/... that are not in the current folder are those of this repository"""
 
 
+# of one training script alone
+OTHERS = dict.fromkeys(("--output_loss", "--coefficients"), "train_lift.py")
+OTHERS |= dict.fromkeys(("--group_size", "--grouping"), "train_place.py")
 # what other scripts call a flag, where that is too far from ours to be taken for a slip of it
 HABITS = {
     **dict.fromkeys(("--lr", "--rate"), "--learning_rate"),
@@ -149,6 +152,8 @@ class ArgumentParser(argparse.ArgumentParser):
             place = self._place((unknown or words[2:] or [""])[0])
         if renamed := [f"{name} is now {self.renamed[name]}." for name in names if name in self.renamed]:
             raise UsageError(f"{place}{' '.join(renamed)} See --help.")
+        if theirs := [f"{name} is a flag of {OTHERS[name]}." for name in names if name in OTHERS.keys() - flags]:
+            raise UsageError(f"{place}{' '.join(theirs)} See --help.")
         habits = [HABITS[name] for name in names if HABITS.get(name) in flags]
         others = [word for word in unknown if HABITS.get(word.partition("=")[0]) not in flags]
         close = habits + [match for word in others for match in difflib.get_close_matches(word, flags, n=1)]
