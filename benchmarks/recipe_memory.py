@@ -38,12 +38,12 @@ from published import configs_of  # noqa: E402
 
 import train_place  # noqa: E402
 from utils.backbones.ddpm import DDPM  # noqa: E402
-from utils.backbones.dit import DiT, predicts_variance  # noqa: E402
+from utils.backbones.dit import DiT  # noqa: E402
 from utils.backbones.sd3 import SD3  # noqa: E402
 from utils.backbones.stable_diffusion import StableDiffusion  # noqa: E402
 from utils.devices import DTYPES  # noqa: E402
 from utils.distillation.features import tap_pair  # noqa: E402
-from utils.students.sizes import example_inputs, full_config  # noqa: E402
+from utils.students.sizes import example_inputs  # noqa: E402
 from utils.training.arguments import parse_args as parse_training  # noqa: E402
 from utils.training.memory import memory_estimate  # noqa: E402
 
@@ -98,8 +98,6 @@ def estimate(recipe: str, *flags: str) -> str:
         **{"teacher": teacher, "model_class": model_class, "sampling_options": {}, "example": lambda: example},
         configs=SimpleNamespace(vae=vae),
     )
-    if family is DiT:
-        backbone.predicts_variance = predicts_variance(full_config(teacher.config, model_class))
     backbone.read = functools.partial(family.read, backbone)
     pairs = family.feature_pairs(backbone, student) if args.lambda_kd_feat > 0 else []
     student, tapped = tap_pair(student, teacher, pairs, example, args.seed)

@@ -41,7 +41,6 @@ class DiT(Transformer):
         pipeline = DiTPipeline.load_config(args.pretrained_model_name_or_path, revision=args.revision)
         self.conditions = Labels(args, teacher.config.num_embeds_ada_norm, class_names(pipeline))
         self.variance = LearnedVariance(self.process.scheduler)
-        self.predicts_variance = predicts_variance(full_config(teacher.config, self.model_class))
         self.sampling_options = {"guidance_scale": self.guidance_scale()}
 
     @classmethod
@@ -103,7 +102,7 @@ class DiT(Transformer):
 
     def read(self, output: Tensor) -> tuple[Tensor, Tensor | None]:
         """(what LIFT and PLACE compare, the variance where the denoiser predicts one), both (B, C, H, W)."""
-        return output.chunk(2, dim=1) if self.predicts_variance else (output, None)
+        return output.chunk(2, dim=1) if predicts_variance(self.teacher.config) else (output, None)
 
     def task_terms(self, prediction: Prediction, noised: Noised) -> dict[str, Tensor]:
         """As `Backbone.task_terms`; a predicted variance has the bound as `variance`."""

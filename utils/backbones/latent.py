@@ -3,7 +3,7 @@
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +35,8 @@ class Latent(Backbone):
         "latents_mean",
         "latents_std",
     )  # of its config: would be left out in silence
+    # of its config, which the stock pipeline computes with: what to do where one is none
+    vae_numbers: ClassVar[Mapping[str, str]] = {"scaling_factor": "Fetch its config again"}
     flags = frozenset(
         "proportion_empty_prompts pretrained_vae_model_name_or_path validation_guidance_scale "
         "latent_cache_dir cache_variants".split()
@@ -120,8 +122,9 @@ class Latent(Backbone):
                 f"{said}: the VAE's latents have {unread[0]} {vae[unread[0]]}, which is not scaling_factor alone, as "
                 "the teachers here are trained on. Choose a teacher and VAE without it."
             )
-        if not isinstance(vae["scaling_factor"], int | float):
-            raise UsageError(f"{said}: the VAE's scaling_factor is {vae['scaling_factor']}. Fetch its config again.")
+        for key, hint in cls.vae_numbers.items():
+            if not isinstance(vae[key], int | float):
+                raise UsageError(f"{said}: the VAE's {key} is {vae[key]}, which is no number. {hint}.")
         if (colours := (vae["in_channels"], vae["out_channels"])) != (3, 3):
             raise UsageError(f"{said}: the VAE has {colours[0]} channels in and {colours[1]} out; images here have 3.")
         if vae["latent_channels"] != teacher["in_channels"]:

@@ -14,7 +14,6 @@ from utils.backbones.loading import TEACHER
 from utils.backbones.sd3_prompts import CLIPS, LENGTHS, T5, Sd3Prompts, check_text, has_t5
 from utils.backbones.transformer import Transformer
 from utils.command_line import UsageError
-from utils.hub_folders import VAE
 from utils.students.sizes import full_config
 
 
@@ -29,6 +28,9 @@ class SD3(Transformer):
         *("lora_rank", "fuse_lora"),
     }
     vae_dtype = torch.float32  # as diffusers' own training of it encodes
+    vae_numbers = Transformer.vae_numbers | {
+        "shift_factor": "Write 0.0 into its config.json where it has none, or choose another"
+    }
     last_stays = True  # the last layer alone gives no text
 
     def __init__(self, args, teacher: SD3Transformer2DModel, configs: Configs):
@@ -72,18 +74,6 @@ class SD3(Transformer):
             )
         if args.dropout is not None:
             raise UsageError(f"--dropout {args.dropout}: a {cls.model_class.__name__} has none. Leave it out.")
-
-    @classmethod
-    def check_vae(cls, args, configs: Configs) -> None:
-        """As `Latent.check_vae`; and latents without a shift, which the stock pipeline asks for."""
-        super().check_vae(args, configs)
-        if not isinstance(configs.vae.get("shift_factor"), int | float):
-            other = args.pretrained_vae_model_name_or_path
-            said = f"{VAE} {other}" if other else f"{TEACHER} {args.pretrained_model_name_or_path}"
-            raise UsageError(
-                f"{said}: the VAE's shift_factor is {configs.vae.get('shift_factor')}, with which the stock pipeline "
-                "cannot decode. Write 0.0 into its config.json where it has none, or choose another."
-            )
 
     @classmethod
     def check_parts(cls, args, configs: Configs, parts: dict[str, Part]) -> None:

@@ -63,9 +63,9 @@ class Transformer(Latent):
 
     def _diffusion_losses(self, images: dict[str, Tensor], args) -> Iterator[Tensor]:
         """The teacher's diffusion loss on several batches, of few images again and again, each noised anew."""
-        device, count = (one := next(iter(images.values()))).device, len(one)
+        one = next(iter(images.values()))
+        device, count, size = one.device, len(one), min(args.train_batch_size, len(one))
         teacher = Tapped(self.teacher.to(device))
-        size = min(args.train_batch_size, count)
         for number in range(SCORED_BATCHES):
             rng = StepRandom(args.seed, number, device=device)
             chosen = torch.arange(number * size, (number + 1) * size, device=device) % count

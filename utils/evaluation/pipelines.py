@@ -10,6 +10,8 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
+from utils.backbones.clip_prompts import tokenizer_of
+from utils.backbones.sd3_prompts import T5
 from utils.command_line import UsageError, announce
 from utils.devices import DTYPE_KEYWORD
 from utils.files import loaded_files
@@ -51,7 +53,7 @@ def load_pipeline(
         parts = json.loads((folder / "model_index.json").read_text())
         absent = {name: None for name, part in parts.items() if part == [None, None]}  # such as T5, left out of an SD3
         if parts.get("_class_name") == "StableDiffusion3Pipeline":  # or not even listed
-            absent |= dict.fromkeys({"text_encoder_3", "tokenizer_3"} - parts.keys())
+            absent |= dict.fromkeys({T5, tokenizer_of(T5)} - parts.keys())
         pipeline = DiffusionPipeline.from_pretrained(
             folder, variant=variant, use_safetensors=None if pickled else True, **{DTYPE_KEYWORD: dtype}, **absent
         )
