@@ -474,6 +474,10 @@ def test_the_equations_say_what_is_balanced():
     assert [line[:19] for line in lines] == ["u      = (M / m)^1 ", "v      = (M / m)^0.", "output = mean v * |"]
     assert total == "loss   = 1 * u * diffusion + 1 * output"
     assert equations({**args, "lambda_kd_output": 0})[1] == "loss   = 1 * u * diffusion"
+    lines, total = equations({**args, "timestep_balance": 0.5}, ("loss", "variance", "output_variance"))
+    assert [line.split(" = ")[0] for line in lines[3:]] == ["variance", "output_variance"]
+    assert total == "loss   = 1 * (u * diffusion + variance) + 1 * (output + output_variance)"
+    assert equations({**args, "lambda_kd_output": 0}, ("variance",))[1] == "loss   = 1 * (u * diffusion + variance)"
     del args["task_balance"]  # of a student that was trained before there was one
     assert equations(args) == (["output = mean |e_S - e_T|"], "loss   = 1 * diffusion + 1 * output")
 

@@ -248,6 +248,8 @@ def test_a_run_leaves_what_a_user_reads(kind):
     exec(code, namespace)  # with a prompt or a class of the data, where the family has them
     assert namespace["image"].size[0] == (32 if kind.cached else 8)
     assert check_alone(Page(kind.whole / "report.html")) > 2
+    for name in ("variance", "output_variance"):  # every term of the loss is in its equations
+        assert (f"\n{name} = " in card) == (name in read_log(kind.whole)[-1])
 
 
 def test_the_export_reloads_bit_for_bit(kind):

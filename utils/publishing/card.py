@@ -30,7 +30,7 @@ from utils.publishing.readable import (
     size_rows,
     validation_sentence,
 )
-from utils.publishing.records import measured_by
+from utils.publishing.records import measured_by, read_log
 from utils.publishing.repository import NAME, repository_url
 from utils.students.sizes import model_size
 
@@ -111,7 +111,7 @@ def render(folder: Path, facts: dict, name: str) -> str:
         model_name=title if results else None,
         eval_results=results or None,
     )
-    lines, total = equations(args)
+    lines, total = equations(args, set().union(*read_log(folder)))
     config = json.loads((folder / facts["component"] / "config.json").read_text())
     return str(
         ModelCard.from_template(

@@ -8,7 +8,6 @@ not made, the page lies beside what was measured.
 
 import base64
 import io
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,7 +35,7 @@ from utils.publishing.readable import (
     size_rows,
     validation_sentence,
 )
-from utils.publishing.records import measured_by
+from utils.publishing.records import measured_by, read_log
 
 NAME, TEMPLATE = "report.html", "report_template.html"
 MEASURED = "measured"  # in a student's folder: copies of what was measured of it
@@ -90,8 +89,8 @@ def _training(folder: Path, facts: dict, made_with: dict) -> dict[str, Any]:
     """What the page says of a training run."""
     args = made_with["arguments"]
     named = f"{args['pretrained_model_name_or_path']}"
-    lines, total = equations(args)
-    count, log = args["validation_num_samples"], _log(folder / "log.jsonl")
+    count, log = args["validation_num_samples"], read_log(folder)
+    lines, total = equations(args, set().union(*log))
     steps = {line["step"]: line["frechet_distance"] for line in log if line.get("frechet_distance") is not None}
     return {
         "made": f"{how_made(args, facts, named)} on {args['dataset_name'] or args['train_data_dir']}",
@@ -110,10 +109,6 @@ def _training(folder: Path, facts: dict, made_with: dict) -> dict[str, Any]:
         "recipe": recipe(args),
         "versions": made_with["versions"],
     }
-
-
-def _log(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def _grids(folder: Path, distances: dict[int, str]) -> list[dict[str, Any]]:

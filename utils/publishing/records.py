@@ -20,3 +20,9 @@ def measured_by(record: Path, folder: Path) -> dict[str, Any]:
     weights = {name: known[name] for name in known if name.endswith((".safetensors", ".bin"))}
     same = all(sha256(folder / name) == digest for name, digest in weights.items() if (folder / name).is_file())
     return content if same else {}
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.jsonl; none where there is no such file."""
+    path = folder / "log.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
