@@ -5,9 +5,9 @@
     python benchmarks/make_text_teacher.py teachers            # teachers/text, a stock StableDiffusionPipeline
     python benchmarks/make_text_teacher.py teachers --measure  # samples as asked, Frechet distance, teachers/text.png
 
-Its U-Net has three stages of two layers, as wide as 20 minutes of a core allow; attention starts in the second, at 8x8
-latents. Its text encoder is a two-layer CLIP of random frozen weights. text_student.json, beside this file, is the
-config of a small U-Net for the same latents and prompts.
+Its U-Net has three stages of two layers, as wide as a quarter of an hour of a core allows; attention starts in the
+second, at 8x8 latents. Its text encoder is a two-layer CLIP of random frozen weights. text_student.json, beside this
+file, is the config of a small U-Net for the same latents and prompts.
 """
 
 from pathlib import Path
@@ -15,7 +15,7 @@ from pathlib import Path
 from latent_flags import SEED, Teacher, read
 
 if __name__ == "__main__":  # --help and wrong flags do not wait for what is imported below
-    ARGS = read(__doc__, Teacher("text", steps=2000, learning_rate=1e-3, guidance=3.0))
+    ARGS = read(__doc__, Teacher("text", steps=1200, learning_rate=1e-3, guidance=3.0))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402

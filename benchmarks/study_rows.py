@@ -69,28 +69,28 @@ class Row(NamedTuple):
 
 
 # Rows of other teachers cost more to sample and are compared with each other alone: fewer samples
-OTHER = Family(samples=1500)
+OTHER = Family(samples=1000)
 # and, of latents, tuning of fewer steps
 LATENT = Family(captioned=True, samples=1000, rates=("1e-3", "3e-3"), tuning_steps=150, tuning_samples=500)
-TEXT = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=3.0, tuning_samples=300)
+TEXT = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=3.0, tuning_steps=100, tuning_samples=200)
 CLASSES = LATENT._replace(class_labels=tuple(range(10)), guidance_scale=4.0)
 FLOW = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=2.0, scheduler=None, max_sequence_length=8)
 
 SETTINGS = {
     "random": Setting("1.6 %, random start", 1000, "--pruning_ratio 0.875 --student_init random"),
     "taylor": Setting("4.7 %, Taylor start", 800, "--pruning_ratio 0.8 --student_init taylor"),
-    "quarter": Setting("25 %, Taylor start", 300, "--pruning_ratio 0.5 --student_init taylor", family=OTHER),
+    "quarter": Setting("25 %, Taylor start", 250, "--pruning_ratio 0.5 --student_init taylor", family=OTHER),
     "smaller": Setting(
         "4.7 %, of a smaller teacher",
-        300,
+        250,
         "--pruning_ratio 0.6 --student_init taylor",
         "smaller",
         OTHER,
     ),
-    "weaker": Setting("4.7 %, of a weaker teacher", 300, "--pruning_ratio 0.8 --student_init taylor", "weaker", OTHER),
+    "weaker": Setting("4.7 %, of a weaker teacher", 250, "--pruning_ratio 0.8 --student_init taylor", "weaker", OTHER),
     "text": Setting(
         "text-to-image, 8 % of the U-Net, random start",
-        300,
+        250,
         "--student_config benchmarks/text_student.json",
         "text",
         TEXT,
@@ -113,8 +113,8 @@ LATENT_TEACHERS = ("text", "dit", "flow")
 
 # Teachers that stage 3 makes for itself, without distillation: train_lift.py with these flags
 TEACHERS = {
-    "smaller": "--pruning_ratio 0.5 --student_init taylor --max_train_steps 1500 --learning_rate 1e-3",
-    "weaker": "--student_config recipes/fashion_mnist_teacher.json --max_train_steps 500 --learning_rate 1e-3",
+    "smaller": "--pruning_ratio 0.5 --student_init taylor --max_train_steps 1000 --learning_rate 1e-3",
+    "weaker": "--student_config recipes/fashion_mnist_teacher.json --max_train_steps 400 --learning_rate 1e-3",
 }
 
 # Balanced rows balance every term that they have, so that each differs from its neighbour in one thing; P is .5 in all
@@ -153,7 +153,7 @@ CAPACITY = ("mse", "l1", "PLACE", "PLACE, balanced")
 # stage -> setting -> rows. A stage's rows are compared within a setting; those of earlier stages stay beside them
 STAGES = {
     1: {"random": tuple(BASELINES), "taylor": tuple(BASELINES)},
-    2: {"random": tuple(VARIANTS)},
+    2: {"random": tuple(VARIANTS), "taylor": ("PLACE, signed",)},
     3: {"quarter": CAPACITY, "smaller": CAPACITY, "weaker": CAPACITY},
     4: {"text": ("w/o KD", "mse", "l1", "PLACE", "mse, balanced", "PLACE, balanced")},
     5: {"dit": CAPACITY, "dit_scored": ("mse", "PLACE")},
