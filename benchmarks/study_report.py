@@ -13,13 +13,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from scipy.stats import spearmanr
-from study_rows import Family
+from study_rows import BASELINES, Family
 
 from utils.files import read_json, write_file
 from utils.flags import read_prompts_file
 
 COLOURS = {"w/o KD": "0.4", "mse": "C0", "l1": "C2", "LIFT": "C4", "PLACE": "C1", "log": "C5"}
-BASELINES = ("w/o KD", "w/o KD, balanced", "mse", "PLACE")  # what every row is compared with
+COMPARED = ("w/o KD", "w/o KD, balanced", "mse", "PLACE")  # what every row is compared with
+SHOWN = 12  # lines of a plot that can still be told apart; beyond, PLACE's variants get a plot of their own
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, int]:
@@ -59,7 +60,7 @@ def table(rows: dict[str, list[dict]]) -> list[str]:
         name: {record["seed"]: record["metrics"]["frechet_distance"] for record in records}
         for name, records in rows.items()
     }
-    baselines = [name for name in BASELINES if name in rows]
+    baselines = [name for name in COMPARED if name in rows]
     shares = [key for key in ("precision", "recall", "as_asked") if key in next(iter(rows.values()))[0]["metrics"]]
     heads = ["row", "distance", *(f"minus {name}" for name in baselines)]
     heads += [*(share.replace("_", " ") for share in shares), "seeds", "CPU s"]
@@ -80,12 +81,12 @@ def style(name: str) -> dict:
     return {"color": COLOURS.get(loss, "k"), "linestyle": line}
 
 
-def draw_distances(axes: Axes, rows: dict[str, list[dict]], title: str) -> list[str]:
+def draw_distances(axes: Axes, rows: dict[str, list[dict]], looks: dict[str, dict], title: str) -> list[str]:
     """A line a row, best first: a dot a seed, a bar at their mean. The rows in that order."""
     distances = {name: [record["metrics"]["frechet_distance"] for record in records] for name, records in rows.items()}
     order = sorted(distances, key=lambda name: statistics.mean(distances[name]))
     for place, name in enumerate(order):
-        colour = style(name)["color"]
+        colour = looks[name]["color"]
         axes.plot(distances[name], [place] * len(distances[name]), "o", color=colour, alpha=0.7)
         axes.plot(statistics.mean(distances[name]), place, "|", color=colour, ms=16, mew=2)
     axes.set_yticks(range(len(order)), order)
@@ -103,19 +104,32 @@ def draw_distances(axes: Axes, rows: dict[str, list[dict]], title: str) -> list[
     return order
 
 
-def plot(rows: dict[str, list[dict]], title: str, picture: Path) -> None:
-    """Distances; and along the schedule the error at the end and the share of the gradient's norm at start and end."""
+def pictures_of(rows: dict[str, list[dict]]) -> dict[str, dict[str, list[dict]]]:
+    """The rows of each plot of a setting, by what its title adds."""
+    if len(rows) <= SHOWN:
+        return {"": rows}
+    variants = [name for name in rows if name.startswith("PLACE, ") and name not in BASELINES]
+    own = {name: rows[name] for name in ("PLACE", "PLACE, balanced", *variants)}
+    return {"": {name: row for name, row in rows.items() if name not in variants}, ", variants of PLACE": own}
+
+
+def plot(rows: dict[str, list[dict]], title: str, picture: Path, *, by_loss: bool = True) -> None:
+    """Distances; and along the schedule the error at the end and the share of the gradient's norm at start and end.
+    Colours are those of `style`, or with `by_loss` false a row's own."""
+    looks = {name: style(name) for name in rows}
+    if not by_loss:
+        looks = {name: {"color": f"C{i % 10}", "linestyle": ("-", "--")[i // 10]} for i, name in enumerate(rows)}
     figure = Figure(figsize=(16, 1.6 + 0.32 * max(len(rows), 9)), layout="constrained")
     dots, error, start, end = figure.subplots(1, 4, width_ratios=(1.3, 1, 1, 1))
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
-    for name in draw_distances(dots, rows, "distance of the samples"):
+    for name in draw_distances(dots, rows, looks, "distance of the samples"):
         curves = ((error, "end", "error_to_teacher"), (start, "start", "gradient_norm"), (end, "end", "gradient_norm"))
         for axes, when, what in curves:
             bins = zip(*(record["probe"][when][what] for record in rows[name]), strict=True)
             means = [statistics.mean(values) for values in bins]
             whole = sum(means) if what == "gradient_norm" else 1
             middles = [(number + 0.5) * 1000 / len(means) for number in range(len(means))]
-            axes.plot(middles, [mean / whole for mean in means], lw=1.2, label=name, **style(name))
+            axes.plot(middles, [mean / whole for mean in means], lw=1.2, label=name, **looks[name])
     for axes, name, unit in (
         (error, "error to the teacher, end", "mean squared error"),
         (start, "gradient, start", "share of its norm"),
@@ -209,18 +223,15 @@ def report(folder: Path, settings: dict) -> None:
         rows = by_row(records, setting)
         if rows:
             title = f"{spec.title}, {spec.steps:,} steps, {spec.family.samples:,} samples"
-            plot(rows, title, folder / f"{setting}.png")
-            lines += [
-                "",
-                f"## {title}",
-                "",
-                *table(rows),
-                "",
-                *([why(students), ""] if len(students := sum(rows.values(), [])) > 9 else []),
-                f"![{spec.title}]({setting}.png)",
-            ]
+            lines += ["", f"## {title}", "", *table(rows)]
+            if len(students := sum(rows.values(), [])) > 9:
+                lines += ["", why(students)]
+            for more, shown in pictures_of(rows).items():
+                picture = f"{setting}{'_place' if more else ''}.png"
+                plot(shown, title + more, folder / picture, by_loss=not more)
+                lines += ["", f"![{spec.title}{more}]({picture})"]
             if (folder / f"{setting}_samples.png").exists():
-                lines += ["", f"![Samples of every row]({setting}_samples.png)"]
+                lines += ["", f"![Samples]({setting}_samples.png)"]
     if others := read_json(folder / "rounding.json"):
         lines += ["", "## What rounding does", "", *rounding_table(records, others)]
     if tuning := read_json(folder / "tuning.json"):

@@ -152,6 +152,14 @@ def test_a_seed_is_finished_where_it_began(tmp_path, monkeypatch):
         study_jobs.Results("stage_1", "setting", "row", "seed").check_machine(setting, seed)
 
 
+def test_variants_get_a_plot_of_their_own_where_they_are_many():
+    few, many = dict.fromkeys(study_rows.BASELINES, []), dict.fromkeys(study_rows.ROWS, [])
+    assert study_report.pictures_of(few) == {"": few}
+    plain, own = study_report.pictures_of(many).values()
+    assert {*plain} == {*study_rows.BASELINES, "log"} and {"PLACE", "PLACE, balanced", "PLACE, signed"} < {*own}
+    assert {*plain} | {*own} == {*many} and max(len(plain), len(own)) <= 20  # two styles of ten colours
+
+
 def test_the_report_adds_up(tmp_path):
     def record(row: str, seed: int, distance: float, training: float) -> dict:
         curves = {"error_to_teacher": [1.0] * 20, "gradient_norm": [1.0] * 20}
