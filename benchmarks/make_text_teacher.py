@@ -6,8 +6,7 @@
     python benchmarks/make_text_teacher.py teachers --measure  # samples as asked, Frechet distance, teachers/text.png
 
 Its U-Net has three stages of two layers, as wide as a quarter of an hour of a core allows; attention starts in the
-second, at 8x8 latents. Its text encoder is a two-layer CLIP of random frozen weights. text_student.json, beside this
-file, is the config of a small U-Net for the same latents and prompts.
+second, at 8x8 latents. Its text encoder is a two-layer CLIP of random frozen weights.
 """
 
 from pathlib import Path
