@@ -152,7 +152,7 @@ STAGES = {
     2: {"random": tuple(VARIANTS), "taylor": ("PLACE, signed",)},
     3: {"quarter": CAPACITY, "smaller": CAPACITY, "weaker": CAPACITY},
     4: {"text": ("w/o KD", "mse", "l1", "PLACE", "mse, balanced", "PLACE, balanced")},
-    5: {"dit": CAPACITY, "dit_scored": ("mse", "PLACE")},
+    5: {"dit": (*CAPACITY, "PLACE, signed"), "dit_scored": ("mse", "PLACE")},
     6: {"flow": CAPACITY},
 }
 # a setting takes another's tuned flags
