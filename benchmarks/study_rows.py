@@ -150,7 +150,7 @@ CAPACITY = ("mse", "l1", "PLACE", "PLACE, balanced")
 STAGES = {
     1: {"random": tuple(BASELINES), "taylor": tuple(BASELINES)},
     2: {"random": tuple(VARIANTS), "taylor": ("PLACE, signed",)},
-    3: {"quarter": CAPACITY, "smaller": CAPACITY, "weaker": CAPACITY},
+    3: {"quarter": (*CAPACITY, "PLACE, signed"), "smaller": CAPACITY, "weaker": CAPACITY},
     4: {"text": ("w/o KD", "mse", "l1", "PLACE", "mse, balanced", "PLACE, balanced")},
     5: {"dit": (*CAPACITY, "PLACE, signed"), "dit_scored": ("mse", "PLACE")},
     6: {"flow": CAPACITY},
