@@ -3,7 +3,7 @@
 
     python benchmarks/default_study.py --rows init --steps 1200 --seeds 0 1 --output study
 
-Every row is a launch of train_place.py or train_lift.py on @assets/default.args with the row's flags; the distance is
+Every row is a launch of train_place.py or train_lift.py on its embedded default with the row's flags; the distance is
 the Frechet distance of --samples DDIM samples (25 steps, eta 0, the same noise for all) to the bundled test images on
 the features of assets/classifier. Prints a table and writes results.json; rows that are there already are not run
 again.
@@ -23,23 +23,23 @@ from utils.command_line import start  # noqa: E402
 
 ROWS = {
     "init": {
-        "taylor": "train_place.py --student_init taylor",
-        "magnitude": "train_place.py --student_init magnitude",
-        "random": "train_place.py --student_init random",
+        "taylor": "train_place.py --student_init taylor --grouping error",
+        "magnitude": "train_place.py --student_init magnitude --grouping error",
+        "random": "train_place.py --student_init random --grouping error",
     },
     "rate": {
-        "taylor, 1e-3": "train_place.py --student_init taylor --learning_rate 1e-3",
-        "taylor, 2e-3": "train_place.py --student_init taylor --learning_rate 2e-3",
-        "taylor, 5e-3": "train_place.py --student_init taylor --learning_rate 5e-3",
-        "random, 5e-3": "train_place.py --student_init random --learning_rate 5e-3",
+        "taylor, 1e-3": "train_place.py --student_init taylor --learning_rate 1e-3 --grouping error",
+        "taylor, 2e-3": "train_place.py --student_init taylor --learning_rate 2e-3 --grouping error",
+        "taylor, 5e-3": "train_place.py --student_init taylor --learning_rate 5e-3 --grouping error",
+        "random, 5e-3": "train_place.py --student_init random --learning_rate 5e-3 --grouping error",
     },
     "loss": {
         "w/o KD": "train_lift.py --lambda_kd_output 0",
         "OutKD mse": "train_lift.py --output_loss mse",
         "OutKD l1": "train_lift.py --output_loss l1",
         "LIFT": "train_lift.py",
-        "PLACE": "train_place.py",
-        "PLACE signed": "train_place.py --grouping signed",
+        "PLACE": "train_place.py --grouping error",
+        "PLACE signed": "train_place.py",
         "PLACE, no task": "train_place.py --lambda_task 0",
         "PLACE + FeatKD": "train_place.py --lambda_kd_feat 4.7e-5",
     },
@@ -112,7 +112,8 @@ def main(args: argparse.Namespace) -> None:
                     continue
                 folder = args.output / f"{name}-{seed}".replace(" ", "_").replace("/", "").replace(",", "")
                 script, *flags = command.split()
-                flags = [f"@{ROOT / 'assets' / 'default.args'}", "--seed", str(seed), *flags]
+                recipe = "default.args" if script == "train_place.py" else "default_lift.args"
+                flags = [f"@{ROOT / 'assets' / recipe}", "--seed", str(seed), *flags]
                 flags += ["--max_train_steps", str(args.steps), "--pretrained_model_name_or_path", args.teacher]
                 flags += ["--validation_shown_samples", "8", "--report_to", "none", "--overwrite_output_dir"]
                 flags += ["--validation_feature_extractor", "", "--output_dir", str(folder)]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run a training script, unchanged, with the teacher's outputs of every step kept on disk.
 
-    python benchmarks/recorded.py RECORD train_place.py @assets/default.args --seed 0
-    python benchmarks/recorded.py RECORD train_lift.py @assets/default.args --seed 0 --output_loss l1 # no teacher
+    python benchmarks/recorded.py RECORD train_place.py @assets/default.args --seed 0      # the teacher runs
+    python benchmarks/recorded.py RECORD train_lift.py @assets/default_lift.args --seed 0 --output_loss l1
 
 Images, noise, timesteps and conditions of a step are functions of (seed, step), so every run of one seed asks the
 teacher the same. The first writes its answers to the folder RECORD, later ones read them, bit for bit; 64 KiB a step

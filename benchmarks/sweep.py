@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> tuple[argparse.Namespace, list[
         if name in ("--student_config", "--student_model_name_or_path", *(each for each, _ in KINDS.values())):
             raise UsageError(f"{name}: the students' size is what --{kind} gives. Leave it out.")
     if not recipes and not any(word.startswith("--pretrained_model_name_or_path") for word in flags):
-        flags = ["@assets/default.args", *flags]
+        flags = [f"@assets/default{'' if args.script == TRAINING[0] else '_lift'}.args", *flags]
     return args, flags
 
 

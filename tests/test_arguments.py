@@ -14,11 +14,11 @@ import train_place
 from utils.command_line import ArgumentParser, call
 from utils.publishing.card import _quoted
 from utils.recipe_files import read_lines, split_line
-from utils.training.arguments import DEFAULT_RECIPE, parse_args
+from utils.training.arguments import parse_args
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"train_lift": train_lift, "train_place": train_place}
-RECIPES = sorted([*(ROOT / "recipes").glob("*.args"), ROOT / DEFAULT_RECIPE])
+RECIPES = sorted(path for folder in ("recipes", "assets") for path in (ROOT / folder).glob("*.args"))
 TEACHER, DATA, STUDENT = ["--pretrained_model_name_or_path", "t"], ["--dataset_name", "d"], ["--pruning_ratio", "0.5"]
 
 
@@ -402,13 +402,14 @@ def test_an_empty_command_line_is_the_embedded_default(tmp_path, monkeypatch, ca
     module = SCRIPTS[script]
     args = parse_args(module.__doc__, module.add_method_arguments, [])
     said = capsys.readouterr().out
-    assert ("@assets/default.args" in said and "--help" in said) == (rank != "1")
-    named = parse_args(module.__doc__, module.add_method_arguments, [f"@{DEFAULT_RECIPE}"])
+    recipe = "@assets/default.args" if script == "train_place" else "@assets/default_lift.args"
+    assert (recipe in said and "--help" in said) == (rank != "1")
+    named = parse_args(module.__doc__, module.add_method_arguments, [recipe])
     assert vars(args) == vars(named) and args.pretrained_model_name_or_path == str(ROOT / "assets/teacher")
     assert capsys.readouterr().out == ""
     monkeypatch.setattr("sys.argv", ["train.py"])
     assert vars(parse_args(module.__doc__, module.add_method_arguments)) == vars(named)
-    monkeypatch.setattr("sys.argv", ["train.py", f"@{DEFAULT_RECIPE}", "--seed", "8"])
+    monkeypatch.setattr("sys.argv", ["train.py", recipe, "--seed", "8"])
     assert parse_args(module.__doc__, module.add_method_arguments).seed == 8
 
 

@@ -29,7 +29,6 @@ from utils.flags import (
 from utils.output_dir import wanted_checkpoint
 
 MAX_TRAIN_STEPS = 100_000
-DEFAULT_RECIPE = "assets/default.args"
 RENAMED = {"--validation_images": "--validation_shown_samples"}
 STUDENTS = (
     "pruning_ratio",
@@ -68,13 +67,14 @@ def parse_args(
     argv = list(sys.argv[1:] if argv is None else argv)
     args = parser.parse_args(argv)
     if all(getattr(args, name) is None for name in BEGINNINGS):
+        recipe = f"assets/default{'' if hasattr(args, 'grouping') else '_lift'}.args"  # LIFT has no groups
         if int(os.environ.get("LOCAL_RANK", 0)) <= 0:
             print(
-                f"No teacher, student or data is named: running the embedded default, @{DEFAULT_RECIPE}"
+                f"No teacher, student or data is named: running the embedded default, @{recipe}"
                 f"{', with the flags that are given' if argv else ''}. --help lists every flag.",
                 flush=True,
             )
-        args = parser.parse_args([f"@{DEFAULT_RECIPE}", *argv])
+        args = parser.parse_args([f"@{recipe}", *argv])
     with parser.placed_errors():
         _check(args)
     use_download_cache(args.cache_dir)
