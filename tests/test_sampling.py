@@ -278,6 +278,16 @@ def test_every_compatible_scheduler_samples_or_is_refused():
     assert Sampler(pipeline, prompts=["a"], num_inference_steps=2)(range(2)).shape == (2, 3, 16, 16)
 
 
+def test_another_scheduler_clips_latents_only_if_told():
+    def clipping(pipeline, **own) -> bool:
+        pipeline.scheduler = PNDMScheduler.from_config({**pipeline.scheduler.config, **own})
+        use_scheduler(pipeline, "DDIMScheduler")
+        return pipeline.scheduler.config.clip_sample
+
+    assert not clipping(tiny_stable_diffusion()) and not clipping(tiny_stable_diffusion(), clip_sample=False)
+    assert clipping(tiny_stable_diffusion(), clip_sample=True) and clipping(tiny_ddpm())
+
+
 @pytest.mark.parametrize(
     ("build", "name", "message"),
     [

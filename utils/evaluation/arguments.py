@@ -87,7 +87,8 @@ def _sampling(parser: argparse.ArgumentParser) -> None:
         "--clip_sample",
         choices=["true", "false"],
         help="whether the scheduler clips its estimate of the clean image to [-1, 1] in every step (default: as its "
-        "config says, for the Hub's DDPMs true; false in the paper's pixel tables)",
+        "config says, for the Hub's DDPMs true; false in the paper's pixel tables, and for latents "
+        "where the pipeline's own scheduler has no such setting)",
     )
     group.add_argument(
         "--guidance_scale",

@@ -81,7 +81,8 @@ def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
 
 
 def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
-    """Give the pipeline the diffusers scheduler of that class name, with the settings of its own.
+    """Give the pipeline the diffusers scheduler of that class name, with the settings of its own. Latents are clipped
+    only where those settings say so.
 
     Raises:
         UsageError: no scheduler of diffusers, none for this kind of model, or one that this pipeline would misuse.
@@ -108,6 +109,8 @@ def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
             "DPMSolverMultistepScheduler, PNDMScheduler and UniPCMultistepScheduler start from unit noise."
         )
     pipeline.scheduler = scheduler
+    if hasattr(pipeline, "vae") and clips(scheduler) and "clip_sample" not in own.config:
+        use_clip_sample(pipeline, False)  # diffusers' default is made for pixels, and latents go beyond [-1, 1]
 
 
 def clips(scheduler) -> bool:
