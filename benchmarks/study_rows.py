@@ -72,9 +72,7 @@ class Row(NamedTuple):
 OTHER = Family(samples=1000)
 # and, of latents, tuning of fewer steps
 LATENT = Family(captioned=True, samples=1000, rates=("1e-3", "3e-3"), tuning_steps=150, tuning_samples=500)
-TEXT = LATENT._replace(
-    prompts="benchmarks/prompts.txt", guidance_scale=3.0, samples=500, tuning_steps=60, tuning_samples=150
-)
+TEXT = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=3.0)
 CLASSES = LATENT._replace(class_labels=tuple(range(10)), guidance_scale=4.0)
 FLOW = LATENT._replace(prompts="benchmarks/prompts.txt", guidance_scale=2.0, scheduler=None, max_sequence_length=8)
 
@@ -90,7 +88,7 @@ SETTINGS = {
         OTHER,
     ),
     "weaker": Setting("4.7 %, of a weaker teacher", 250, "--pruning_ratio 0.8 --student_init taylor", "weaker", OTHER),
-    "text": Setting("text-to-image, bk_tiny: 29 % of the U-Net", 120, "--student_preset bk_tiny", "text", TEXT),
+    "text": Setting("text-to-image, bk_tiny: 29 % of the U-Net", 300, "--student_preset bk_tiny", "text", TEXT),
     "dit": Setting("DiT, 2 of 8 layers, evenly chosen", 300, "--student_depth 2", "dit", CLASSES),
     "dit_scored": Setting(
         "DiT, 2 of 8 layers, chosen by score", 300, "--student_depth 2 --layer_choice scored", "dit", CLASSES
@@ -151,7 +149,7 @@ STAGES = {
     1: {"random": tuple(BASELINES), "taylor": tuple(BASELINES)},
     2: {"random": tuple(VARIANTS), "taylor": ("PLACE, signed",)},
     3: {"quarter": (*CAPACITY, "PLACE, signed"), "smaller": CAPACITY, "weaker": CAPACITY},
-    4: {"text": ("w/o KD", "mse", "l1", "PLACE", "mse, balanced", "PLACE, balanced")},
+    4: {"text": ("w/o KD", "mse", "l1", "PLACE", "mse, balanced", "PLACE, balanced", "PLACE, signed")},
     5: {"dit": (*CAPACITY, "PLACE, signed"), "dit_scored": ("mse", "PLACE")},
     6: {"flow": CAPACITY},
 }
