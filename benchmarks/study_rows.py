@@ -88,7 +88,7 @@ SETTINGS = {
         OTHER,
     ),
     "weaker": Setting("4.7 %, of a weaker teacher", 250, "--pruning_ratio 0.8 --student_init taylor", "weaker", OTHER),
-    "text": Setting("text-to-image, bk_tiny: 29 % of the U-Net", 300, "--student_preset bk_tiny", "text", TEXT),
+    "text": Setting("text-to-image, bk_tiny: 29 % of the U-Net", 250, "--student_preset bk_tiny", "text", TEXT),
     "dit": Setting("DiT, 2 of 8 layers, evenly chosen", 300, "--student_depth 2", "dit", CLASSES),
     "dit_scored": Setting(
         "DiT, 2 of 8 layers, chosen by score", 300, "--student_depth 2 --layer_choice scored", "dit", CLASSES
