@@ -280,12 +280,14 @@ def test_every_compatible_scheduler_samples_or_is_refused():
 
 def test_another_scheduler_clips_latents_only_if_told():
     def clipping(pipeline, **own) -> bool:
-        pipeline.scheduler = PNDMScheduler.from_config({**pipeline.scheduler.config, **own})
+        without = {name: value for name, value in pipeline.scheduler.config.items() if name != "clip_sample"}
+        pipeline.scheduler = PNDMScheduler.from_config({**without, **own})
         use_scheduler(pipeline, "DDIMScheduler")
         return pipeline.scheduler.config.clip_sample
 
     assert not clipping(tiny_stable_diffusion()) and not clipping(tiny_stable_diffusion(), clip_sample=False)
     assert clipping(tiny_stable_diffusion(), clip_sample=True) and clipping(tiny_ddpm())
+    assert not clipping(tiny_ldm())  # its decoder is a vqvae
 
 
 @pytest.mark.parametrize(
@@ -367,12 +369,16 @@ def test_a_consistency_model_without_classes():
     assert sampler.class_labels is None and sampler(range(3)).shape == (3, 1, 8, 8)
 
 
-def test_a_pipeline_that_gives_arrays():
+def tiny_ldm() -> LDMPipeline:
     vqvae = VQModel(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=3, **TWO_BLOCKS).eval()
     unet = build_unet(in_channels=3, out_channels=3).eval()
     pipeline = LDMPipeline(vqvae=vqvae, unet=unet, scheduler=DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
-    sampler = Sampler(pipeline, num_inference_steps=2)
+    return pipeline
+
+
+def test_a_pipeline_that_gives_arrays():
+    sampler = Sampler(tiny_ldm(), num_inference_steps=2)
     images = sampler(range(3))
     assert images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16) and sampler.size() == (16, 16)
 

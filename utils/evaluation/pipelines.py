@@ -80,6 +80,12 @@ def denoiser_of(pipeline: DiffusionPipeline) -> torch.nn.Module:
     return models.get("unet", models.get("transformer", models[largest]))
 
 
+def decoder_of(pipeline: DiffusionPipeline) -> torch.nn.Module | None:
+    """What makes pixels of latents; None where the denoiser works on pixels."""
+    parts = (getattr(pipeline, name, None) for name in ("vae", "vqvae", "movq"))
+    return next((part for part in parts if part is not None), None)
+
+
 def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
     """Give the pipeline the diffusers scheduler of that class name, with the settings of its own. Latents are clipped
     only where those settings say so.
@@ -109,7 +115,7 @@ def use_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
             "DPMSolverMultistepScheduler, PNDMScheduler and UniPCMultistepScheduler start from unit noise."
         )
     pipeline.scheduler = scheduler
-    if hasattr(pipeline, "vae") and clips(scheduler) and "clip_sample" not in own.config:
+    if decoder_of(pipeline) is not None and clips(scheduler) and "clip_sample" not in own.config:
         use_clip_sample(pipeline, False)  # diffusers' default is made for pixels, and latents go beyond [-1, 1]
 
 

@@ -19,7 +19,7 @@ from utils.backbones.stand_in import GuidedLabels
 from utils.command_line import UsageError
 from utils.data.labels import class_names, label_names
 from utils.evaluation.conditions import LISTED, described, num_classes
-from utils.evaluation.pipelines import clips, denoiser_of
+from utils.evaluation.pipelines import clips, decoder_of, denoiser_of
 from utils.randomness import VALIDATION_STREAM, seed_from
 
 # the noise of a run's own validation, so that the same seed, steps and batch size measure the very same samples
@@ -167,9 +167,7 @@ class Sampler:
         """1 where the denoiser works on pixels, None if the pipeline does not say."""
         if factor := getattr(self.pipeline, "vae_scale_factor", None):
             return factor
-        decoders = [getattr(self.pipeline, name, None) for name in ("vae", "vqvae", "movq")]
-        decoder = next((part for part in decoders if part is not None), None)
-        if decoder is None:
+        if (decoder := decoder_of(self.pipeline)) is None:
             return 1
         widths = decoder.config.get("block_out_channels")
         return 2 ** (len(widths) - 1) if widths else None
